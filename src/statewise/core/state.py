@@ -1,0 +1,78 @@
+"""States are trees: tensors (batch first), None, tuples and NamedTuples of states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+S = TypeVar("S")
+
+
+def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
+    """Apply f to corresponding leaves of equally shaped trees; the result has the first tree's structure."""
+    first = trees[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return f(*trees)
+    parts = [tree_map(f, *group) for group in zip(*trees, strict=True)]
+    return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, depth first."""
+    found: list[Tensor] = []
+    tree_map(found.append, tree)
+    return found
+
+
+def names(tree: Any, prefix: str = "") -> list[str]:
+    """A dotted path for every leaf, in the order of `leaves`: field names where there are some, else positions."""
+    if tree is None:
+        return []
+    if isinstance(tree, Tensor):
+        return [prefix or "state"]
+    keys = tree._fields if hasattr(tree, "_fields") else map(str, range(len(tree)))
+    dot = f"{prefix}." if prefix else ""
+    return [n for key, part in zip(keys, tree, strict=True) for n in names(part, dot + key)]
+
+
+def detach(state: S) -> S:
+    """The same numbers with the past cut off: truncated back-propagation through time."""
+    return tree_map(Tensor.detach, state)
+
+
+def clone(state: S) -> S:
+    """A copy with storage of its own."""
+    return tree_map(Tensor.clone, state)
+
+
+def select(state: S, rows: Tensor) -> S:
+    """Keep, repeat or reorder batch rows: what forking a stream and beam search need from a state."""
+    return tree_map(lambda leaf: leaf.index_select(0, rows), state)
+
+
+def join(states: list[S]) -> S:
+    """States of several batches as the state of one batch."""
+    return tree_map(lambda *rows: torch.cat(rows, 0), *states)
+
+
+def where(rows: Tensor, yes: S, no: S) -> S:
+    """Row by row, one state or the other. rows (B,) bool."""
+    return tree_map(lambda y, n: torch.where(rows.view(-1, *[1] * (n.ndim - 1)), y, n), yes, no)
+
+
+def nbytes(state: Any) -> int:
+    """Bytes of all leaves."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(state))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and decays for parameters of `dtype`: float32, or wider where the parameters are.
+
+    In bfloat16 0.999 is 1.0 and a million steps are noise, so no state is ever narrower.
+    """
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

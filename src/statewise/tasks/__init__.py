@@ -1,0 +1,1 @@
+from .base import SPLITS, Batch, Split, Task, TaskInfo, register_task, tasks
