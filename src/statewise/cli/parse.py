@@ -1,0 +1,77 @@
+"""Flags to Options by tyro, and its boxes of many lines to one line that names the nearest flag."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+O = TypeVar("O")  # noqa: E741
+T = TypeVar("T")
+
+Repeated = Annotated[tuple[T, ...], tyro.conf.UseAppendAction]  # --set a=1 --set b=2
+Positional = tyro.conf.Positional
+
+
+class Wrong(Exception):
+    """What is wrong with the arguments, in one line."""
+
+
+def parse(verb: str, options: type[O], args: Sequence[str]) -> O | None:
+    """Options from arguments; None where --help was asked for and has been printed. Raises Wrong."""
+    if "--help" not in args and "-h" not in args:
+        known = _flags(options)
+        for arg in args:
+            flag = arg.split("=")[0]
+            if flag.startswith("--") and flag not in known:
+                raise Wrong(f"unknown flag {flag!r}; {nearest(flag, known)}")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                options,
+                prog=f"statewise {verb}",
+                args=[_dashes(arg) for arg in args],
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            return None
+        raise Wrong(f"{_one_line(said.getvalue())}; see statewise {verb} --help") from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'near: ...' or all that is known. As core.near, which cannot be had without torch."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"near: {', '.join(close)}" if close else f"known: {', '.join(names)}"
+
+
+def _flags(options: Any) -> list[str]:
+    """Every flag that Options takes. A positional field takes none."""
+    positional = [f.name for f in fields(options) if "Positional" in str(f.type)]
+    return [f"--{f.name.replace('_', '-').strip('-')}" for f in fields(options) if f.name not in positional]
+
+
+def _dashes(arg: str) -> str:
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else arg
+
+
+def _one_line(box: str) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip(" │|") for line in text.splitlines()]
+    kept: list[str] = []
+    for line in lines:
+        if line.startswith(("╭", "╰")):
+            continue
+        if set(line) <= set("─-") and kept:
+            break  # below the first rule stands the help text
+        kept.append(line)
+    return " ".join(" ".join(kept).split())[:300]
