@@ -3,18 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from .core import Cell, RecurrentLayer, Traits, chunked, grid, put, stream, unroll
 
-# Names and their modules: imported when first asked for, so that `statewise --help` does not wait for torch.
+__version__ = "0.1.0"
+__all__ = ["Cell", "RecurrentLayer", "Traits", "__version__", "chunked", "grid", "put", "stream", "unroll"]
+
+# Where each name lives. Imported when first asked for, so that `statewise --help` does not wait for torch.
 _HOMES = {
     "Cell": "core", "RecurrentLayer": "core", "Traits": "core", "chunked": "core", "grid": "core", "put": "core",
     "stream": "core", "unroll": "core",
 }  # fmt: skip
-
-__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
