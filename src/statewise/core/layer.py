@@ -7,6 +7,7 @@ K/V key and value size, W window, P taps. Axis order: batch, time, heads, channe
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -99,7 +100,7 @@ class Cell(RecurrentLayer[S]):
         check_input(self, x, state, reset, lengths)
         state = self.initial_state(len(x)) if state is None else state
         if x.shape[1] == 0:
-            return x.new_zeros(len(x), 0, self.out_width), state
+            return torch.zeros(len(x), 0, self.out_width, dtype=y_dtype(self, x), device=x.device), state
         if lengths is None:
             o, state = self.scan(self.encode(x), state, reset, None)
             return self.decode(o, x), state
@@ -123,6 +124,9 @@ def unroll(
 ) -> tuple[Tensor, S]:
     """The definition of forward: step, T times (T >= 1)."""
     state = layer.initial_state(len(x)) if state is None else state
+    if lengths is not None:
+        lengths = lengths.to(x.device)
+        x = clear_past_end(x, lengths)
     ys = []
     for t, x_t in enumerate(x.unbind(1)):
         if reset is not None:
@@ -143,7 +147,12 @@ def chunked(
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, S]:
-    """forward piece by piece, the state carried across: streaming in blocks, truncated BPTT. sizes sum to T."""
+    """forward piece by piece, the state carried across: streaming in blocks, truncated BPTT. sizes sum to T.
+
+    Raises UsageError for sizes that do not.
+    """
+    if not sizes or min(sizes) < 0 or sum(sizes) != x.shape[1]:
+        raise UsageError(f"chunks of {list(sizes)} steps; expected sizes of at least 0 with sum T = {x.shape[1]}")
     state = layer.initial_state(len(x)) if state is None else state
     ys, start = [], 0
     for size in sizes:
@@ -176,23 +185,21 @@ def ragged(
 ) -> tuple[Tensor, S]:
     """lengths for a forward that knows of none: cut time at every length and let finished rows rest.
 
-    run(x, state, reset) -> (y, state) must be a forward without lengths. Costs one call of run per distinct length.
+    run(x, state, reset) -> (y, state) must be a forward without lengths; it meets B = 0 and T = 0.
+    Costs one call of run per distinct length, and reads the lengths on the host.
     """
+    lengths = lengths.to(x.device)
     alive, pieces, start = torch.arange(len(x), device=x.device), [], 0
     rows, states = [], []
     for end in sorted({0, *lengths.tolist(), x.shape[1]}):
-        if end > start and len(alive):
+        if end > start or x.shape[1] == 0:
             y, state = run(x[alive, start:end], state, None if reset is None else reset[alive, start:end])
-            pieces.append(torch.zeros(len(x), *y.shape[1:], dtype=y.dtype, device=y.device).index_copy(0, alive, y))
-        elif end > start:
-            like = pieces[-1] if pieces else run(x[:, :0], state, None)[0]
-            pieces.append(like.new_zeros(len(x), end - start, *like.shape[2:]))
+            pieces.append(y.new_zeros(len(x), *y.shape[1:]).index_copy(0, alive, y))
         done = lengths[alive] <= end
         rows.append(alive[done])
         states.append(select(state, done.nonzero()[:, 0]))
         state, alive, start = select(state, (~done).nonzero()[:, 0]), alive[~done], end
-    y = torch.cat(pieces, 1) if pieces else run(x, state, reset)[0]
-    return y, select(join(states), torch.cat(rows).argsort())
+    return torch.cat(pieces, 1), select(join(states), torch.cat(rows).argsort())
 
 
 def past_end(lengths: Tensor, steps: int) -> Tensor:
@@ -206,11 +213,26 @@ def clear_past_end(y: Tensor, lengths: Tensor) -> Tensor:
     return y.masked_fill(ended.view(*ended.shape, *[1] * (y.ndim - 2)), 0)
 
 
+def weight_of(layer: nn.Module) -> Tensor | None:
+    """The first floating parameter or buffer: it tells the dtype and the device that a layer works in."""
+    both = itertools.chain(layer.parameters(), layer.buffers())
+    return next((w for w in both if w.is_floating_point() or w.is_complex()), None)
+
+
+def y_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype of y: that of x where it is floating (autocast included), else that of the parameters."""
+    weight = weight_of(layer)
+    return x.dtype if weight is None or x.is_floating_point() else weight.dtype
+
+
 def check_input(
     layer: RecurrentLayer[Any], x: Tensor, state: Any, reset: Tensor | None, lengths: Tensor | None
 ) -> None:
     """Refuse with one clear line what forward cannot take. Values are read only where metadata cannot tell."""
     name = type(layer).__name__
+    for what, given in (("x", x), ("reset", reset), ("lengths", lengths)):
+        if not (isinstance(given, Tensor) or (given is None and what != "x")):
+            raise UsageError(f"{name}: {what} is a {type(given).__name__}; expected a tensor")
     if x.layout != torch.strided or x.is_quantized:
         raise UsageError(f"{name}: x has layout {x.layout}; expected a dense tensor: x.to_dense() or x.dequantize()")
     shape, looks = tuple(x.shape), "(B, T)" if layer.vocab else "(B, T, D)"
@@ -224,7 +246,7 @@ def check_input(
         if not x.is_floating_point():
             hint = "the layer is real" if x.is_complex() else "convert with x.float()"
             raise UsageError(f"{name}: x has dtype {x.dtype}; expected floating point: {hint}")
-    weight = next(layer.parameters(), None)
+    weight = weight_of(layer)
     if weight is not None:
         if x.is_meta and not weight.is_meta:
             raise UsageError(f"{name}: x is on the meta device and holds no values")
@@ -237,6 +259,8 @@ def check_input(
         _check_state(name, layer, state, len(x))
     if reset is not None and (reset.dtype != torch.bool or reset.shape != x.shape[:2]):
         raise UsageError(f"{name}: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {tuple(x.shape[:2])}")
+    if reset is not None and reset.device != x.device:
+        raise UsageError(f"{name}: reset is on {reset.device}, x on {x.device}; move one of them")
     if lengths is not None:
         _check_lengths(name, x, lengths)
 
@@ -263,6 +287,8 @@ def _check_state(name: str, layer: RecurrentLayer[Any], state: Any, batch: int) 
             )
         if got.shape[0] != batch:
             raise UsageError(f"{name}: state leaf {leaf!r} has batch {got.shape[0]}, x has batch {batch}")
+        if got.device != like.device:
+            raise UsageError(f"{name}: state leaf {leaf!r} is on {got.device}, the parameters on {like.device}")
 
 
 def _check_lengths(name: str, x: Tensor, lengths: Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .errors import UsageError
+
 S = TypeVar("S")
 
 
@@ -18,6 +20,8 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
         return None
     if isinstance(first, Tensor):
         return f(*trees)
+    if not isinstance(first, tuple | list):
+        raise UsageError(f"a state holds a {type(first).__name__}; expected tensors, None, tuples or NamedTuples")
     parts = [tree_map(f, *group) for group in zip(*trees, strict=True)]
     return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
 
@@ -35,6 +39,8 @@ def names(tree: Any, prefix: str = "") -> list[str]:
         return []
     if isinstance(tree, Tensor):
         return [prefix or "state"]
+    if not isinstance(tree, tuple | list):
+        raise UsageError(f"a state holds a {type(tree).__name__}; expected tensors, None, tuples or NamedTuples")
     keys = tree._fields if hasattr(tree, "_fields") else map(str, range(len(tree)))
     dot = f"{prefix}." if prefix else ""
     return [n for key, part in zip(keys, tree, strict=True) for n in names(part, dot + key)]

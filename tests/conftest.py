@@ -1,0 +1,23 @@
+"""One thread, one seed for each test, and the annotations of core checked as the tests run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)  # tiny recurrent steps: two threads on two busy cores only wait for each other
+
+# Not layers, ops and models: the wrappers would stand in the way of full-graph compilation.
+install_import_hook(["statewise.core.registry", "statewise.core.vary", "statewise.testing"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from the same seed and leaves the defaults as it found them."""
+    dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
