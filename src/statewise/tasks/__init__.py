@@ -1,1 +1,20 @@
+"""Tasks and data sets, one file each. Importing this package registers them all; none is loaded before it is used."""
+
+from .adding import Adding
 from .base import SPLITS, Batch, Split, Task, TaskInfo, register_task, tasks
+from .copy import Copy, SelectiveCopy
+from .parity import Parity
+
+__all__ = [
+    "SPLITS",
+    "Adding",
+    "Batch",
+    "Copy",
+    "Parity",
+    "SelectiveCopy",
+    "Split",
+    "Task",
+    "TaskInfo",
+    "register_task",
+    "tasks",
+]

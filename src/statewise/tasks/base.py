@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,11 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         return tree_map(lambda leaf: leaf.to(device), self)
+
+    @property
+    def tokens(self) -> int:
+        """Steps that are not padding."""
+        return int(self.lengths.sum()) if self.lengths is not None else self.x.shape[0] * self.x.shape[1]
 
 
 class Task(abc.ABC):
@@ -64,7 +71,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def baseline(self) -> float:
-        """The metric of the best constant answer, or of the simplest rule worth beating (say which in the docstring)."""
+        """The metric of the best constant answer, or of the simplest rule worth beating (say which)."""
 
     def oracle(self, batch: Batch) -> Tensor:
         """Perfect answers (B, T, E), where the task has them. Raises NotImplementedError for real data."""
@@ -87,6 +94,16 @@ class Task(abc.ABC):
             hit = (out.argmax(-1) == batch.y) * batch.weight
             found["accuracy"] = (float(hit.sum()), asked)
         return found
+
+
+def stream(*key: object) -> np.random.Generator:
+    """Random numbers that are a function of the key. 128 bits of its hash, so that no two keys meet."""
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little"))
+
+
+def certain(ids: Tensor, classes: int) -> Tensor:
+    """Class ids (...) as logits (..., classes) of no doubt: the form of a perfect answer."""
+    return F.one_hot(ids, classes).float() * 40
 
 
 @dataclass(frozen=True)

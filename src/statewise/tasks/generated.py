@@ -1,0 +1,71 @@
+"""Tasks whose examples are drawn on the spot."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import UsageError, join, tree_map
+from .base import SPLITS, Batch, Split, Task, stream
+
+
+class Generated(Task):
+    """An endless source: batch i of a split comes from random numbers seeded by (seed, split, i).
+
+    No example can be in two splits, however small the task: a hash of x alone says which split an example belongs
+    to (6/8 train, 1/8 validation, 1/8 test), and a split rejects what is not its own. The evaluation set of a split
+    is its first `examples` examples under seed 0.
+    """
+
+    examples: ClassVar[int] = 1024
+    block: ClassVar[int] = 128
+
+    @abc.abstractmethod
+    def sample(self, size: int, rng: np.random.Generator, split: Split) -> Batch:
+        """`size` independent examples; T is the same in every call with the same split."""
+
+    def batch(self, index: int, size: int, *, seed: int, split: Split = "train") -> Batch:
+        rng, share = stream(seed, split, index), 6 / 8 if split == "train" else 1 / 8
+        parts: list[Batch] = []
+        have = 0
+        for _ in range(200):
+            drawn = self.sample(int((size - have) / share) + 8, rng, split)
+            mine = (owner(drawn.x) == SPLITS.index(split)).nonzero()[: size - have, 0]
+            parts.append(tree_map(lambda leaf: leaf[mine], drawn))  # noqa: B023
+            have += len(mine)
+            if have == size:
+                return crop(join(parts))
+        raise UsageError(f"{self}: too few different examples to share out among three splits; make it larger")
+
+    def batches(self, split: Split) -> Iterator[Batch]:
+        for index in range(self.examples // self.block):
+            yield self.batch(index, self.block, seed=0, split=split)
+
+
+def owner(x: Tensor) -> Tensor:
+    """Examples x (B, ...) to the number of the split that owns each. Zeros at the end of x do not count."""
+    flat = x.flatten(1).numpy()
+    flat = np.ascontiguousarray(flat).view(f"u{flat.itemsize}").astype(np.uint64)
+    mixed = (flat * _multipliers(flat.shape[1])).sum(1, dtype=np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)
+    eighth = torch.from_numpy((mixed >> np.uint64(61)).astype(np.int64))  # low bits would see parity
+    return torch.where(eighth < 6, 0, eighth - 5)
+
+
+@lru_cache(maxsize=8)
+def _multipliers(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 2**64, count, dtype=np.uint64) | np.uint64(1)
+
+
+def crop(batch: Batch) -> Batch:
+    """Drop the steps that are padding in every row."""
+    if batch.lengths is None or not len(batch.lengths):
+        return batch
+    end = int(batch.lengths.max())
+    return batch._replace(x=batch.x[:, :end], y=batch.y[:, :end], weight=batch.weight[:, :end])
