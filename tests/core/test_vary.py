@@ -30,7 +30,8 @@ def test_put_changes_a_copy_by_path():
 
 
 @pytest.mark.parametrize("path, said", [
-    ("trian.lr", "no field 'trian'; near: train"), ("train.stpes", "near: steps"), ("train.lr.x", "float has no field 'x'"),
+    ("trian.lr", "no field 'trian'; near: train"), ("train.stpes", "near: steps"),
+    ("train.lr.x", "float has no field 'x'"),
     ("args.x.y", "no entry 'x'"), ("", "no field ''"),
 ])  # fmt: skip
 def test_put_names_what_is_near(path, said):
