@@ -1,0 +1,157 @@
+"""Tasks over a finite set of labelled sequences, of equal or unequal length."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import SPLITS, Batch, Split, Task, stream
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """N sequences of D channels, packed end to end, with one answer each."""
+
+    values: Tensor  # (steps, D), of any real dtype
+    lengths: Tensor  # (N,)
+    y: Tensor  # (N,) class ids, or (N, E) float
+    shift: Tensor  # (D,) or (1,); x = (values - shift) * scale
+    scale: Tensor
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @staticmethod
+    def of(rows: Sequence[np.ndarray], y: np.ndarray) -> Sequences:
+        """rows of (T_i, D)."""
+        lengths = torch.tensor([len(row) for row in rows])
+        values = torch.from_numpy(np.concatenate(rows).astype(np.float32))
+        return Sequences(values, lengths, torch.from_numpy(y), torch.zeros(1), torch.ones(1))
+
+    def standardised(self, train: Sequences) -> Sequences:
+        """Each channel to mean 0 and variance 1 over the steps of `train`. A constant channel becomes 0."""
+        spread = train.values.double().std(0, correction=0)
+        scale = torch.where(spread > 0, 1 / spread, 0).float()
+        return Sequences(self.values, self.lengths, self.y, train.values.double().mean(0).float(), scale)
+
+    def select(self, rows: Tensor) -> Batch:
+        """The rows (B,) as a padded batch whose answer is asked at each row's last step."""
+        lengths = self.lengths[rows]
+        longest = int(lengths.max()) if len(rows) else 0
+        time = torch.arange(longest)
+        ended = time >= lengths[:, None]
+        place = (self.starts[rows, None] + time).masked_fill(ended, 0)
+        x = ((self.values[place].float() - self.shift) * self.scale).masked_fill(ended[..., None], 0)
+        y = self.y[rows, None].expand(len(rows), longest, *self.y.shape[1:])
+        weight = (time == lengths[:, None] - 1).float()
+        return Batch(x, y, weight, lengths if self.unequal else None)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def unequal(self) -> bool:
+        return bool((self.lengths != self.lengths[0]).any())
+
+
+class Finite(Task):
+    """A task with three fixed sets of sequences. Training visits every example once an epoch, in a new order."""
+
+    block = 128
+
+    @abc.abstractmethod
+    def load(self) -> dict[Split, Sequences]:
+        """Read the data. Raises DataError where it is absent or wrong. Called once per process."""
+
+    def rows(self, split: Split) -> Sequences:
+        return _loaded(self)[split]
+
+    def batch(self, index: int, size: int, *, seed: int, split: Split = "train") -> Batch:
+        rows = self.rows(split)
+        place = np.arange(index * size, (index + 1) * size)
+        epoch = place // len(rows)
+        chosen = [_order(len(rows), seed, split, int(e))[place[epoch == e] % len(rows)] for e in np.unique(epoch)]
+        return rows.select(torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *chosen])))
+
+    def batches(self, split: Split) -> Iterator[Batch]:
+        rows = self.rows(split)
+        for some in torch.arange(len(rows)).split(self.block):
+            yield rows.select(some)
+
+
+@lru_cache(maxsize=8)
+def _loaded(task: Finite) -> dict[Split, Sequences]:
+    return task.load()
+
+
+@lru_cache(maxsize=16)
+def _order(count: int, seed: int, split: Split, epoch: int) -> np.ndarray:
+    return stream(seed, split, "epoch", epoch).permutation(count)
+
+
+class Classify(Finite):
+    """One class per sequence, asked at its last step."""
+
+    kind = "classification"
+    metric = "accuracy"
+
+    def chance(self) -> float:
+        """The share of the commonest training class in the test set."""
+        train, test = self.rows("train").y, self.rows("test").y
+        return float((test == train.bincount().argmax()).float().mean())
+
+    def baseline(self) -> float:
+        """Accuracy of a ridge classifier: on all steps where lengths are equal and D T <= 1024, else on mean,
+        spread, first and last step of each channel and the length. No order of time is learned."""
+        return _ridge(self)
+
+
+@lru_cache(maxsize=8)
+def _ridge(task: Classify) -> float:
+    def features(rows: Sequences) -> Tensor:
+        parts = []
+        for some in torch.arange(len(rows)).split(2048):
+            batch = rows.select(some)
+            lengths = rows.lengths[some]
+            if not rows.unequal and batch.x[0].numel() <= 1024:
+                parts.append(batch.x.flatten(1))
+                continue
+            count = lengths[:, None].float()
+            mean = batch.x.sum(1) / count
+            spread = ((batch.x.square().sum(1) / count) - mean.square()).clamp_min(0).sqrt()
+            last = batch.x[torch.arange(len(some)), lengths - 1]
+            parts.append(torch.cat([mean, spread, batch.x[:, 0], last, count], 1))
+        return torch.cat(parts)
+
+    train, test = task.rows("train"), task.rows("test")
+    f, g = features(train), features(test)
+    mean, spread = f.mean(0), f.std(0).clamp_min(1e-6)
+    f, g = (f - mean) / spread, (g - mean) / spread
+    target = torch.nn.functional.one_hot(train.y, task.y_width).float()
+    offset = target.mean(0)
+    gram = (f.T @ f).double() + 0.01 * len(f) * torch.eye(f.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(gram, (f.T @ (target - offset)).double()).float()
+    return float(((g @ weights + offset).argmax(1) == test.y).float().mean())
+
+
+def stratified(y: np.ndarray, sizes: Sequence[int], key: str) -> list[np.ndarray]:
+    """Disjoint index sets of the given sizes with the classes in equal shares, fixed by the key. Each is shuffled."""
+    rng = stream(key)
+    order = rng.permutation(len(y))
+    depth = np.zeros(len(y))  # how far into its own class a row stands
+    for label in np.unique(y):
+        members = order[y[order] == label]
+        depth[members] = (np.arange(len(members)) + 0.5) / len(members)
+    sorted_rows = order[np.argsort(depth[order], kind="stable")]
+    return [rng.permutation(part) for part in np.split(sorted_rows, np.cumsum(sizes))[: len(sizes)]]
+
+
+def three(parts: Sequence[Sequences]) -> dict[Split, Sequences]:
+    return dict(zip(SPLITS, parts, strict=True))

