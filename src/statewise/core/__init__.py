@@ -1,4 +1,5 @@
 from .errors import DataError, NumericError, ResourceError, StatewiseError, Unknown, UsageError
+from .files import load_state, read_json, read_tensors, save_state, write_json, write_tensors
 from .layer import (
     Cell,
     RecurrentLayer,
@@ -18,6 +19,7 @@ from .vary import grid, put
 __all__ = [
     "Cell", "DataError", "LayerInfo", "NumericError", "RecurrentLayer", "Registry", "ResourceError", "StatewiseError",
     "Traits", "Unknown", "UsageError", "check_input", "chunked", "clear_past_end", "clone", "detach", "grid", "join",
-    "layers", "leaves", "names", "nbytes", "near", "past_end", "put", "ragged", "register_layer", "select", "stream",
-    "tree_map", "unroll", "where", "wide",
+    "layers", "leaves", "load_state", "names", "nbytes", "near", "past_end", "put", "ragged", "read_json",
+    "read_tensors", "register_layer", "save_state", "select", "stream", "tree_map", "unroll", "where", "wide",
+    "write_json", "write_tensors",
 ]  # fmt: skip
