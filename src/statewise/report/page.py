@@ -1,0 +1,302 @@
+"""The report: one HTML file that needs nothing beside it. jinja2 (extra `plots`) fills the template, escaping all text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core import UsageError
+from . import charts, drawing
+from .charts import Curve, Dot, Guide
+from .summary import (
+    Comparison,
+    Row,
+    leaderboard,
+    show_bytes,
+    show_count,
+    show_score,
+    show_spread,
+    show_time,
+)
+
+HERE = Path(__file__).parent
+
+
+def write_page(comparison: Comparison, path: Path) -> None:
+    """Write the report. Raises UsageError where jinja2 is missing, naming the extra to install."""
+    try:
+        import jinja2
+    except ImportError:
+        raise UsageError("the HTML report needs jinja2: pip install 'statewise[plots]', then run the same again") from None
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
+    safe = jinja2.utils.markupsafe.Markup  # only for what this package drew itself, with every name escaped
+    page = template.render(
+        **_words(comparison), **_pictures(comparison, safe), **_board(comparison, safe),
+        css=safe((HERE / "page.css").read_text(encoding="utf-8")), js=safe((HERE / "page.js").read_text(encoding="utf-8")),
+    )  # fmt: skip
+    path.write_text(page, encoding="utf-8")
+
+
+def curves_of(comparison: Comparison, against: str) -> list[Curve]:
+    """Learning curves over seeds. against: "step", or "seconds" of training."""
+    found = []
+    for row in leaderboard(comparison):
+        seeds = [c["curve"] for c in row.cells if c["status"] == "done" and c["curve"]]
+        if not seeds:
+            continue
+        points = []
+        for step in sorted({p["step"] for s in seeds for p in s}):
+            at = [p for s in seeds for p in s if p["step"] == step and math.isfinite(p["score"])]
+            if len(at) == len(seeds):  # a mean over fewer seeds would jump where one stopped early
+                scores = [p["score"] for p in at]
+                x = sum(p[against] for p in at) / len(at)
+                points.append((x, sum(scores) / len(scores), min(scores), max(scores)))
+        if points:
+            found.append(Curve(row.name, row.index, tuple(points)))
+    return found
+
+
+def guides_of(comparison: Comparison) -> list[Guide]:
+    task = comparison["task"]
+    return [Guide(name, task[name]) for name in ("chance", "baseline") if math.isfinite(task[name])]
+
+
+def headline(comparison: Comparison) -> list[str | dict[str, str]]:
+    """What was found, in sentences; layer names are {"name": ...}."""
+    task, metric = comparison["task"], comparison["task"]["metric"]
+    rows = [r for r in leaderboard(comparison) if r.kind == "layer"]
+    if not rows:
+        return ["No layer finished a run; the reasons are below."]
+    first = rows[0]
+    spread = f" {show_spread(first.sd, metric)}" if first.sd is not None else ""
+    said: list[str | dict[str, str]] = [
+        {"name": first.name}, " scores best" if len(rows) > 1 else " scores",
+        f": {show_score(first.mean, metric)}{spread} on the test split, where the baseline has "
+        f"{show_score(task['baseline'], metric)} and chance {show_score(task['chance'], metric)}. ",
+    ]  # fmt: skip
+    if len(rows) > 1:
+        close = [r for r in rows[1:] if _overlap(first, r)]
+        if close:
+            said.append("Within the spread of the seeds it is level with ")
+            said += _enumerate([r.name for r in close])
+            said.append(". ")
+        said += _quickest(rows)
+    return said
+
+
+def _overlap(a: Row, b: Row) -> bool:
+    """Whether the seeds of two layers overlap: the plain reading of a small number of runs."""
+    return min(a.scores) <= max(b.scores) and min(b.scores) <= max(a.scores)
+
+
+def _enumerate(names: Sequence[str]) -> list[str | dict[str, str]]:
+    said: list[str | dict[str, str]] = []
+    for i, name in enumerate(names):
+        said += [{"name": name}, " and " if i == len(names) - 2 else ", "]
+    return said[:-1]
+
+
+def _quickest(rows: Sequence[Row]) -> list[str | dict[str, str]]:
+    said: list[str | dict[str, str]] = []
+    streamed = [r for r in rows if r.latency is not None]
+    if len(streamed) > 1:
+        fast = min(streamed, key=lambda r: r.latency or 0)
+        small = min(streamed, key=lambda r: r.state_bytes or 0)
+        said += [{"name": fast.name}, f" streams fastest ({show_time(fast.latency)} a step), "]
+        said += [{"name": small.name}, f" carries the smallest state ({show_bytes(small.state_bytes)}), "]
+    train = max(rows, key=lambda r: r.tokens_per_second or 0)
+    said += [{"name": train.name}, f" trains fastest ({show_count(train.tokens_per_second)} tokens/s)."]
+    return said
+
+
+def _words(comparison: Comparison) -> dict[str, Any]:
+    task, env = comparison["task"], comparison["environment"]
+    seeds = sorted({c["seed"] for e in comparison["layers"] for c in e["cells"]})
+    layers = len(comparison["layers"])
+    name = task["name"].replace("_", " ")
+    metric = task["metric"]
+    return {
+        "comparison": comparison,
+        "version": env.get("statewise", ""),
+        "created": comparison.get("created", ""),
+        "title": f"{name[:1].upper()}{name[1:]}: {layers} recurrent {'layer' if layers == 1 else 'layers'} compared",
+        "headline": headline(comparison),
+        "metric_label": metric[:1].upper() + metric[1:],
+        "better": "higher" if task["higher_is_better"] else "lower",
+        "bar_start": f"chance ({show_score(task['chance'], metric)})",
+        "bar_end": show_score(_best(comparison), metric),
+        "facts": [
+            ("Layers", str(layers)),
+            ("Seeds", str(len(seeds))),
+            ("Steps each", f"{comparison['train'].get('steps', '–')}"),
+            ("Whole comparison", show_time(comparison.get("seconds"))),
+            ("Workers", f"{env.get('workers', '–')} × {env.get('threads', '–')} thread"),
+            ("Processor", str(env.get("cpu", "–"))),
+        ],
+        "task_facts": [
+            ("Input", task["input"]),
+            ("Answer", task["output"]),
+            ("Ranked by", f"{metric}, {'higher' if task['higher_is_better'] else 'lower'} is better"),
+            ("Chance", show_score(task["chance"], metric)),
+            ("Baseline", show_score(task["baseline"], metric) + (f": {task['baseline_is']}" if task.get("baseline_is") else "")),
+            *((k, str(v)) for k, v in task.get("settings", {}).items()),
+        ],
+        "method": comparison["method"],
+        "environment": [(k.replace("_", " "), str(v)) for k, v in env.items()],
+        "failures": _failures(comparison),
+    }  # fmt: skip
+
+
+def _failures(comparison: Comparison) -> list[tuple[str, int | None, str]]:
+    found: list[tuple[str, int | None, str]] = []
+    for entry in comparison["layers"]:
+        for cell in [*entry["cells"], *entry.get("others", [])]:
+            if cell["status"] != "done":
+                found.append((entry["layer"], cell["seed"], cell["reason"]))
+        if (entry.get("streaming") or {}).get("failed"):
+            found.append((entry["layer"], None, entry["streaming"]["failed"]))
+    return found
+
+
+def _best(comparison: Comparison) -> float:
+    """The far end of the score bars: a perfect answer, or the best seed where perfection is not 0 or 1."""
+    task = comparison["task"]
+    if task["metric"] == "accuracy":
+        return 1.0
+    if not task["higher_is_better"]:
+        return 0.0
+    return max([s for r in leaderboard(comparison) for s in r.scores])
+
+
+def _board(comparison: Comparison, safe: Any) -> dict[str, Any]:
+    task, metric = comparison["task"], comparison["task"]["metric"]
+    guides = [g for g in guides_of(comparison) if g.name == "baseline"]
+    rows = []
+    for row in leaderboard(comparison):
+        of = len(row.cells)
+        words = f"{row.name} {show_score(row.mean, metric)}"
+        if row.kind == "layer":
+            words += ", seeds " + ", ".join(show_score(s, metric) for s in row.scores)
+        strip = charts.strip(
+            row.scores, row.index if row.kind == "layer" else None, worst=task["chance"], best=_best(comparison),
+            guides=guides, words=words,
+        )  # fmt: skip
+        cells = [
+            ("parameters", row.parameters, show_count(row.parameters), ""),
+            ("training tokens/s", row.tokens_per_second, show_count(row.tokens_per_second), ""),
+            ("streaming step", row.latency, show_time(row.latency), f"p95 {show_time(row.latency_p95)}" if row.latency_p95 else ""),
+            ("state", row.state_bytes, show_bytes(row.state_bytes), ""),
+            ("peak memory", row.peak_memory, show_bytes(row.peak_memory), ""),
+            ("training time", row.seconds, show_time(row.seconds), ""),
+        ]
+        rows.append(
+            {
+                "kind": row.kind, "rank": row.rank, "name": row.name, "index": row.index, "mean": row.mean,
+                "marker": safe(charts.marker(row.index, 0, 0, 6)),
+                "note": f"{len(row.scores)} of {of} seeds" if row.kind == "layer" and len(row.scores) < of else "",
+                "reason": "; ".join(row.reasons),
+                "score": show_score(row.mean, metric), "spread": show_spread(row.sd, metric),
+                "range": "", "strip": safe(strip) if row.kind == "layer" else "",
+                "cells": [(a, "" if b is None else b, c if row.kind == "layer" else "", d) for a, b, c, d in cells],
+            }
+        )  # fmt: skip
+    runs = [
+        {
+            "layer": entry["layer"], "summary": entry.get("summary", ""), "paper": entry.get("paper", ""),
+            "marker": safe(charts.marker(i, 0, 0, 6)),
+            "cells": [_cell_words(c, metric) for c in [*entry["cells"], *entry.get("others", [])]],
+            "command": entry["command"], "record": json.dumps(entry["record"], indent=2, ensure_ascii=False),
+        }
+        for i, entry in enumerate(comparison["layers"])
+    ]  # fmt: skip
+    return {"rows": rows, "runs": runs}
+
+
+def _cell_words(cell: dict[str, Any], metric: str) -> dict[str, Any]:
+    done = cell["status"] == "done"
+    return {
+        "seed": cell["seed"], "lr": f"{cell['lr']:g}", "key": cell["key"],
+        "test": show_score(cell["score"], metric) if done else "–",
+        "validation": show_score(cell["validation_score"], metric) if done else "–",
+        "steps": cell["steps"] if done else "–",
+        "seconds": show_time(cell["seconds"]) if done else "–",
+        "tokens": show_count(cell["tokens_per_second"]) if done else "–",
+        "memory": show_bytes(cell["peak_memory"]) if done else "–",
+        "ended": {"done": "all steps", "early": "stopped early"}.get(cell["stopped"], cell["stopped"]) if done else cell["reason"],
+    }  # fmt: skip
+
+
+def _pictures(comparison: Comparison, safe: Any) -> dict[str, Any]:
+    metric, guides = comparison["task"]["metric"], guides_of(comparison)
+    label = f"{metric} on validation"
+
+    def show(value: float) -> str:
+        return show_score(value, metric).replace(".0 %", " %")
+
+    curve_charts = []
+    for against, x_label, caption, show_x in (
+        ("step", "training step", "By step: what each layer learns from the same examples.", show_count),
+        ("seconds", "seconds of training", "By time: the same runs against the seconds they took on this machine.", show_count),
+    ):
+        lines = curves_of(comparison, against)
+        if lines:
+            svg = charts.curves(lines, guides, title=caption, x_label=x_label, y_label=label, show_x=show_x, show_y=show)
+            curve_charts.append({"svg": safe(svg), "caption": caption})
+    return {"curve_charts": curve_charts, "cost_charts": _cost_charts(comparison, safe, show), **_examples(comparison, safe)}
+
+
+def _cost_charts(comparison: Comparison, safe: Any, show: charts.Show) -> list[dict[str, Any]]:
+    rows = [r for r in leaderboard(comparison) if r.kind == "layer"]
+    label, found = f"{comparison['task']['metric']} on test", []
+    for cost, x_label, caption, show_x in (
+        ("tokens_per_second", "training tokens/s", "Right is faster to train.", show_count),
+        ("latency", "streaming, median time per step", "Left is faster to stream.", show_time),
+        ("state_bytes", "state of one stream", "Left carries less from step to step.", show_bytes),
+    ):
+        dots = [
+            Dot(r.name, r.index, float(getattr(r, cost)), r.mean, min(r.scores), max(r.scores))
+            for r in rows
+            if getattr(r, cost)
+        ]
+        if dots:
+            svg = charts.plane(
+                dots, guides_of(comparison), title=caption, x_label=x_label, y_label=label, show_x=show_x, show_y=show
+            )
+            found.append({"svg": safe(svg), "caption": caption})
+    return found
+
+
+def _examples(comparison: Comparison, safe: Any) -> dict[str, Any]:
+    """Examples of the task as pictures: heat for many channels, lines for few, text for ids."""
+    found, note = [], ""
+    for i, e in enumerate(comparison["task"].get("examples", [])):
+        shown: dict[str, Any] = {"image": "", "svg": "", "text": "", "alt": f"Example {i + 1}", "caption": e["answer"]}
+        if "text" in e:
+            shown["text"] = e["text"]
+        elif len(e["rows"][0]) > 3:
+            shown["image"] = drawing.heat(e["rows"])
+            shown["alt"] = f"Example {i + 1}: {len(e['rows'])} steps of {len(e['rows'][0])} channels; {e['answer']}"
+            note = "Time runs to the right, one row per channel; orange is above zero, blue below, paler is nearer zero."
+        else:
+            shown["svg"] = safe(_little_lines(e["rows"], e["answer"]))
+            note = "Time runs to the right, one line per channel."
+        found.append(shown)
+    return {"examples": found, "example_note": note}
+
+
+def _little_lines(rows: Sequence[Sequence[float]], words: str) -> str:
+    width, height = 240, 90
+    values = [v for row in rows for v in row]
+    low, high = min(values), max(values)
+    x = charts.Axis(0, max(len(rows) - 1, 1), 4, width - 4)
+    y = charts.Axis(low, high if high > low else low + 1, height - 5, 5)
+    lines = "".join(
+        f'<polyline class="line s{c % 12}" points="{" ".join(f"{x(t)},{y(row[c])}" for t, row in enumerate(rows))}"/>'
+        for c in range(len(rows[0]))
+    )
+    return charts.drawn(width, height, f"Example of {len(rows)} steps", words, [lines])
+
