@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Cell, UsageError, register_layer, wide
-from ..ops.gated_loop.cells import elman_step
+from ..ops.gated_loop import elman_loop, elman_step
 
 
 @register_layer(
@@ -36,8 +36,14 @@ class Elman(Cell[Tensor]):
         return self.recurrent.new_zeros(batch, self.out_width, dtype=wide(self.recurrent.dtype))
 
     def transition(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        h = elman_step(u, state, self.inp.weight, self.recurrent, self.inp.bias, nonlinearity=self.nonlinearity)
+        h = elman_step(u, state, *self._weights(), nonlinearity=self.nonlinearity)
         return h, h
+
+    def scan(self, u: Tensor, state: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        return elman_loop(u, state, *self._weights(), nonlinearity=self.nonlinearity, reset=reset, lengths=lengths)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
         return o.to(x.dtype)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inp.weight, self.recurrent, self.inp.bias

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Cell, register_layer, wide
-from ..ops.gated_loop.cells import gru_step
+from ..ops.gated_loop import gru_loop, gru_step
 
 
 @register_layer(
@@ -18,7 +18,8 @@ from ..ops.gated_loop.cells import gru_step
 class GRULayer(Cell[Tensor]):
     """h_t = (1 - z) n + z h_{t-1};  r, z = s(W x_t + R h_{t-1}),  n = tanh(W_n x_t + r R_n h_{t-1});  y_t = h_t.
 
-    W and R carry biases: R's is inside the product with r. Gates in torch.nn.GRU's order r, z, n; each block of R starts orthogonal. The state is h (B, N).
+    W and R carry biases, R's inside the product with r. Gates in torch.nn.GRU's order r, z, n; each block of R starts
+    orthogonal. The state is h (B, N).
     `statewise.GRU` is the drop-in for torch.nn.GRU.
     """
 
@@ -34,8 +35,14 @@ class GRULayer(Cell[Tensor]):
         return self.recurrent.new_zeros(batch, self.out_width, dtype=wide(self.recurrent.dtype))
 
     def transition(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        h = gru_step(u, state, self.inp.weight, self.recurrent, self.inp.bias, self.recurrent_bias)
+        h = gru_step(u, state, *self._weights())
         return h, h
+
+    def scan(self, u: Tensor, state: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        return gru_loop(u, state, *self._weights(), reset=reset, lengths=lengths)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
         return o.to(x.dtype)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.inp.weight, self.recurrent, self.inp.bias, self.recurrent_bias

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Cell, register_layer, wide
-from ..ops.gated_loop.cells import jordan_step
+from ..ops.gated_loop import jordan_step
 
 
 @register_layer(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Cell, register_layer, wide
-from ..ops.gated_loop.cells import lstm_step
+from ..ops.gated_loop import lstm_loop, lstm_step
 
 
 class LSTMState(NamedTuple):
@@ -46,6 +46,13 @@ class LSTMLayer(Cell[LSTMState]):
     def transition(self, u: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
         h, c = lstm_step(u, state.h, state.c, self.inp.weight, self.recurrent, self.inp.bias)
         return h, LSTMState(h, c)
+
+    def scan(
+        self, u: Tensor, state: LSTMState, reset: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, LSTMState]:
+        weights = self.inp.weight, self.recurrent, self.inp.bias
+        y, h, c = lstm_loop(u, state.h, state.c, *weights, reset=reset, lengths=lengths)
+        return y, LSTMState(h, c)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
         return o.to(x.dtype)

@@ -1,7 +1,7 @@
 """One step of the gated cells, in torch.nn's layout and gate order. Every backend of the loops must equal these.
 
-x (B, D), h (B, N), weights (gates * N, D) and (gates * N, N), biases (gates * N,) or None. The step runs in the dtype of
-h, whatever the parameters' dtype and whatever autocast says: in bfloat16 a recurrence drifts.
+x (B, D), h (B, N), weights (gates * N, D) and (gates * N, N), biases (gates * N,) or None. The step runs in the dtype
+of h, whatever the parameters' dtype and whatever autocast says: in bfloat16 a recurrence drifts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def elman_step(
     nonlinearity: str = "tanh",
 ) -> Tensor:
     """h' = tanh(W x + R h + b), or relu (Elman 1990)."""
-    with _no_autocast(h):
+    with no_autocast(h):
         pre = _affine(x, w_ih, b_ih, h.dtype) + _affine(h, w_hh, b_hh, h.dtype)
     return pre.relu() if nonlinearity == "relu" else pre.tanh()
 
@@ -40,7 +40,7 @@ def jordan_step(
     b_hy: Tensor | None = None,
 ) -> Tensor:
     """y = V tanh(W x + U s + a) + b with the context s (B, E), U (N, E), V (E, N) (Jordan 1986)."""
-    with _no_autocast(s):
+    with no_autocast(s):
         return _affine(elman_step(x, s, w_ih, w_sh, b_ih), w_hy, b_hy, s.dtype)
 
 
@@ -48,7 +48,7 @@ def gru_step(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
     """r, z = s(W x + R h + b);  n = tanh(W_n x + b_n + r (R_n h + c_n));  h' = (1 - z) n + z h.  Rows r, z, n."""
-    with _no_autocast(h):
+    with no_autocast(h):
         (xr, xz, xn), (hr, hz, hn) = (
             _affine(x, w_ih, b_ih, h.dtype).chunk(3, -1),
             _affine(h, w_hh, b_hh, h.dtype).chunk(3, -1),
@@ -72,7 +72,7 @@ def lstm_step(
 
     w_hr (P, N) projects: h' = W_hr s(o) tanh(c'); then h is (B, P) and w_hh (4N, P).
     """
-    with _no_autocast(h):
+    with no_autocast(h):
         gates = _affine(x, w_ih, b_ih, h.dtype) + _affine(h, w_hh, b_hh, h.dtype)
         i, f, g, o = gates.chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -84,7 +84,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _no_autocast(like: Tensor) -> AbstractContextManager[object]:
+def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     device = like.device.type
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
