@@ -4,10 +4,18 @@ from .adding import Adding
 from .base import SPLITS, Batch, Split, Task, TaskInfo, register_task, tasks
 from .copy import Copy, SelectiveCopy
 from .digits import Digits
+from .fashion_mnist import FashionMnistPixels, FashionMnistRows
+from .forecast import Forecast
+from .japanese_vowels import JapaneseVowels
+from .mnist import MnistPixels, MnistRows
 from .parity import Parity
 from .sources import sources
+from .spoken_digits import SpokenDigits
+from .text import Text
+from .text_file import TextFile
 
 __all__ = [
-    "SPLITS", "Adding", "Batch", "Copy", "Digits", "Parity", "SelectiveCopy", "Split", "Task", "TaskInfo",
-    "register_task", "sources", "tasks",
+    "SPLITS", "Adding", "Batch", "Copy", "Digits", "FashionMnistPixels", "FashionMnistRows", "Forecast",
+    "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Split", "SpokenDigits", "Task",
+    "TaskInfo", "Text", "TextFile", "register_task", "sources", "tasks",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pictures read as sequences, pixel by pixel (Le et al. 2015, arXiv:1504.00941, sec. 4.2) or row by row."""
+"""Sequential digits that come with scikit-learn: the data set for a quick run."""
 
 from __future__ import annotations
 
@@ -6,30 +6,12 @@ import gzip
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ..core import DataError
-from .base import Split, register_task, stream
-from .finite import Classify, Sequences, stratified, three
+from .base import Split, register_task
+from .finite import Sequences, stratified, three
+from .pictures import Pictures
 from .sources import DIGITS
-
-
-@dataclass(frozen=True)
-class Pictures(Classify):
-    """Square pictures as sequences of rows or of single pixels, top left to bottom right; values scaled to 0 .. 1."""
-
-    y_width = 10
-
-    def sequences(self, pictures: np.ndarray, y: np.ndarray, *, white: int, pixels: bool, permuted: bool) -> Sequences:
-        """pictures (N, side, side) uint8 with values up to `white`."""
-        count, side = pictures.shape[:2]
-        flat = pictures.reshape(count, side * side)
-        if permuted:
-            flat = flat[:, stream("permuted", side).permutation(side * side)]  # one order for all splits and runs
-        values = torch.from_numpy(np.ascontiguousarray(flat)).view(-1, 1 if pixels else side)
-        lengths = torch.full((count,), side * side if pixels else side)
-        scale = torch.tensor([1 / white])
-        return Sequences(values, lengths, torch.from_numpy(y.astype(np.int64)), torch.zeros(1), scale)
 
 
 @register_task

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import SPLITS, Batch, Split, Task, stream
@@ -16,45 +17,53 @@ from .base import SPLITS, Batch, Split, Task, stream
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """N sequences of D channels, packed end to end, with one answer each."""
+    """N sequences of D channels cut out of one long table of steps. Two sequences may share steps: windows do.
+
+    Each has one answer, asked at its last step; or, where `asked` is given, one at every step with `asked`, but for
+    the first `quiet` steps of a sequence, which are there as context.
+    """
 
     values: Tensor  # (steps, D), of any real dtype
+    starts: Tensor  # (N,)
     lengths: Tensor  # (N,)
-    y: Tensor  # (N,) class ids, or (N, E) float
+    y: Tensor  # class ids (N,), or numbers (N, E); where `asked` is given, (steps,) or (steps, E)
     shift: Tensor  # (D,) or (1,); x = (values - shift) * scale
     scale: Tensor
+    asked: Tensor | None = None  # (steps,) bool
+    quiet: Tensor | None = None  # (N,)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @staticmethod
     def of(rows: Sequence[np.ndarray], y: np.ndarray) -> Sequences:
-        """rows of (T_i, D)."""
+        """rows of (T_i, D), one answer each."""
         lengths = torch.tensor([len(row) for row in rows])
         values = torch.from_numpy(np.concatenate(rows).astype(np.float32))
-        return Sequences(values, lengths, torch.from_numpy(y), torch.zeros(1), torch.ones(1))
+        starts = lengths.cumsum(0) - lengths
+        return Sequences(values, starts, lengths, torch.from_numpy(y), torch.zeros(1), torch.ones(1))
 
-    def standardised(self, train: Sequences) -> Sequences:
-        """Each channel to mean 0 and variance 1 over the steps of `train`. A constant channel becomes 0."""
-        spread = train.values.double().std(0, correction=0)
+    def standardised(self, train: Tensor) -> Sequences:
+        """Each channel to mean 0 and variance 1 over the steps (steps, D) of `train`. A constant channel becomes 0."""
+        spread = train.double().std(0, correction=0)
         scale = torch.where(spread > 0, 1 / spread, 0).float()
-        return Sequences(self.values, self.lengths, self.y, train.values.double().mean(0).float(), scale)
+        return replace(self, shift=train.double().mean(0).float(), scale=scale)
 
     def select(self, rows: Tensor) -> Batch:
-        """The rows (B,) as a padded batch whose answer is asked at each row's last step."""
+        """The rows (B,) as one batch, padded with zeros."""
         lengths = self.lengths[rows]
-        longest = int(lengths.max()) if len(rows) else 0
-        time = torch.arange(longest)
+        time = torch.arange(int(lengths.max()) if len(rows) else 0)
         ended = time >= lengths[:, None]
         place = (self.starts[rows, None] + time).masked_fill(ended, 0)
         x = ((self.values[place].float() - self.shift) * self.scale).masked_fill(ended[..., None], 0)
-        y = self.y[rows, None].expand(len(rows), longest, *self.y.shape[1:])
-        weight = (time == lengths[:, None] - 1).float()
-        return Batch(x, y, weight, lengths if self.unequal else None)
-
-    @cached_property
-    def starts(self) -> Tensor:
-        return self.lengths.cumsum(0) - self.lengths
+        if self.asked is None:
+            y = self.y[rows, None].expand(len(rows), len(time), *self.y.shape[1:])
+            weight = time == lengths[:, None] - 1
+        else:
+            y, weight = self.y[place], self.asked[place] & ~ended
+            if self.quiet is not None:
+                weight &= time >= self.quiet[rows, None]
+        return Batch(x, y, weight.float(), lengths if self.unequal else None)
 
     @cached_property
     def unequal(self) -> bool:
@@ -109,7 +118,7 @@ class Classify(Finite):
 
     def baseline(self) -> float:
         """Accuracy of a ridge classifier: on all steps where lengths are equal and D T <= 1024, else on mean,
-        spread, first and last step of each channel and the length. No order of time is learned."""
+        spread, first and last step of each channel and the length. Its strength is chosen on the validation set."""
         return _ridge(self)
 
 
@@ -130,15 +139,23 @@ def _ridge(task: Classify) -> float:
             parts.append(torch.cat([mean, spread, batch.x[:, 0], last, count], 1))
         return torch.cat(parts)
 
-    train, test = task.rows("train"), task.rows("test")
-    f, g = features(train), features(test)
+    train = task.rows("train")
+    f = features(train)
     mean, spread = f.mean(0), f.std(0).clamp_min(1e-6)
-    f, g = (f - mean) / spread, (g - mean) / spread
-    target = torch.nn.functional.one_hot(train.y, task.y_width).float()
+    f = (f - mean) / spread
+    checked = [((features(rows) - mean) / spread, rows) for rows in (task.rows("validation"), task.rows("test"))]
+    target = F.one_hot(train.y, task.y_width).float()
     offset = target.mean(0)
-    gram = (f.T @ f).double() + 0.01 * len(f) * torch.eye(f.shape[1], dtype=torch.float64)
-    weights = torch.linalg.solve(gram, (f.T @ (target - offset)).double()).float()
-    return float(((g @ weights + offset).argmax(1) == test.y).float().mean())
+    gram, cross = (f.T @ f).double() / len(f), (f.T @ (target - offset)).double() / len(f)
+    best = -1.0
+    for strength in (0.01, 0.1, 1.0):
+        weights = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=torch.float64), cross).float()
+        right, score = (
+            float(((features @ weights + offset).argmax(1) == rows.y).float().mean()) for features, rows in checked
+        )
+        if right > best:
+            best, found = right, score
+    return found
 
 
 def stratified(y: np.ndarray, sizes: Sequence[int], key: str) -> list[np.ndarray]:

@@ -360,7 +360,7 @@ KJV = _register(
 STATSMODELS = _register(
     Source(
         name="statsmodels",
-        what="weekly CO2 at Mauna Loa 1958-2001 and monthly sunspots 1749-1983, from statsmodels",
+        what="weekly CO2 at Mauna Loa 1958-2001 and monthly sunspots 1749-2009, from statsmodels",
         licence="package BSD-3-Clause; both series are in the public domain",
         package="statsmodels",
         version="0.15.0",
