@@ -1,0 +1,502 @@
+"""fit: from an experiment to a trained model, its scores and a run directory that survives whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import (
+    DataError,
+    NumericError,
+    RecurrentLayer,
+    ResourceError,
+    StatewiseError,
+    UsageError,
+    detach,
+    leaves,
+    names,
+    read_json,
+    tree_map,
+    write_json,
+)
+from ..core.files import shown
+from ..tasks.base import Batch, Split
+from . import checkpoint
+from .checkpoint import Checkpoint
+from .experiment import Experiment, differences
+from .log import Log, TensorBoard
+from .optimise import Average, gradient_norm, learning_rate, make_optimizer, refuse_nonfinite
+from .signals import Stop, Stopped
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out. `score` is the task's metric on the test split, by the best weights of the validation split."""
+
+    metrics: dict[str, dict[str, float]]  # split -> name -> value
+    score: float
+    steps: int
+    parameters: int
+    seconds: float  # of training steps, over all resumptions
+    tokens_per_second: float
+    peak_memory: int  # bytes: of the process on a CPU, of tensors on a GPU
+    stopped: str  # "done", or "early" when the patience ran out
+
+
+def fit(
+    experiment: Experiment,
+    run: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "cpu",
+    resume: bool = True,
+    force: bool = False,
+    signals: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> Result:
+    """Train, evaluate on the validation split as it goes, and once at the end on the test split.
+
+    run: a directory for the log, the checkpoints and the result. With `resume` a stopped run goes on where its newest
+    whole checkpoint is, on a CPU with the same bits as if it had never stopped, and a finished run gives its result at
+    once; without, what is in the directory is removed. force: go on though the configuration differs.
+    device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
+    signals: SIGTERM and Ctrl-C finish the step, save and raise `Stopped` (main thread only).
+    on_event: called with every event of the log: dicts with "event", "step", and what belongs to it.
+
+    Raises UsageError (device, configuration, directory in use), DataError, ResourceError (disk, memory), NumericError
+    (a loss or gradient that is not finite; the last checkpoint stays), Stopped.
+    """
+    place = choose_device(device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([place] if place.type == "cuda" else [], device_type="cuda"))
+        folder = None if run is None else Path(run)
+        if folder is not None:
+            _make(folder)
+            stack.enter_context(checkpoint.locked(folder))
+            checkpoint.clean(folder)
+            done = _settle(folder, experiment, resume=resume, force=force)
+            if done is not None:
+                return done
+        events = stack.enter_context(Events(folder, on_event))
+        stop = stack.enter_context(Stop()) if signals else Stop()
+        training = Training(experiment, place, folder, events, stop)
+        try:
+            with _memory_named(training):
+                training.begin()
+                result = training.train()
+        except Stopped as error:
+            events.send("stopped", training.step, message=str(error), code=error.code)
+            raise
+        except Exception as error:
+            with contextlib.suppress(OSError):  # a full disk takes no last words
+                events.send("failed", training.step, message=str(error) or type(error).__name__, code=_code(error))
+            raise
+        if folder is not None:
+            write_json(folder / "result.json", {"key": experiment.key, **asdict(result)})
+        events.send("done", training.step, **asdict(result))
+        return result
+
+
+def read_result(run: str | os.PathLike[str]) -> Result:
+    """The result of a finished run. Raises DataError where there is none."""
+    record = read_json(Path(run) / "result.json")
+    try:
+        return Result(**{f.name: record[f.name] for f in fields(Result)})
+    except KeyError as error:
+        raise DataError(f"{shown(Path(run) / 'result.json')}: no entry {error}; not a result of this version") from None
+
+
+@dataclass
+class Training:
+    """One run in progress. Everything a checkpoint must hold is in its fields and in the generators of torch."""
+
+    experiment: Experiment
+    device: torch.device
+    run: Path | None
+    events: Events
+    stop: Stop
+
+    step: int = 0
+    evaluated: int = -1  # the step of the last finished evaluation
+    saved: tuple[int, int] = (-1, -1)  # step and evaluated of the last checkpoint
+    best: dict[str, Tensor] | None = None  # the weights with the best score
+    best_score: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    stale: int = 0  # evaluations since the best one
+    carried: Any = None  # the state at the end of the last batch, where the task carries
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def begin(self) -> None:
+        """Build the model and the optimiser, and go back to the newest checkpoint if there is one."""
+        train = self.experiment.train
+        torch.manual_seed(self.experiment.seed)
+        self.model: RecurrentLayer[Any] = checkpoint.build(self.experiment).to(self.device)
+        self.names = {p: name for name, p in self.model.named_parameters()}
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.model, train)
+        self.average = Average(self.model, train.ema) if train.ema else None
+        found, skipped = checkpoint.newest(self.run) if self.run else (None, [])
+        if found is not None:
+            self._restore(found)
+        self.first, self.clock = self.step, Clock(self.step)
+        size = sum(p.numel() for p in self.model.parameters())
+        self.events.send(
+            "start", self.step, steps=train.steps, parameters=size, key=self.experiment.key, skipped=skipped
+        )
+
+    def train(self) -> Result:
+        """Steps, evaluations and checkpoints, each where it is due, until the end, the patience or a signal."""
+        train = self.experiment.train
+        while True:
+            if self._due(train.evaluate_every) and self.evaluated != self.step:
+                self._evaluate_and_keep()
+            finished = self.step >= train.steps or bool(train.patience and self.stale >= train.patience)
+            if self.evaluated == self.step or finished or self._due(train.checkpoint_every):
+                self._save()
+            self._stop_if_asked()
+            if finished:
+                break
+            self._step()
+        test = self._evaluate("test")
+        seconds = max(self.seconds, 1e-9)
+        return Result(
+            metrics={"validation": self.best_metrics, "test": test},
+            score=test[self.experiment.task.metric],
+            steps=self.step,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            seconds=self.seconds,
+            tokens_per_second=self.tokens / seconds,
+            peak_memory=peak_memory(self.device),
+            stopped="done" if self.step >= train.steps else "early",
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.step > 0 and (self.step >= self.experiment.train.steps or bool(every and self.step % every == 0))
+
+    # ---- one step
+
+    def _step(self) -> None:
+        train, began = self.experiment.train, time.perf_counter()
+        rate = learning_rate(train, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = sum(self._backward(self.step * train.accumulate + i) for i in range(train.accumulate))
+        norm = gradient_norm(self.trained, train.clip)
+        loss_now, norm_now = torch.stack([torch.as_tensor(loss), norm.float()]).tolist()  # the one wait for the device
+        kept = f"step-{self.saved[0]} is kept" if self.saved[0] >= 0 else "no checkpoint yet"
+        advice = f"checkpoint: {kept}; try a lower train.lr, a smaller train.clip or a longer train.warmup"
+        refuse_nonfinite(loss_now, norm_now, self.model, self.step, advice)
+        self.optimizer.step()
+        if self.average:
+            self.average.update(self.model, self.step)
+        self.step += 1
+        self.seconds += time.perf_counter() - began
+        self._report(loss_now, norm_now, rate)
+
+    def _backward(self, index: int) -> Tensor:
+        """Gradients of one batch, added to those there are; returns its share of the loss."""
+        task, train = self.experiment.task, self.experiment.train
+        batch = task.batch(index, train.batch, seed=self.experiment.seed, split="train")
+        self.tokens += _tokens(batch)
+        batch = batch.to(self.device)
+        out, state = self._run(batch, self.carried)
+        loss = task.loss(out, batch) / train.accumulate
+        loss.backward()
+        if task.carries:
+            self.carried = detach(state)  # truncated back-propagation: the state goes on, its past does not
+        return loss.detach()
+
+    def _run(self, batch: Batch, state: Any) -> tuple[Tensor, Any]:
+        half = self.experiment.train.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+            found: tuple[Tensor, Any] = self.model(batch.x, state, reset=batch.reset, lengths=batch.lengths)
+        return found
+
+    def _report(self, loss: float, norm: float, rate: float) -> None:
+        train = self.experiment.train
+        every = max(1, min(train.evaluate_every or train.steps, train.steps) // 10)
+        self.clock.add(loss)
+        if self.step % every and self.clock.quiet() < 1.0 and self.step < train.steps:
+            return
+        mean, pace = self.clock.lap(self.step)
+        self.events.send(
+            "train",
+            self.step,
+            steps=train.steps,
+            loss=mean,
+            lr=rate,
+            gradient=norm,
+            tokens_per_second=self.tokens / max(self.seconds, 1e-9),
+            eta=(train.steps - self.step) * pace,
+        )
+
+    # ---- evaluation
+
+    def _evaluate_and_keep(self) -> None:
+        task = self.experiment.task
+        metrics = self._evaluate("validation", best=False)
+        score = metrics[task.metric]
+        old = self.best_score
+        better = old is None or (score > old if task.higher_is_better else score < old)
+        if better:
+            self.best_score, self.best_metrics, self.stale = score, metrics, 0
+            self.best = {name: t.detach().clone() for name, t in self._weights().items()}
+        else:
+            self.stale += 1
+        self.evaluated = self.step
+        self.events.send("evaluate", self.step, split="validation", score=score, metrics=metrics, best=better)
+
+    @torch.no_grad()
+    def _evaluate(self, split: Split, *, best: bool = True) -> dict[str, float]:
+        """Every batch of a split by the best weights so far, or by the present ones."""
+        task = self.experiment.task
+        totals: dict[str, tuple[float, float]] = {}
+        weights = self.best if best and self.best is not None else self._weights()
+        generators = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(generators, device_type="cuda"), self._using(weights):
+            state = None
+            for batch in task.batches(split):
+                if self.stop.received is not None:
+                    break
+                batch = batch.to(self.device)
+                fits = state is not None and len(leaves(state)[0]) == len(batch.x)
+                out, after = self._run(batch, state if fits else None)
+                state = after if task.carries and leaves(after) else None
+                for name, (value, count) in task.metrics(out.float(), batch).items():
+                    before = totals.get(name, (0.0, 0.0))
+                    totals[name] = (before[0] + value, before[1] + count)
+        self._stop_if_asked()  # out here, where the model has its own weights and generators again
+        found = {name: value / count if count else math.nan for name, (value, count) in totals.items()}
+        if not math.isfinite(found.get(task.metric, math.nan)):
+            raise NumericError(f"step {self.step}: {task.metric} on the {split} split is {found.get(task.metric)}; "
+                               "the outputs are not finite, or nothing is asked there")  # fmt: skip
+        return found
+
+    def _weights(self) -> dict[str, Tensor]:
+        return self.average.tensors if self.average else self.model.state_dict()
+
+    @contextlib.contextmanager
+    def _using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other weights and in evaluation mode; after it, as it was."""
+        own = self.model.state_dict()
+        raw = {name: t.clone() for name, t in own.items() if weights[name].data_ptr() != t.data_ptr()}
+        self.model.eval()
+        try:
+            _copy(own, weights)
+            yield
+        finally:
+            _copy(own, raw)
+            self.model.train()
+
+    # ---- checkpoints
+
+    def _save(self) -> None:
+        if self.run is None or self.saved == (self.step, self.evaluated):
+            return
+        path = checkpoint.save(self.run, self.step, self._content())
+        self.saved = (self.step, self.evaluated)
+        self.events.send("checkpoint", self.step, path=str(path.relative_to(self.run)), sync=True)
+
+    def _content(self) -> Checkpoint:
+        optim = {f"parameter.{name}": t for name, t in self.model.state_dict().items()}
+        optim |= checkpoint.optimizer_tensors(self.optimizer, self.names)
+        if self.average:
+            optim |= {f"average.{name}": t for name, t in self.average.tensors.items()}
+        if self.carried is not None:
+            optim |= {f"carried.{n}": t for n, t in zip(names(self.carried), leaves(self.carried), strict=True)}
+        optim["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            optim["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {name: getattr(self, name) for name in _COUNTERS}
+        state |= {"batches": self.step * self.experiment.train.accumulate, "key": self.experiment.key,
+                  "lr": self.optimizer.param_groups[0]["lr"], "threads": torch.get_num_threads()}  # fmt: skip
+        return Checkpoint(self.best or self._weights(), optim, state)
+
+    def _restore(self, found: Checkpoint) -> None:
+        where = shown(found.path or "checkpoint")
+        missing = [name for name in _COUNTERS if name not in found.state]
+        if missing:
+            raise DataError(f"{where}/state.json: no entry {missing[0]!r}; the checkpoint is of another version")
+        for name in _COUNTERS:
+            setattr(self, name, found.state[name])
+        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "average": {}, "carried": {}, "rng": {}}
+        for full, t in found.optim.items():
+            part, _, name = full.partition(".")
+            if part in parts:
+                parts[part][name] = t
+        checkpoint.load_weights(self.model, parts["parameter"], where)
+        checkpoint.restore_optimizer(self.optimizer, self.names, found.optim, where)
+        if self.best_score is not None:
+            self.best = {name: t.to(self.device) for name, t in found.model.items()}
+        if self.average and parts["average"]:
+            _copy(self.average.tensors, parts["average"])
+        if parts["carried"]:
+            like = self.model.initial_state(0)
+            saved = iter([parts["carried"][name] for name in names(like)])
+            self.carried = tree_map(lambda leaf: next(saved).to(self.device), like)
+        torch.set_rng_state(parts["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in parts["rng"]:
+            torch.cuda.set_rng_state(parts["rng"]["cuda"], self.device)
+        self.saved = (self.step, self.evaluated)
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.received is None:
+            return
+        self._save()
+        name = {2: "Ctrl-C", 15: "SIGTERM"}.get(self.stop.received, f"signal {self.stop.received}")
+        kept = f"saved in {shown(self.run)}; the same command goes on from there" if self.run else "nothing was saved"
+        raise Stopped(self.stop.received, f"stopped by {name} at step {self.step}; {kept}")
+
+
+_COUNTERS = ("step", "evaluated", "best_score", "best_metrics", "stale", "tokens", "seconds")
+
+
+class Clock:
+    """Mean loss since the last report and seconds per step since the start."""
+
+    def __init__(self, step: int):
+        self.first, self.began = step, time.monotonic()
+        self.last, self.losses, self.count = self.began, 0.0, 0
+
+    def add(self, loss: float) -> None:
+        self.losses, self.count = self.losses + loss, self.count + 1
+
+    def quiet(self) -> float:
+        return time.monotonic() - self.last
+
+    def lap(self, step: int) -> tuple[float, float]:
+        self.last, mean = time.monotonic(), self.losses / max(self.count, 1)
+        self.losses, self.count = 0.0, 0
+        return mean, (self.last - self.began) / max(step - self.first, 1)
+
+
+class Events:
+    """Sends events to the log, to TensorBoard and to the caller."""
+
+    def __init__(self, run: Path | None, on_event: Callable[[Event], None] | None):
+        self._log = Log(run / "log.jsonl") if run else None
+        self._board = TensorBoard(run / "tensorboard") if run else None
+        self._call = on_event
+
+    def send(self, event: str, step: int, *, sync: bool = False, **entries: Any) -> None:
+        record = {"event": event, "step": step, "time": time.time(), **entries}
+        if self._log:
+            self._log.write(record, sync=sync)
+        if self._board:
+            self._board.write(record)
+        if self._call:
+            self._call(record)
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._log:
+            self._log.close()
+        if self._board:
+            self._board.close()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name. Raises UsageError for a GPU that is not there: never a silent CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = str(name).partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
+        raise UsageError(f"device is {name!r}; takes auto, cpu, cuda, cuda:N")
+    there = torch.cuda.device_count() if kind == "cuda" else 0
+    if kind == "cuda" and int(number or 0) >= there:
+        raise UsageError(f"device {name!r} asked for, {there} CUDA devices found; use --device cpu or auto")
+    return torch.device(name)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the largest resident size of this process, or what tensors took of a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:  # getrusage counts the parent's size in
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+        import sys
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _make(folder: Path) -> None:
+    if folder.is_symlink() and not folder.exists():
+        raise DataError(f"{shown(folder)} is a link that leads nowhere or in a circle; expected a directory")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
+        raise DataError(f"cannot make the run directory {shown(folder)}: {reason}") from error
+
+
+def _settle(folder: Path, experiment: Experiment, *, resume: bool, force: bool) -> Result | None:
+    """Compare the directory with what is to run: record a new run, or give the result of a finished one."""
+    path, result = folder / "experiment.json", folder / "result.json"
+    record = experiment.record()
+    if not resume:
+        for old in (result, folder / "log.jsonl", path):
+            old.unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    elif path.exists():
+        found = list(differences(read_json(path), record))
+        if found and not force:
+            raise UsageError(
+                f"{shown(folder)} is a run of another configuration: {'; '.join(found[:10])}; "
+                "choose another run directory, start over with resume=False, or go on with force=True"
+            )
+        if not found and result.exists():
+            return read_result(folder)
+        result.unlink(missing_ok=True)
+    write_json(path, record)
+    return None
+
+
+def _tokens(batch: Batch) -> int:
+    return int(batch.x.shape[0] * batch.x.shape[1]) if batch.lengths is None else int(batch.lengths.sum())
+
+
+@torch.no_grad()
+def _copy(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    for name, t in source.items():
+        if to[name].data_ptr() != t.data_ptr():
+            to[name].copy_(t)
+
+
+@contextlib.contextmanager
+def _memory_named(training: Training) -> Iterator[None]:
+    """Out of memory as one clear line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).split("\n")[0]
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
+            raise
+        batch = training.experiment.train.batch
+        raise ResourceError(
+            f"step {training.step}: out of memory: {text[-120:]}; lower train.batch ({batch}), raise train.accumulate"
+        ) from error
+
+
+def _code(error: Exception) -> int:
+    return error.code if isinstance(error, StatewiseError) else 1
