@@ -52,7 +52,7 @@ class RecurrentLayer(nn.Module, abc.ABC, Generic[S]):
     ) -> tuple[Tensor, S]:
         """x (B, T, D)  ->  y (B, T, E) and the state after the last step. T = 0 and B = 0 are legal.
 
-        reset (B, T) bool: forget the past just before t.
+        reset (B, T) bool: forget the past just before t. Past a row's end it means nothing.
         lengths (B,) int: row b ends after lengths[b] steps; y is zero from there on, the state is the one at the end.
 
         Raises UsageError for shapes, dtypes, devices, states or lengths that do not fit.
@@ -87,9 +87,8 @@ class Cell(RecurrentLayer[S]):
         """transition over dim 1 of u, T >= 1. Override with an op call that gives the same, faster."""
         outs = []
         for t in range(_steps(u)):
-            if reset is not None:
-                state = where(reset[:, t], self.initial_state(len(reset)), state)
-            o, new = self.transition(tree_map(lambda leaf: leaf[:, t], u), state)  # noqa: B023
+            before = state if reset is None else where(reset[:, t], self.initial_state(len(reset)), state)
+            o, new = self.transition(tree_map(lambda leaf: leaf[:, t], u), before)  # noqa: B023
             state = new if lengths is None else where(t < lengths, new, state)
             outs.append(o)
         return tree_map(lambda *leaf: torch.stack(leaf, 1), *outs), state
@@ -129,9 +128,8 @@ def unroll(
         x = clear_past_end(x, lengths)
     ys = []
     for t, x_t in enumerate(x.unbind(1)):
-        if reset is not None:
-            state = where(reset[:, t], layer.initial_state(len(x)), state)
-        y, new = layer.step(x_t, state)
+        before = state if reset is None else where(reset[:, t], layer.initial_state(len(x)), state)
+        y, new = layer.step(x_t, before)
         state = new if lengths is None else where(t < lengths, new, state)
         ys.append(y)
     y = torch.stack(ys, 1)

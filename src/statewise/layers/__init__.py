@@ -1,8 +1,29 @@
 """One file per recurrent layer; importing this registers them all."""
 
+from .attention import Attention, AttentionState
 from .elman import Elman
 from .gru import GRULayer
 from .jordan import Jordan
+from .lru import LRU
 from .lstm import LSTMLayer, LSTMState
+from .min_gru import MinGRU
+from .min_lstm import MinLSTM
+from .reservoir import Reservoir
+from .s5 import S5
+from .short_conv import ShortConv
 
-__all__ = ["Elman", "GRULayer", "Jordan", "LSTMLayer", "LSTMState"]
+__all__ = [
+    "Attention",
+    "AttentionState",
+    "Elman",
+    "GRULayer",
+    "Jordan",
+    "LRU",
+    "LSTMLayer",
+    "LSTMState",
+    "MinGRU",
+    "MinLSTM",
+    "Reservoir",
+    "S5",
+    "ShortConv",
+]

@@ -1,0 +1,54 @@
+"""Ways to stack layers. Each model is a RecurrentLayer: it streams, resets and is checked as a layer is.
+
+Descriptions are frozen dataclasses with `build(x_width= or x_vocab=, y_width=)`: `Stack`, and `Forecasting` and
+`LanguageModel`, which hold a Stack. `descriptions` has them by name.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..core import RecurrentLayer
+from .classifier import Classifier, ClassifierState
+from .forecaster import Forecaster, Forecasting, forecast
+from .stack import Block, Residual, Stack
+from .token_model import LanguageModel, TokenModel, generate
+
+descriptions: dict[str, type] = {"stack": Stack, "forecasting": Forecasting, "language_model": LanguageModel}
+
+
+def examples() -> list[tuple[str, Callable[[], RecurrentLayer[Any]]]]:
+    """Tiny models of every kind, as (name, function that builds one), for the conformance suite."""
+
+    def stack(layer: str, **fields: Any) -> Callable[[], RecurrentLayer[Any]]:
+        return lambda: Stack(layer, width=4, **fields).build(x_width=3, y_width=2)
+
+    small = Stack("min_gru", width=4, depth=1)
+    return [
+        ("stack_min_gru", stack("min_gru")),
+        ("stack_gru_plain", stack("gru", depth=1, mlp=0.0, norm="none")),
+        ("stack_lru_layer_norm", stack("lru", norm="layer", mlp=1.0)),
+        ("stack_window_attention", stack("window_attention", depth=1, args={"window": 3, "heads": 2})),
+        ("stack_short_conv_dropout", stack("short_conv", depth=1, dropout=0.5)),
+        ("classifier", stack("min_lstm", depth=1, pool="mean")),
+        ("classifier_of_ids", lambda: Stack("s5", width=4, depth=1, pool="mean").build(x_vocab=5, y_width=2)),
+        ("forecaster", lambda: Forecasting(small).build(x_width=2, y_width=6)),
+        ("token_model_tied", lambda: LanguageModel(small).build(x_vocab=5, y_width=5)),
+        ("token_model", lambda: LanguageModel(small, tied=False).build(x_vocab=5, y_width=5)),
+    ]
+
+
+__all__ = [
+    "Block",
+    "Classifier",
+    "ClassifierState",
+    "Forecaster",
+    "Forecasting",
+    "LanguageModel",
+    "Residual",
+    "Stack",
+    "TokenModel",
+    "descriptions",
+    "examples",
+    "forecast",
+    "generate",
+]

@@ -1,0 +1,7 @@
+from .gated import GLU, GatedMLP
+from .initialisers import legs_normal, log_uniform, ring
+from .norms import RMSNorm
+from .rotary import rotate
+from .segments import positions, tail
+
+__all__ = ["GLU", "GatedMLP", "RMSNorm", "legs_normal", "log_uniform", "positions", "ring", "rotate", "tail"]

@@ -1,0 +1,140 @@
+"""Softmax attention (Vaswani et al. 2017, arXiv:1706.03762) over a window (Beltagy et al. 2020, arXiv:2004.05150)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core import RecurrentLayer, UsageError, check_input, clear_past_end, register_layer, wide
+from ..nn import positions, rotate, tail
+
+QUERIES = 128  # at least so many at a time, so that a narrow window does not make tiny products
+
+
+class AttentionState(NamedTuple):
+    k: Tensor  # (B, W-1, H, K) rotated keys, newest last, zero where there was none
+    v: Tensor  # (B, W-1, H, K) values
+    seen: Tensor  # (B,) int64 steps since the start or the last reset
+
+
+def _sized(window: int) -> Any:
+    def sized(width: int) -> dict[str, int]:
+        heads = next(h for h in (8, 4, 2, 1) if h == 1 or (width % h == 0 and width // h >= 16))
+        return dict(width=width, heads=heads, window=window)
+
+    return sized
+
+
+@register_layer(
+    "attention",
+    paper="arXiv:1706.03762",
+    examples=[dict(width=4, heads=2, window=16)],
+    sized=_sized(1024),
+)
+@register_layer(
+    "window_attention",
+    paper="arXiv:2004.05150",
+    examples=[dict(width=4, heads=2, window=3), dict(width=3, heads=1, window=1)],
+    sized=_sized(64),
+)
+class Attention(RecurrentLayer[AttentionState]):
+    """y_t = W_o sum_s softmax_s(q_t . k_s / sqrt(K)) v_s over t - W < s <= t, per head, q and k rotated by position.
+
+    Each step attends to itself and to at most the W - 1 before it. Nothing unbounded streams, so full attention is this
+    layer with a window as long as the longest context: `attention` is registered with W = 1024, `window_attention` with
+    W = 64. Positions are relative (rotary), so a stream may go on for ever. A reset hides all that came before it.
+    Time and memory grow as T (W + 128) for long T, never as T^2.
+
+    A step whose key or value is not finite makes NaN of every answer that sees it, and of no other.
+    Raises UsageError if heads do not divide width. Linear maps start as in torch.nn.Linear.
+    """
+
+    def __init__(self, width: int, *, heads: int, window: int):
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise UsageError(f"Attention: width {width} is not a multiple of heads {heads}")
+        if window < 1:
+            raise UsageError(f"Attention: window {window}; expected at least 1")
+        self.width = self.out_width = width
+        self.heads, self.window = heads, window
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def initial_state(self, batch: int) -> AttentionState:
+        weight = self.out.weight
+        shape = (batch, self.window - 1, self.heads, self.width // self.heads)
+        past = weight.new_zeros(shape, dtype=wide(weight.dtype))
+        return AttentionState(past, past, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        *,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionState]:
+        check_input(self, x, state, reset, lengths)
+        if x.shape[1] == 0:
+            return x, self.initial_state(len(x)) if state is None else state
+        if lengths is None:
+            return self._attend(x, state, reset, None)
+        lengths = lengths.to(x.device)
+        y, state = self._attend(clear_past_end(x, lengths), state, reset, lengths)
+        return clear_past_end(y, lengths), state
+
+    def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        y, state = self._attend(x[:, None], state, None, None)
+        return y[:, 0], state
+
+    def _attend(
+        self, x: Tensor, state: AttentionState | None, reset: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, AttentionState]:
+        steps, past = x.shape[1], self.window - 1
+        fresh = state is None
+        state = self.initial_state(len(x)) if state is None else state
+        position = positions(state.seen, steps, reset)  # (B, T)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (B, T, H, K) each
+        dtype, high = v.dtype, state.v.dtype
+        q, k = rotate(q.to(high), position), rotate(k.to(high), position)
+        k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v.to(high)], 1)  # time t stands at t + W - 1
+        visible = position.clamp(max=past)  # (B, T) how many earlier steps each query sees
+        y = self._windows(q.to(dtype), k.to(dtype), v.to(dtype), visible, causal=fresh and reset is None)
+        y = self.out(y.flatten(-2)).to(x.dtype)
+        return y, self._after(k, v, state.seen, position, lengths)
+
+    def _windows(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, causal: bool) -> Tensor:
+        """q (B, T, H, K), k, v (B, W-1+T, H, K), visible (B, T) -> (B, T, H, K). causal: nothing is in the cache."""
+        steps, past = q.shape[1], self.window - 1
+        bad = ~(k.isfinite() & v.isfinite()).flatten(2).all(-1)  # (B, W-1+T)
+        k, v = k.masked_fill(bad[..., None, None], 0), v.masked_fill(bad[..., None, None], 0)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, K)
+        if causal and steps <= self.window:
+            y = F.scaled_dot_product_attention(q, k[:, :, past:], v[:, :, past:], is_causal=True)
+        else:
+            blocks, size = [], max(self.window, QUERIES)
+            for start in range(0, steps, size):
+                stop = min(start + size, steps)
+                at = torch.arange(start, stop, device=q.device)[:, None] + past
+                key = torch.arange(start, stop + past, device=q.device)
+                see = (key <= at) & (key >= at - visible[:, start:stop, None])  # (B, queries, keys)
+                span = slice(start, stop + past)
+                blocks.append(
+                    F.scaled_dot_product_attention(
+                        q[:, :, start:stop], k[:, :, span], v[:, :, span], attn_mask=see[:, None]
+                    )
+                )
+            y = torch.cat(blocks, 2)
+        count = F.pad(bad.cumsum(1), (1, 0))  # bad keys before each
+        seen_bad = count[:, past + 1 :] - count.gather(1, torch.arange(steps, device=q.device) + past - visible)
+        return y.transpose(1, 2).masked_fill((seen_bad > 0)[..., None, None], torch.nan)
+
+    def _after(self, k: Tensor, v: Tensor, seen: Tensor, position: Tensor, lengths: Tensor | None) -> AttentionState:
+        past = self.window - 1
+        seen = tail(torch.cat([seen[:, None], position + 1], 1), 1, lengths)[:, 0]
+        gone = torch.arange(past, device=k.device) < past - seen[:, None]  # from before the last reset
+        k, v = (tail(z, past, lengths).masked_fill(gone[..., None, None], 0) for z in (k, v))
+        return AttentionState(k, v, seen)

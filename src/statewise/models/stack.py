@@ -1,0 +1,200 @@
+"""The backbone of every model here: recurrent layers with skips between an embedding and a head."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import layers as _register_all  # noqa: F401
+from ..core import RecurrentLayer, Traits, UsageError, check_input, clear_past_end, layers, near
+from ..nn import GLU, GatedMLP, RMSNorm
+from .classifier import Classifier
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "rms": RMSNorm,
+    "layer": nn.LayerNorm,
+    "none": lambda width: nn.Identity(),
+}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Describes a residual stack of `depth` copies of one registered layer; `build` makes it for a task's widths.
+
+    args override the layer's own `sized(width)` arguments. mlp is the expansion of the gated MLP after each layer, 0
+    for none. pool="mean" answers with the running mean of the outputs (`Classifier`), "none" with the outputs.
+    Every field is a number, a registry name or a mapping of those, so a description can be written down as JSON.
+    """
+
+    layer: str = "gru"
+    width: int = 64
+    depth: int = 2
+    args: Mapping[str, Any] = field(default_factory=dict)
+    mlp: float = 2.0
+    norm: str = "rms"
+    dropout: float = 0.0
+    pool: Literal["none", "mean"] = "none"
+
+    def build(self, *, x_width: int | None = None, x_vocab: int | None = None, y_width: int) -> RecurrentLayer[Any]:
+        """A model from x (B, T, x_width), or ids (B, T) below x_vocab, to y (B, T, y_width), on torch's generator.
+
+        Raises UsageError for a field out of range, Unknown for a layer that no registry holds.
+        """
+        self.check()
+        if self.pool not in ("none", "mean"):
+            raise UsageError(f"Stack: pool {self.pool!r}; expected 'none' or 'mean'")
+        model = Residual(embedding(self.width, x_width, x_vocab), self.blocks(), self.final(y_width))
+        return Classifier(model) if self.pool == "mean" else model
+
+    def check(self) -> None:
+        """Raise UsageError unless every field is in range."""
+        for name, low in (("width", 1), ("depth", 1), ("mlp", 0)):
+            value = getattr(self, name)
+            if not low <= value < math.inf:
+                raise UsageError(f"Stack: {name} {value}; expected at least {low}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"Stack: dropout {self.dropout}; expected at least 0 and below 1")
+        if self.norm not in NORMS:
+            raise UsageError(f"Stack: unknown norm {self.norm!r}; {near(self.norm, NORMS)}")
+        self._arguments()
+
+    def blocks(self) -> list[Block]:
+        """depth blocks of the described layer."""
+        return [self._block() for _ in range(self.depth)]
+
+    def final(self, y_width: int) -> nn.Module:
+        """The last norm and the linear head."""
+        return nn.Sequential(NORMS[self.norm](self.width), nn.Linear(self.width, y_width))
+
+    def _block(self) -> Block:
+        layer = layers[self.layer].cls(**self._arguments())
+        mlp = GatedMLP(self.width, round(self.width * self.mlp)) if self.mlp else None
+        norms = [NORMS[self.norm](self.width) for _ in range(1 if mlp is None else 2)]
+        block = Block(layer, norms, mlp, dropout=self.dropout)
+        with torch.no_grad():  # the sum of all branches starts with the variance of one
+            for linear in block.last_maps():
+                linear.weight /= math.sqrt(self.depth * len(norms))
+        return block
+
+    def _arguments(self) -> dict[str, Any]:
+        info = layers[self.layer]
+        known = [name for name in inspect.signature(info.cls).parameters if name != "width"]
+        for name in self.args:
+            if name == "width":
+                raise UsageError(f"Stack: args may not set the width of {self.layer}; set the width of the stack")
+            if name not in known:
+                raise UsageError(f"Stack: {self.layer} has no argument {name!r}; {near(name, known)}")
+        return {**info.sized(self.width), **self.args}
+
+
+class Block(RecurrentLayer[Any]):
+    """x + W layer(norm(x)), then x + mlp(norm(x)); the state is the layer's.
+
+    A layer that is linear in its input (LRU, S5, short convolution) is followed by GELU and a gated linear unit in
+    place of W, as in the blocks of its paper. norms: one for the layer, one more if there is an mlp. Dropout acts on
+    what each branch adds, in training mode only.
+    """
+
+    def __init__(
+        self, layer: RecurrentLayer[Any], norms: list[nn.Module], mlp: GatedMLP | None, *, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.width = self.out_width = layer.width
+        self.traits = Traits(resets=layer.traits.resets)
+        self.norms, self.layer, self.mlp = nn.ModuleList(norms), layer, mlp
+        back = GLU if layer.traits.linear_in_input else nn.Linear
+        self.back = back(layer.out_width, layer.width)
+        self.dropout = nn.Dropout(dropout)
+
+    def last_maps(self) -> list[nn.Linear]:
+        """The linear maps whose outputs are added to x."""
+        back = self.back.out if isinstance(self.back, GLU) else self.back
+        return [back] if self.mlp is None else [back, self.mlp.out]
+
+    def initial_state(self, batch: int) -> Any:
+        return self.layer.initial_state(batch)
+
+    def forward(
+        self, x: Tensor, state: Any = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        y, state = self.layer(self.norms[0](x), state, reset=reset, lengths=lengths)
+        x = self._add(x, y)
+        return (x if lengths is None else clear_past_end(x, lengths)), state
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.layer.step(self.norms[0](x), state)
+        return self._add(x, y), state
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.dropout(self.back(y))
+        return x if self.mlp is None else x + self.dropout(self.mlp(self.norms[1](x)))
+
+
+class Residual(RecurrentLayer[tuple[Any, ...]]):
+    """embed -> blocks -> head, where embed and head act on each time alone. A model is a layer.
+
+    The state is the tuple of the blocks' states. Under autocast the sum that runs through the blocks stays in the
+    dtype of the parameters. y has the dtype of x, or of the parameters where x is ids.
+    """
+
+    def __init__(self, embed: nn.Linear | nn.Embedding, blocks: list[Block], head: nn.Module):
+        super().__init__()
+        self.vocab = embed.num_embeddings if isinstance(embed, nn.Embedding) else None
+        self.width = self.vocab or embed.in_features
+        self.traits = Traits(resets=all(block.traits.resets for block in blocks))
+        self.embed, self.blocks, self.head = embed, nn.ModuleList(blocks), head
+        last = [m for m in head.modules() if isinstance(m, nn.Linear)]
+        self.out_width = last[-1].out_features if last else blocks[-1].width
+
+    def initial_state(self, batch: int) -> tuple[Any, ...]:
+        return tuple(block.initial_state(batch) for block in self.blocks)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: tuple[Any, ...] | None = None,
+        *,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        check_input(self, x, state, reset, lengths)
+        states = (None,) * len(self.blocks) if state is None else state
+        if lengths is not None:
+            lengths = lengths.to(x.device)
+            x = clear_past_end(x, lengths)
+        h, after = self._embed(x), []
+        for block, before in zip(self.blocks, states, strict=True):
+            h, new = block(h, before, reset=reset, lengths=lengths)
+            after.append(new)
+        y = self._head(h, x)
+        return (y if lengths is None else clear_past_end(y, lengths)), tuple(after)
+
+    def step(self, x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        h, after = self._embed(x), []
+        for block, before in zip(self.blocks, state, strict=True):
+            h, new = block.step(h, before)
+            after.append(new)
+        return self._head(h, x), tuple(after)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        return self.embed(x).to(self.embed.weight.dtype)
+
+    def _head(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.head(h).to(x.dtype if x.is_floating_point() else h.dtype)
+
+
+def embedding(width: int, x_width: int | None, x_vocab: int | None) -> nn.Linear | nn.Embedding:
+    """What brings x to `width`: a linear map of numbers or a table of ids, Gaussian with variance 1 / width."""
+    if (x_width is None) == (x_vocab is None):
+        raise UsageError(f"build: x_width {x_width} and x_vocab {x_vocab}; expected exactly one of them")
+    if x_vocab is None:
+        return nn.Linear(x_width, width)
+    table = nn.Embedding(x_vocab, width)
+    nn.init.normal_(table.weight, std=width**-0.5)  # so that a tied head starts with logits of order one
+    return table

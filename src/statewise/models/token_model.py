@@ -1,0 +1,102 @@
+"""Autoregressive models of ids: text as bytes, symbols, tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core import RecurrentLayer, Traits, UsageError, clear_past_end
+from .stack import Residual, Stack, embedding
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Describes a TokenModel on a Stack. tied: the logits are products with the embedding."""
+
+    stack: Stack = field(default_factory=Stack)
+    tied: bool = True
+
+    def build(self, *, x_width: int | None = None, x_vocab: int | None = None, y_width: int) -> TokenModel:
+        """A model from ids (B, T) below x_vocab to logits (B, T, x_vocab). Raises UsageError where widths differ."""
+        if x_vocab is None or x_width is not None or y_width != x_vocab:
+            raise UsageError(
+                f"LanguageModel: x_width {x_width}, x_vocab {x_vocab}, y_width {y_width}; expected x_vocab = y_width"
+            )
+        self.stack.check()
+        if self.stack.pool != "none":
+            raise UsageError(f"LanguageModel: pool {self.stack.pool!r}; expected 'none'")
+        norm, head = self.stack.final(x_vocab)
+        body = Residual(embedding(self.stack.width, None, x_vocab), self.stack.blocks(), norm)
+        return TokenModel(body, None if self.tied else head)
+
+
+class TokenModel(RecurrentLayer[Any]):
+    """logits_t = W features(x)_t, where W is the embedding itself if head is None. Its state is the body's."""
+
+    def __init__(self, body: Residual, head: nn.Linear | None):
+        super().__init__()
+        self.width, self.vocab = body.width, body.vocab
+        self.traits = Traits(resets=body.traits.resets)
+        self.body, self.head = body, head
+        self.out_width = body.width if head is None else head.out_features
+
+    def initial_state(self, batch: int) -> Any:
+        return self.body.initial_state(batch)
+
+    def forward(
+        self, x: Tensor, state: Any = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        h, state = self.body(x, state, reset=reset, lengths=lengths)
+        y = self._logits(h)
+        return (y if lengths is None else clear_past_end(y, lengths.to(x.device))), state
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        h, state = self.body.step(x, state)
+        return self._logits(h), state
+
+    def _logits(self, h: Tensor) -> Tensor:
+        y = F.linear(h, self.body.embed.weight) if self.head is None else self.head(h)
+        return y.to(h.dtype)
+
+
+@torch.no_grad()
+def generate(
+    model: RecurrentLayer[Any],
+    prompt: Tensor,
+    steps: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    rng: torch.Generator | None = None,
+) -> Tensor:
+    """Continue prompt (B, T) ids, T >= 1, by `steps` ids drawn one by one: (B, steps), in constant memory.
+
+    temperature 0 takes the likeliest id; top_k draws among that many. rng must be given unless temperature is 0.
+    Uses forward on the prompt and step from there, so any layer from ids to logits will do.
+    """
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise UsageError(f"generate: prompt has shape {tuple(prompt.shape)}; expected (B, T) with T >= 1")
+    if not temperature >= 0 or (top_k is not None and top_k < 1):
+        raise UsageError(f"generate: temperature {temperature}, top_k {top_k}; expected >= 0 and >= 1")
+    if temperature > 0 and rng is None:
+        raise UsageError("generate: sampling needs a generator: rng=torch.Generator().manual_seed(0)")
+    y, state = model(prompt)
+    logits, ids = y[:, -1], []
+    for n in range(steps):
+        ids.append(_draw(logits.float(), temperature, top_k, rng).to(prompt.dtype))
+        if n + 1 < steps:
+            logits, state = model.step(ids[-1], state)
+    return torch.stack(ids, 1) if ids else prompt[:, :0]
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, rng: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]

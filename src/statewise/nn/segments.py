@@ -1,0 +1,34 @@
+"""Book-keeping along time, for layers whose state is a window of the past."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def positions(seen: Tensor, steps: int, reset: Tensor | None) -> Tensor:
+    """How many steps lie between the start of its segment and each t: (B, T) int64.
+
+    seen (B,) int64: steps before t = 0; reset (B, T) bool begins a segment at t.
+
+    >>> positions(torch.tensor([5]), 4, torch.tensor([[False, False, True, False]])).tolist()
+    [[5, 6, 0, 1]]
+    """
+    t = torch.arange(steps, device=seen.device)
+    start = -seen[:, None]
+    if reset is not None:
+        start = torch.where(reset, t, start).cummax(1).values
+    return t - start
+
+
+def tail(seen: Tensor, size: int, lengths: Tensor | None) -> Tensor:
+    """The last `size` entries of rows that end at size + lengths[b]: seen (B, size + T, ...) -> (B, size, ...).
+
+    >>> tail(torch.tensor([[1, 2, 3, 4, 5]]), 2, torch.tensor([1])).tolist()
+    [[2, 3]]
+    """
+    if lengths is None:
+        return seen[:, seen.shape[1] - size :]
+    at = lengths[:, None] + torch.arange(size, device=seen.device)
+    at = at.view(*at.shape, *[1] * (seen.ndim - 2)).expand(-1, -1, *seen.shape[2:])
+    return seen.gather(1, at)
