@@ -6,10 +6,10 @@ from a results folder without training anything.
 
 from .page import write_page
 from .picture import write_picture
-from .summary import Row, leaderboard, percentile, read_comparison, show_bytes, show_count, show_score, show_time
+from .summary import FORMAT, Row, leaderboard, read_comparison, show_bytes, show_count, show_score, show_time
 from .tables import write_csv, write_markdown
 
 __all__ = [
-    "Row", "leaderboard", "percentile", "read_comparison", "show_bytes", "show_count", "show_score", "show_time",
+    "FORMAT", "Row", "leaderboard", "read_comparison", "show_bytes", "show_count", "show_score", "show_time",
     "write_csv", "write_markdown", "write_page", "write_picture",
 ]  # fmt: skip

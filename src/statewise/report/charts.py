@@ -67,7 +67,14 @@ class Guide:
 
 
 def curves(
-    lines: Sequence[Curve], guides: Sequence[Guide], *, title: str, x_label: str, y_label: str, show_x: Show, show_y: Show
+    lines: Sequence[Curve],
+    guides: Sequence[Guide],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    show_x: Show,
+    show_y: Show,
 ) -> str:
     """Mean over seeds as a line, smallest to largest seed as a band, chance and baseline as dashed lines."""
     width, height, left, right, top, bottom = 480, 320, 58, 92, 14, 48
@@ -136,7 +143,9 @@ def plane(
     return drawn(width, height, title, f"{y_label} against {x_label}. {said}.", parts)
 
 
-def strip(scores: Sequence[float], index: int | None, *, worst: float, best: float, guides: Sequence[Guide], words: str) -> str:
+def strip(
+    scores: Sequence[float], index: int | None, *, worst: float, best: float, guides: Sequence[Guide], words: str
+) -> str:
     """One line of the leaderboard: a bar from chance to the mean, a dot for each seed, a notch at every guide."""
     width, height, middle = 168, 22, 11
     place = Axis(min(worst, best), max(worst, best), 4, width - 6)
@@ -167,20 +176,30 @@ def marker(index: int, x: float, y: float, size: float = 5) -> str:
     if kind == 0:
         return f'<circle class="mark" cx="{x}" cy="{y}" r="{s}"/>'
     if kind == 1:
-        return f'<rect class="mark" x="{x - s + 0.5:.1f}" y="{y - s + 0.5:.1f}" width="{2 * s - 1}" height="{2 * s - 1}"/>'
+        return (
+            f'<rect class="mark" x="{x - s + 0.5:.1f}" y="{y - s + 0.5:.1f}" width="{2 * s - 1}" height="{2 * s - 1}"/>'
+        )
     if kind == 2:
         return f'<polygon class="mark" points="{x},{y - s - 1:.1f} {x + s + 0.6:.1f},{y + s - 1:.1f} {x - s - 0.6:.1f},{y + s - 1:.1f}"/>'
     return f'<polygon class="mark" points="{x},{y - s - 1.4:.1f} {x + s + 1.4:.1f},{y} {x},{y + s + 1.4:.1f} {x - s - 1.4:.1f},{y}"/>'
 
 
-def _frame(x: Axis, y: Axis, show_x: Show, show_y: Show, x_label: str, y_label: str, width: int, height: int, bottom: int) -> str:
+def _frame(
+    x: Axis, y: Axis, show_x: Show, show_y: Show, x_label: str, y_label: str, width: int, height: int, bottom: int
+) -> str:
     parts = []
     for v in y.ticks(5):
         parts.append(f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{y(v)}" y2="{y(v)}"/>')
-        parts.append(f'<text class="tick" text-anchor="end" x="{x.start - 8}" y="{y(v) + 4:.1f}">{escape(show_y(v))}</text>')
+        parts.append(
+            f'<text class="tick" text-anchor="end" x="{x.start - 8}" y="{y(v) + 4:.1f}">{escape(show_y(v))}</text>'
+        )
     for v in x.ticks(4):
-        parts.append(f'<line class="tickmark" x1="{x(v)}" x2="{x(v)}" y1="{height - bottom}" y2="{height - bottom + 4}"/>')
-        parts.append(f'<text class="tick" text-anchor="middle" x="{x(v)}" y="{height - bottom + 18}">{escape(show_x(v))}</text>')
+        parts.append(
+            f'<line class="tickmark" x1="{x(v)}" x2="{x(v)}" y1="{height - bottom}" y2="{height - bottom + 4}"/>'
+        )
+        parts.append(
+            f'<text class="tick" text-anchor="middle" x="{x(v)}" y="{height - bottom + 18}">{escape(show_x(v))}</text>'
+        )
     parts.append(f'<line class="axis" x1="{x.start}" x2="{x.end}" y1="{height - bottom}" y2="{height - bottom}"/>')
     middle = (x.start + x.end) / 2
     parts.append(f'<text class="name" text-anchor="middle" x="{middle}" y="{height - 8}">{escape(x_label)}</text>')

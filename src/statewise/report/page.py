@@ -30,8 +30,12 @@ def write_page(comparison: Comparison, path: Path) -> None:
     try:
         import jinja2
     except ImportError:
-        raise UsageError("the HTML report needs jinja2: pip install 'statewise[plots]', then run the same again") from None
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        raise UsageError(
+            "the HTML report needs jinja2: pip install 'statewise[plots]', then run the same again"
+        ) from None
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
     safe = jinja2.utils.markupsafe.Markup  # only for what this package drew itself, with every name escaped
     page = template.render(
@@ -188,7 +192,12 @@ def _board(comparison: Comparison, safe: Any) -> dict[str, Any]:
         cells = [
             ("parameters", row.parameters, show_count(row.parameters), ""),
             ("training tokens/s", row.tokens_per_second, show_count(row.tokens_per_second), ""),
-            ("streaming step", row.latency, show_time(row.latency), f"p95 {show_time(row.latency_p95)}" if row.latency_p95 else ""),
+            (
+                "streaming step",
+                row.latency,
+                show_time(row.latency),
+                f"p95 {show_time(row.latency_p95)}" if row.latency_p95 else "",
+            ),
             ("state", row.state_bytes, show_bytes(row.state_bytes), ""),
             ("peak memory", row.peak_memory, show_bytes(row.peak_memory), ""),
             ("training time", row.seconds, show_time(row.seconds), ""),
@@ -240,13 +249,24 @@ def _pictures(comparison: Comparison, safe: Any) -> dict[str, Any]:
     curve_charts = []
     for against, x_label, caption, show_x in (
         ("step", "training step", "By step: what each layer learns from the same examples.", show_count),
-        ("seconds", "seconds of training", "By time: the same runs against the seconds they took on this machine.", show_count),
+        (
+            "seconds",
+            "seconds of training",
+            "By time: the same runs against the seconds they took on this machine.",
+            show_count,
+        ),
     ):
         lines = curves_of(comparison, against)
         if lines:
-            svg = charts.curves(lines, guides, title=caption, x_label=x_label, y_label=label, show_x=show_x, show_y=show)
+            svg = charts.curves(
+                lines, guides, title=caption, x_label=x_label, y_label=label, show_x=show_x, show_y=show
+            )
             curve_charts.append({"svg": safe(svg), "caption": caption})
-    return {"curve_charts": curve_charts, "cost_charts": _cost_charts(comparison, safe, show), **_examples(comparison, safe)}
+    return {
+        "curve_charts": curve_charts,
+        "cost_charts": _cost_charts(comparison, safe, show),
+        **_examples(comparison, safe),
+    }
 
 
 def _cost_charts(comparison: Comparison, safe: Any, show: charts.Show) -> list[dict[str, Any]]:
@@ -280,7 +300,9 @@ def _examples(comparison: Comparison, safe: Any) -> dict[str, Any]:
         elif len(e["rows"][0]) > 3:
             shown["image"] = drawing.heat(e["rows"])
             shown["alt"] = f"Example {i + 1}: {len(e['rows'])} steps of {len(e['rows'][0])} channels; {e['answer']}"
-            note = "Time runs to the right, one row per channel; orange is above zero, blue below, paler is nearer zero."
+            note = (
+                "Time runs to the right, one row per channel; orange is above zero, blue below, paler is nearer zero."
+            )
         else:
             shown["svg"] = safe(_little_lines(e["rows"], e["answer"]))
             note = "Time runs to the right, one line per channel."
@@ -299,4 +321,3 @@ def _little_lines(rows: Sequence[Sequence[float]], words: str) -> str:
         for c in range(len(rows[0]))
     )
     return charts.drawn(width, height, f"Example of {len(rows)} steps", words, [lines])
-

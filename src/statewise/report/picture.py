@@ -42,7 +42,12 @@ def write_picture(comparison: Comparison, path: Path) -> None:
             f'<text x="{left + 124}" y="{y}"><tspan class="b">{show_score(row.mean, metric)}</tspan>'
             f'<tspan class="soft" dx="6">{show_spread(row.sd, metric)}</tspan></text>'
         )
-        texts = (show_count(row.parameters), show_count(row.tokens_per_second), show_time(row.latency), show_bytes(row.state_bytes))
+        texts = (
+            show_count(row.parameters),
+            show_count(row.tokens_per_second),
+            show_time(row.latency),
+            show_bytes(row.state_bytes),
+        )
         parts += [f'<text text-anchor="end" x="{x}" y="{y}">{t}</text>' for t, (_, x) in zip(texts, columns)]
     chart = charts.curves(
         curves_of(comparison, "step"), guides_of(comparison), title="Learning curves", x_label="training step",
@@ -63,5 +68,7 @@ def _variables() -> str:
     """The colours and the chart rules of the page's style sheet, which the picture shares."""
     css = (HERE / "page.css").read_text(encoding="utf-8")
     colours = css[: css.index("@media print")]
-    rules = re.findall(r"^(?:\.s\d.*|\.mark.*|\.chart .*|line\.grid.*|\.line\{.*|\.band\{.*|\.guide.*)$", css, re.MULTILINE)
+    rules = re.findall(
+        r"^(?:\.s\d.*|\.mark.*|\.chart .*|line\.grid.*|\.line\{.*|\.band\{.*|\.guide.*)$", css, re.MULTILINE
+    )
     return colours + "\n".join(rules)

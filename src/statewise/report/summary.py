@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,9 @@ def read_comparison(out: Path) -> Comparison:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as why:
-        raise DataError(f"{path}: no readable comparison ({why}); expected a folder made by `statewise compare`") from why
+        raise DataError(
+            f"{path}: no readable comparison ({why}); expected a folder made by `statewise compare`"
+        ) from why
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise DataError(f"{path}: expected a comparison of format {FORMAT}; make it again with `statewise compare`")
     return found
@@ -108,15 +109,6 @@ def _row(index: int, entry: dict[str, Any]) -> Row:
         reasons=tuple(dict.fromkeys(r for r in reasons if r)),
         cells=cells,
     )
-
-
-def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile, linear between neighbours. q in [0, 100]; values not empty."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * q / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def show_score(value: float | None, metric: str) -> str:

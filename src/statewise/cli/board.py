@@ -1,0 +1,155 @@
+"""What `compare` shows: the runs in progress, and the leaderboard."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ..report import leaderboard, show_bytes, show_count, show_score, show_time
+from ..report.summary import show_spread
+from .show import console
+
+if TYPE_CHECKING:
+    from ..comparing import Cell, Plan
+
+WIDTH = 100  # columns of the leaderboard where the output is not a terminal
+
+
+class Progress:
+    """A line per running cell and a bar over all on a terminal; a line per beginning and end elsewhere."""
+
+    def __init__(self, plan: Plan, out: Path, workers: int):
+        self.total, self.metric = plan.count(), plan.base.task.metric
+        self.steps = plan.base.train.steps
+        self.ended = self.kept = self.trained = 0
+        self.began = time.monotonic()
+        self.running: dict[str, tuple[Cell, dict[str, Any]]] = {}
+        self.live: Live | None = None
+        self.words = (
+            f"{plan.base.task.name}: {len(plan.layers)} layers x {plan.seeds} seeds, {self.steps} steps each, "
+            f"{workers} at a time -> {out}"
+        )
+
+    def __enter__(self) -> Progress:
+        print(self.words, flush=True)
+        if sys.stdout.isatty():
+            self.live = Live(self._draw(), console=console(), refresh_per_second=4, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live:
+            self.live.stop()
+        if kind is None and self.kept:
+            print(f"{self.kept} of {self.total} runs were finished before and kept", flush=True)
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        cell, kind = event["cell"], event["event"]
+        if kind == "start":
+            self.running[cell.key] = (cell, {})
+        elif kind == "progress":
+            self.running[cell.key] = (cell, event["record"])
+        elif kind == "retry":
+            self.running.pop(cell.key, None)
+            self._say(f"{cell.name}: {event['reason']}; going on from its last checkpoint")
+        else:
+            self.running.pop(cell.key, None)
+            self.ended += 1
+            self.kept += kind == "kept"
+            self.trained += kind in ("done", "failed")
+            if kind == "done":
+                row = event["row"]
+                took = f"in {show_time(row['seconds'])}, {show_count(row['tokens_per_second'])} tokens/s"
+                self._say(f"{self._count()} {cell.name}: {self.metric} {show_score(row['score'], self.metric)} {took}")
+            elif kind == "failed":
+                self._say(f"{self._count()} {cell.name}: FAILED: {event['row']['reason']}")
+        if self.live:
+            self.live.update(self._draw())
+
+    def _say(self, words: str) -> None:
+        (self.live.console if self.live else console()).print(words, soft_wrap=True)
+        sys.stdout.flush()
+
+    def _count(self) -> str:
+        return f"[{self.ended:>{len(str(self.total))}}/{self.total}]"
+
+    def _draw(self) -> Group:
+        lines = Table.grid(padding=(0, 2))
+        parts = 0.0
+        for cell, record in self.running.values():
+            step = record.get("step", 0)
+            parts += min(step / self.steps, 1)
+            loss = record.get("loss")
+            eta = record.get("eta")
+            lines.add_row(
+                Text(cell.name, style="bold"), f"lr {cell.lr:g}", ProgressBar(self.steps, step, width=16),
+                f"{step}/{self.steps}", f"loss {loss:.4g}" if isinstance(loss, float) else "starting",
+                f"{show_time(eta)} left" if isinstance(eta, float) else "",
+            )  # fmt: skip
+        done = self.ended + parts
+        gone = time.monotonic() - self.began
+        fresh = done - self.kept
+        left = gone * (self.total - done) / fresh if fresh > 0.2 else None
+        whole = Table.grid(padding=(0, 2))
+        whole.add_row(
+            ProgressBar(self.total, done, width=40), f"{self.ended} of {self.total} runs",
+            f"{show_time(round(gone))} gone", f"about {show_time(round(left))} left" if left is not None else "",
+        )  # fmt: skip
+        return Group(lines, whole)
+
+
+def print_leaderboard(comparison: dict[str, Any]) -> None:
+    """Best first, with chance and baseline in their places; failures below the table."""
+    task, metric = comparison["task"], comparison["task"]["metric"]
+    better = "higher" if task["higher_is_better"] else "lower"
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    made.add_column("#", justify="right")
+    made.add_column("layer", no_wrap=True)
+    for name in (
+        f"test {metric}",
+        "min to max",
+        "params",
+        "train\ntokens/s",
+        "step\nmedian",
+        "step\np95",
+        "state",
+        "peak\nmemory",
+        "time",
+    ):
+        made.add_column(name, justify="right", no_wrap=True)
+    rows = leaderboard(comparison)
+    for row in rows:
+        score = f"{show_score(row.mean, metric)} {show_spread(row.sd, metric)}".strip()
+        if row.kind in ("chance", "baseline"):
+            made.add_row("", row.name, score.ljust(0), *[""] * 8, style="dim italic")
+        elif row.kind == "layer":
+            few = "" if len(row.scores) == len(row.cells) else f" ({len(row.scores)} of {len(row.cells)})"
+            low, high = show_score(min(row.scores), metric), show_score(max(row.scores), metric)
+            made.add_row(
+                str(row.rank), row.name + few, score, f"{low.removesuffix(' %')} to {high.removesuffix(' %')}",
+                show_count(row.parameters), show_count(row.tokens_per_second), show_time(row.latency),
+                show_time(row.latency_p95), show_bytes(row.state_bytes), show_bytes(row.peak_memory), show_time(row.seconds),
+                style="bold" if row.rank == 1 else "",
+            )  # fmt: skip
+    screen = console()
+    if not screen.is_terminal:
+        screen = Console(highlight=False, emoji=False, markup=False, width=WIDTH + 12)
+    seeds = max((len(r.cells) for r in rows), default=0)
+    screen.print()
+    screen.print(f"{task['name']}: {metric} on test, {better} is better; mean ± sd over {seeds} seeds")
+    screen.print()
+    screen.print(made)
+    for row in rows:
+        for reason in row.reasons:
+            screen.print(f"failed   {row.name}: {reason}", soft_wrap=True, style="red")
+    screen.print()

@@ -1,0 +1,235 @@
+"""statewise compare: many layers on one task, several seeds each, and a report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .parse import Positional, Repeated
+
+if TYPE_CHECKING:
+    from ..comparing import Plan
+
+DEFAULT_LAYERS = "gru,lstm,min_gru,lru,s5"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train several layers on one task, several seeds each, in parallel processes; print a leaderboard, write a report.
+
+    Stopped or killed, the same command goes on: finished runs are kept, failed ones are tried again.
+    """
+
+    task: Positional[str] = ""
+    """A name from `statewise list tasks`; series and text_file read your own data."""
+    layers: str = DEFAULT_LAYERS
+    """Names from `statewise list layers` with commas, or all."""
+    seeds: int = 3
+    """Runs of each layer: seeds 0, 1, 2 ..."""
+    width: int = 64
+    """Channels between the layers."""
+    depth: int = 2
+    """Number of blocks."""
+    steps: int = 0
+    """Training steps of every run; 0 for the task's own setting."""
+    minutes: float = 0.0
+    """Instead of --steps: choose them so that the whole comparison takes about this long on this machine."""
+    lr: str = ""
+    """Learning rate, or several with commas: the first seed tries all, the best on validation is used for the others."""
+    set: Repeated[str] = ()
+    """FIELD=VALUE for every run, as often as needed: task.length=200, train.batch=64, model.dropout=0.1."""
+    data: Path | None = None
+    """Your file or folder, for the tasks series and text_file."""
+    out: Path | None = None
+    """Where to keep runs, results and report. Default: runs/compare-TASK."""
+    workers: Literal["auto"] | int = "auto"
+    """Runs at a time; auto: as many as cores and free memory allow."""
+    threads: int = 1
+    """Threads of each run."""
+    timeout: float = 0.0
+    """Minutes for one run, after which it is saved and marked; 0 for no limit."""
+    memory: float = 0.0
+    """GiB of address space for one run, beyond which it is marked as out of memory; 0 for no limit."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1."""
+
+
+def run(options: Options) -> int:
+    from ..comparing import collect, fitting_workers, locked, run_cells
+    from .board import Progress, print_leaderboard
+    from .device import find_device
+
+    began = time.monotonic()
+    _check(options)
+    device = str(find_device(options.device))
+    plan = plan_of(options)
+    out = options.out or Path("runs") / f"compare-{plan.base.task.name}"
+    plan.base.task.baseline()  # reads the data: what is wrong with it is said before anything is trained
+    workers = fitting_workers(plan.count(), options.threads) if options.workers == "auto" else options.workers
+    common: dict[str, Any] = {
+        "workers": workers, "threads": options.threads, "device": device, "timeout": 60 * options.timeout,
+        "memory": int(options.memory * 2**30),
+    }  # fmt: skip
+    with locked(out) as lock:
+        if options.minutes:
+            plan = fit_to_time(plan, out, options.minutes, lock, common)
+        with Progress(plan, out, workers) as progress:
+            rows = run_cells(plan.first(), out, lock=lock, on_event=progress.on_event, **common)
+            rest = plan.rest(rows)
+            if rest:
+                rows = run_cells(rest, out, lock=lock, on_event=progress.on_event, **common)
+        print("timing the streaming step of each layer ...", flush=True)
+        seconds = time.monotonic() - began
+        found = collect(
+            plan, rows, out, command=command_of(options), workers=workers, threads=options.threads, device=device,
+            seconds=_total(out, seconds, progress.trained),
+        )  # fmt: skip
+        written = write_all(found, out)
+    print_leaderboard(found)
+    for line in written:
+        print(line)
+    return 0 if any(cell["status"] == "done" for entry in found["layers"] for cell in entry["cells"]) else 1
+
+
+def plan_of(options: Options) -> Plan:
+    """The comparison that the options ask for. Raises UsageError or DataError, before anything is trained."""
+    from ..comparing import SETTINGS, Plan, split_names
+    from ..core import UsageError, layers, put
+    from .build import build, dict_once, experiment
+
+    if not options.task:
+        raise UsageError("which task? statewise compare TASK; see statewise list tasks")
+    import statewise.layers  # noqa: F401  registers them
+
+    names = split_names(options.layers, layers.names())
+    for name in names:
+        layers[name]
+    base = experiment(
+        options.task, names[0] if names else "gru", width=options.width, depth=options.depth, seed=0, data=options.data,
+        settings=_defaults(SETTINGS.get(options.task, {}), options.set) + tuple(options.set),
+    )  # fmt: skip
+    given = dict_once(options.set)
+    for flag, field in (("steps", "train.steps"), ("lr", "train.lr")):
+        if getattr(options, flag) and field in given:
+            raise UsageError(f"--{flag} and --set {field} say the same thing twice; give one of them")
+    if options.steps:
+        base = put(base, "train.steps", options.steps)
+        if "train.evaluate_every" not in given:
+            base = put(base, "train.evaluate_every", _often(options.steps))
+    plan = Plan(base, names, options.seeds, _rates(options.lr))
+    for cell in plan.first():
+        build(cell.experiment)  # a layer that cannot be built at this width is a mistake to name now
+    return plan
+
+
+def fit_to_time(plan: Plan, out: Path, minutes: float, lock: int, common: dict[str, Any]) -> Plan:
+    """The plan with the number of steps that fills the minutes, from a short trial of every layer.
+
+    The number is kept in the folder, so that the same command started again finds the same runs.
+    """
+    from dataclasses import replace
+
+    from ..comparing import probe
+    from ..core import put, read_json, write_json
+
+    path = out / "steps.json"
+    asked = {"minutes": minutes, "key": plan.base.key, "layers": list(plan.layers), "count": plan.count()}
+    found = read_json(path) if path.exists() else {}
+    if found.get("asked") != asked:
+        print("trying a few steps of every layer ...", flush=True)
+        found = {"asked": asked, "steps": probe(plan, out, minutes * 60, lock, common)}
+        write_json(path, found)
+    steps = int(found["steps"])
+    print(f"{steps} steps for each run fill {minutes:g} min", flush=True)
+    base = put(put(plan.base, "train.steps", steps), "train.evaluate_every", _often(steps))
+    return replace(plan, base=base)
+
+
+def write_all(found: dict[str, Any], out: Path) -> list[str]:
+    """comparison.json, results.csv, leaderboard.md and report.html; returns a line for each."""
+    from ..core import UsageError, write_json
+    from ..report import write_csv, write_markdown, write_page
+
+    write_json(out / "comparison.json", found)
+    write_csv(found, out / "results.csv")
+    write_markdown(found, out / "leaderboard.md")
+    said = [f"results  {out / 'results.csv'}, {out / 'results.jsonl'}, {out / 'leaderboard.md'}"]
+    try:
+        write_page(found, out / "report.html")
+        said.append(f"report   {out / 'report.html'}")
+    except UsageError as error:
+        said.append(f"report   not written: {error}")
+    return said
+
+
+def command_of(options: Options) -> str:
+    """The command line that asks for these options."""
+    words = ["statewise", "compare", options.task]
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if f.name == "task" or value == (f.default if f.default is not MISSING else None):
+            continue
+        for part in value if isinstance(value, tuple) else (value,):
+            words += [f"--{f.name}", str(part)]
+    if "--layers" not in words:
+        words[3:3] = ["--layers", options.layers]
+    return shlex.join(words)
+
+
+def _check(options: Options) -> None:
+    from ..core import UsageError
+
+    for name, value, low in (
+        ("steps", options.steps, 0), ("minutes", options.minutes, 0), ("threads", options.threads, 1),
+        ("timeout", options.timeout, 0), ("memory", options.memory, 0),
+        ("workers", 1 if options.workers == "auto" else options.workers, 1),
+    ):  # fmt: skip
+        if not low <= value <= 10**9:
+            raise UsageError(f"--{name} {value}; expected {low} to {10**9}")
+    if options.steps and options.minutes:
+        raise UsageError("--steps and --minutes both say how long to train; give one of them")
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    from ..core import UsageError
+
+    try:
+        found = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UsageError(f"--lr {text!r}; expected a number, or several with commas, as in 1e-3,3e-3") from None
+    if any(not 0 < rate <= 1000 for rate in found):
+        raise UsageError(f"--lr {text!r}; expected numbers above 0, at most 1000")
+    return found
+
+
+def _defaults(usual: dict[str, Any], given: Sequence[str]) -> tuple[str, ...]:
+    """The task's own settings that the user has not set."""
+    named = {text.partition("=")[0] for text in given}
+    return tuple(f"{field}={value}" for field, value in usual.items() if field not in named)
+
+
+def _often(steps: int) -> int:
+    """Ten or so evaluations in a run."""
+    return max(1, steps // 10)
+
+
+def _total(out: Path, seconds: float, trained: int) -> float:
+    """The time the whole comparison took; where runs were kept from before, what the first call noted."""
+    from ..core import read_json
+
+    path = out / "comparison.json"
+    if trained or not path.exists():
+        return seconds
+    try:
+        return float(read_json(path)["seconds"])
+    except Exception:
+        return seconds
+
+
+if __name__ == "__main__":
+    sys.exit("run it as: statewise compare")
