@@ -5,14 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .core import Cell, RecurrentLayer, Traits, chunked, grid, put, stream, unroll
+    from .layers.drop_in import GRU, LSTM, RNN
 
 __version__ = "0.1.0"
-__all__ = ["Cell", "RecurrentLayer", "Traits", "__version__", "chunked", "grid", "put", "stream", "unroll"]
+__all__ = [
+    "Cell", "GRU", "LSTM", "RNN", "RecurrentLayer", "Traits", "__version__", "chunked", "grid", "put", "stream",
+    "unroll",
+]  # fmt: skip
 
 # Where each name lives. Imported when first asked for, so that `statewise --help` does not wait for torch.
 _HOMES = {
     "Cell": "core", "RecurrentLayer": "core", "Traits": "core", "chunked": "core", "grid": "core", "put": "core",
-    "stream": "core", "unroll": "core",
+    "stream": "core", "unroll": "core", "RNN": "layers.drop_in", "LSTM": "layers.drop_in", "GRU": "layers.drop_in",
 }  # fmt: skip
 
 

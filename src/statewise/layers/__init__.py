@@ -1,6 +1,7 @@
 """One file per recurrent layer; importing this registers them all."""
 
 from .attention import Attention, AttentionState
+from .bidirectional import Bidirectional
 from .elman import Elman
 from .gru import GRULayer
 from .jordan import Jordan
@@ -15,6 +16,7 @@ from .short_conv import ShortConv
 __all__ = [
     "Attention",
     "AttentionState",
+    "Bidirectional",
     "Elman",
     "GRULayer",
     "Jordan",

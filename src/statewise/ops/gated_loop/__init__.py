@@ -180,7 +180,7 @@ def elman_loop(
     """
 
     def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (elman_step(x_t, *state, w_ih, w_hh, b_ih, b_hh, nonlinearity=nonlinearity),)
+        return (elman_step(x_t, state[0], w_ih, w_hh, b_ih, b_hh, nonlinearity=nonlinearity),)
 
     h, (last,) = _unroll(step, x, (h0,), reset, lengths)
     return h, last
@@ -209,7 +209,7 @@ def gru_loop(
     """
 
     def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (gru_step(x_t, *state, w_ih, w_hh, b_ih, b_hh),)
+        return (gru_step(x_t, state[0], w_ih, w_hh, b_ih, b_hh),)
 
     h, (last,) = _unroll(step, x, (h0,), reset, lengths)
     return h, last
@@ -241,7 +241,7 @@ def lstm_loop(
     """
 
     def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return lstm_step(x_t, *state, w_ih, w_hh, b_ih, b_hh, w_hr)
+        return lstm_step(x_t, state[0], state[1], w_ih, w_hh, b_ih, b_hh, w_hr)
 
     h, (h_last, c_last) = _unroll(step, x, (h0, c0), reset, lengths)
     return h, h_last, c_last
