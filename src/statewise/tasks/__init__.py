@@ -9,6 +9,7 @@ from .forecast import Forecast
 from .japanese_vowels import JapaneseVowels
 from .mnist import MnistPixels, MnistRows
 from .parity import Parity
+from .series import Series
 from .sources import sources
 from .spoken_digits import SpokenDigits
 from .text import Text
@@ -16,6 +17,6 @@ from .text_file import TextFile
 
 __all__ = [
     "SPLITS", "Adding", "Batch", "Copy", "Digits", "FashionMnistPixels", "FashionMnistRows", "Forecast",
-    "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Split", "SpokenDigits", "Task",
+    "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Series", "Split", "SpokenDigits", "Task",
     "TaskInfo", "Text", "TextFile", "register_task", "sources", "tasks",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from .sources import FASHION_MNIST
 
 @dataclass(frozen=True)
 class _FashionMnist(Pictures):
+    permuted: bool = False
     pixels: ClassVar[bool]
     data = FASHION_MNIST.data
 
@@ -44,7 +45,6 @@ class FashionMnistRows(_FashionMnist):
     55000 training, 5000 validation and 10000 test pictures. Chance 0.1; a linear classifier on all pixels: `baseline`.
     """
 
-    permuted: bool = False
     name = "fashion_mnist_rows"
     pixels = False
     x_width = 28
@@ -59,7 +59,6 @@ class FashionMnistPixels(_FashionMnist):
     permuted: all pictures in one other order of pixels. Split, chance and baseline as in `fashion_mnist_rows`.
     """
 
-    permuted: bool = False
     name = "fashion_mnist_pixels"
     pixels = True
     x_width = 1

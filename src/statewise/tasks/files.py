@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import stat
+import zipfile
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
-from ..core import DataError
+import numpy as np
+
+from ..core import DataError, UsageError
 
 LIMIT = 2 << 30  # bytes of one file
 LINE = 1 << 20  # bytes of one line of a table
@@ -36,7 +42,144 @@ def regular(path: Path, limit: int = LIMIT) -> int:
     return found.st_size
 
 
-def table(path: Path) -> Iterator[tuple[int, list[str]]]:
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns of equal length: texts as they stand in a CSV, or the arrays of a Parquet file."""
+
+    path: Path
+    columns: dict[str, list[str] | np.ndarray]
+    lines: list[int] | None  # of each row in the file
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def at(self, row: int) -> str:
+        return f"{self.path}:{self.lines[row]}" if self.lines else f"{self.path}: row {row + 1}"
+
+    def numbers(self, name: str) -> np.ndarray:
+        """(rows,) float64, NaN where a value is missing. Raises DataError for a text and for infinity."""
+        column = self.columns[name]
+        if isinstance(column, list):
+            texts = [cell if cell.lower() not in MISSING else "nan" for cell in column]
+            try:
+                found = np.array(texts, np.float64)
+            except ValueError:
+                for row, cell in enumerate(texts):
+                    try:
+                        float(cell)
+                    except ValueError:
+                        wrong = f"{self.at(row)}: column {name!r} holds {cell[:40]!r}; expected a number"
+                        raise DataError(f"{wrong} (or ignore the column: ignore={name})") from None
+                raise
+        elif column.dtype.kind in "fiub":
+            found = column.astype(np.float64)
+        else:
+            raise DataError(f"{self.path}: column {name!r} holds {column.dtype} values; expected numbers")
+        infinite = np.flatnonzero(np.isinf(found))
+        if len(infinite):
+            raise DataError(f"{self.at(infinite[0])}: column {name!r} is infinite; expected a finite number")
+        return found
+
+    def texts(self, name: str) -> list[str]:
+        column = self.columns[name]
+        return column if isinstance(column, list) else ["" if cell is None else str(cell) for cell in column.tolist()]
+
+
+def read_table(path: Path) -> Table:
+    """A CSV or Parquet file. Raises DataError where it is not one, or has no rows or the same column twice."""
+    if path.suffix.lower() in (".parquet", ".pq"):
+        return _parquet(path)
+    rows = csv_rows(path)
+    _, header = next(rows)
+    for name in header:
+        if not name or header.count(name) > 1:
+            fault = f"column {name!r} stands there twice" if name else "a column has no name"
+            raise DataError(f"{path}:1: {fault}; the first line must name every column once")
+    lines, cells = [], []
+    for line, row in rows:
+        lines.append(line)
+        cells.append(row)
+    if not cells:
+        raise DataError(f"{path}: a header and no rows")
+    return Table(path, {name: list(column) for name, column in zip(header, zip(*cells))}, lines)
+
+
+def _parquet(path: Path) -> Table:
+    regular(path)
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UsageError(f"{path}: reading Parquet needs pyarrow: pip install 'statewise[data]'") from None
+    try:
+        file = pq.ParquetFile(path)
+        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+        if sum(groups) > LIMIT:
+            raise DataError(f"{path}: {sum(groups)} bytes when unpacked; the limit is {LIMIT}; split the file")
+        read = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file ({str(error).splitlines()[0][:100]})") from None
+    columns: dict[str, list[str] | np.ndarray] = {}
+    for name, column in zip(read.column_names, read.columns):
+        if pa.types.is_temporal(column.type):
+            column = column.cast(pa.timestamp("ns")).cast(pa.int64())
+        if pa.types.is_nested(column.type) or name in columns:
+            raise DataError(f"{path}: column {name!r} is {column.type} or stands there twice; expected plain columns")
+        columns[name] = column.to_numpy()
+    if not columns or not read.num_rows:
+        raise DataError(f"{path}: no rows")
+    return Table(path, columns, None)
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an NPZ file, or of an NPY file under the name X. Sizes are checked before anything is read.
+
+    Raises DataError for object arrays, which are pickles, for declared sizes above 2 GiB, and for damaged files.
+    """
+    regular(path)
+    try:
+        if path.suffix.lower() == ".npy":
+            with path.open("rb") as file:
+                return {"X": _array(f"{path}", file, path.stat().st_size)}
+        with zipfile.ZipFile(path) as archive:
+            sizes = {item.filename: item.file_size for item in archive.infolist()}
+            if sum(sizes.values()) > LIMIT:
+                raise DataError(f"{path}: declares {sum(sizes.values())} bytes; the limit is {LIMIT}")
+            found = {}
+            for name, size in sizes.items():
+                with archive.open(name) as member:
+                    found[name.removesuffix(".npy")] = _array(f"{path}: {name}", member, size)
+            return found
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"{path}: not a readable NPZ file ({error})") from None
+
+
+def _array(where: str, file: IO[bytes], size: int) -> np.ndarray:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise DataError(f"{where}: NPY version {version}; expected 1.0 or 2.0")
+        shape, fortran, dtype = read(file)
+    except ValueError as error:
+        raise DataError(f"{where}: not an NPY array ({str(error).splitlines()[0][:100]})") from None
+    if dtype.hasobject:
+        raise DataError(f"{where}: an array of Python objects, which is a pickle and is never loaded; save numbers")
+    if dtype.kind not in "fiubUS":
+        raise DataError(f"{where}: dtype {dtype}; expected numbers or texts")
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count * dtype.itemsize > size:
+        raise DataError(f"{where}: declares shape {shape} of {dtype}, but holds {size} bytes: damaged or cut short")
+    values = np.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype)
+    if values.size != count:
+        raise DataError(f"{where}: {values.size} of {count} values: cut short")
+    return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, cells) of a comma-separated UTF-8 file, the header first; empty lines left out.
 
     A byte-order mark and CR LF are taken as they come. Raises DataError with file:line for a ragged row, a NUL, bytes

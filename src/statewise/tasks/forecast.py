@@ -35,7 +35,7 @@ class Forecast(Regress):
     horizon: int = 8
     length: int = 128
     name = "forecast"
-    data = f"{STATSMODELS.data} (or m3 for series=m3_monthly)"
+    data = f"{STATSMODELS.data} (m3 for series=m3_monthly)"
     x_width = 2
 
     def __post_init__(self) -> None:

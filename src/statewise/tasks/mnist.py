@@ -17,6 +17,7 @@ from .sources import MNIST
 
 @dataclass(frozen=True)
 class _Mnist(Pictures):
+    permuted: bool = False
     pixels: ClassVar[bool]
     data = MNIST.data
 
@@ -44,7 +45,6 @@ class MnistRows(_Mnist):
     3500 training, 500 validation and 1000 test pictures. Chance 0.1; a linear classifier on all pixels: `baseline`.
     """
 
-    permuted: bool = False
     name = "mnist_rows"
     pixels = False
     x_width = 28
@@ -59,7 +59,6 @@ class MnistPixels(_Mnist):
     permuted: all pictures in one other order of pixels. Split, chance and baseline as in `mnist_rows`.
     """
 
-    permuted: bool = False
     name = "mnist_pixels"
     pixels = True
     x_width = 1

