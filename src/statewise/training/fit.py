@@ -323,7 +323,7 @@ class Training:
             optim["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         state = {name: getattr(self, name) for name in _COUNTERS}
         state |= {"batches": self.step * self.experiment.train.accumulate, "key": self.experiment.key,
-                  "lr": self.optimizer.param_groups[0]["lr"], "threads": torch.get_num_threads()}  # fmt: skip
+                  "lr": learning_rate(self.experiment.train, self.step), "threads": torch.get_num_threads()}  # fmt: skip
         return Checkpoint(self.best or self._weights(), optim, state)
 
     def _restore(self, found: Checkpoint) -> None:
