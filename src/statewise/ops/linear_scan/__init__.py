@@ -59,6 +59,13 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 @op(
     Backend(
+        "numba",
+        "statewise.ops.linear_scan.in_numba:scan",
+        devices=("cpu",),
+        dtypes=(*_WIDE, *_HALF),
+        requires=("numba",),
+    ),
+    Backend(
         "torch",
         "statewise.ops.linear_scan.in_torch:scan",
         devices=("cpu", "cuda", "mps", "xpu", "meta"),
@@ -76,7 +83,7 @@ def linear_scan(
     a: any shape that broadcasts to x's. A decay shared over batch, time or channels costs least, in its gradient too,
         when it is given in its own small shape, such as (N,).
     h0: (B, N...), the state before the first step, in float32 or wider.
-    reset: (B, T) bool; where True, h_{t-1} counts as 0, even if it was infinite.
+    reset: (B, T) bool; where True, h_t = x_t, whatever h_{t-1} and a_t are, infinities included.
     lengths: (B,) integers; row b ends after lengths[b] steps, h is 0 from there on.
 
     Returns h (B, T, N...) in the dtype of x, and the state at the end (B, N...) in the dtype of h0.
@@ -90,8 +97,11 @@ def linear_scan(
     h, hs = h0, []
     a, one = a.expand(x.shape), [1] * (h0.ndim - 1)
     for t in range(x.shape[1]):
-        before = h if reset is None else torch.where(reset[:, t].view(-1, *one), 0, h)
-        new = a[:, t] * before + x[:, t]
+        a_t, before = a[:, t], h
+        if reset is not None:
+            cut = reset[:, t].view(-1, *one)
+            a_t, before = a_t.masked_fill(cut, 0), h.masked_fill(cut, 0)
+        new = a_t * before + x[:, t]
         hs.append(new.to(x.dtype))
         h = new if lengths is None else torch.where((t < lengths).view(-1, *one), new, h)
     out = torch.stack(hs, 1) if hs else x

@@ -14,7 +14,10 @@ def scan(
     a, x, reset = normal(a, x, h0, reset, lengths)
     if x.shape[1] == 0:
         return x, h0
-    h = _scan(a, x.to(h0.dtype), h0, None if reset is None else reset.view(*reset.shape, *[1] * (x.ndim - 2)))
+    if reset is not None:
+        reset = reset.view(*reset.shape, *[1] * (x.ndim - 2))
+        a = a.masked_fill(reset, 0)
+    h = _scan(a, x.to(h0.dtype), h0, reset)
     last = h[:, -1] if lengths is None else at_lengths(h, h0, lengths)
     return h.to(x.dtype), last
 
@@ -23,20 +26,20 @@ def _scan(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> Tensor:
     """All of h. a, x, reset: (B, T, ...), a and reset broadcastable."""
     steps = x.shape[1]
     if steps == 1:
-        return x + _cleared(a * h0[:, None], reset)
+        return x + a * _cleared(h0[:, None], reset)
     pairs = steps // 2
     a1, a2 = _halves(a, pairs)
     x1, x2 = _halves(x, pairs)
     r1, r2 = (None, None) if reset is None else _halves(reset, pairs)
     # two steps are one step of a2 a1 with input a2 x1 + x2, which a reset in either cuts from the past
     cut = None if r1 is None else r1 | r2
-    second = _scan(a2 * a1, x2 + _cleared(a2 * x1, r2), h0, cut)
+    second = _scan(a2 * a1, x2 + a2 * _cleared(x1, r2), h0, cut)
     before = torch.cat([h0[:, None], second[:, :-1]], 1)
-    first = x1 + _cleared(a1 * before, r1)
+    first = x1 + a1 * _cleared(before, r1)
     h = torch.stack([first, second], 2).flatten(1, 2)
     if steps % 2:
         tail = slice(steps - 1, None)
-        last = x[:, tail] + _cleared(_at(a, tail) * h[:, -1:], None if reset is None else reset[:, tail])
+        last = x[:, tail] + _at(a, tail) * _cleared(h[:, -1:], None if reset is None else reset[:, tail])
         h = torch.cat([h, last], 1)
     return h
 

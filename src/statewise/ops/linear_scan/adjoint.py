@@ -1,0 +1,81 @@
+"""Derivatives of the scan, of any order, for kernels that autograd and torch.compile cannot see into.
+
+The adjoint of a scan is a scan backwards in time, and the adjoint of that is the scan again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+
+
+def differentiable(name: str, device: str, forward: Forward, backward: Backward) -> Forward:
+    """A custom op `statewise::name` made of two kernels.
+
+    forward(a, x, h0, reset) -> h, last.
+    backward(g, g_last, a, h, h0, reset) -> da in the shape of a, dx, dh0.
+    """
+
+    @torch.library.custom_op(f"statewise::{name}", mutates_args=(), device_types=device)
+    def run(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        return forward(a, x, h0, reset)
+
+    @torch.library.custom_op(f"statewise::{name}_backward", mutates_args=(), device_types=device)
+    def adjoint(
+        g: Tensor, g_last: Tensor, a: Tensor, h: Tensor, h0: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(g, g_last, a, h, h0, reset)
+
+    @run.register_fake
+    def _(a, x, h0, reset):
+        return x.new_empty(x.shape), h0.new_empty(h0.shape)
+
+    @adjoint.register_fake
+    def _(g, g_last, a, h, h0, reset):
+        return a.new_empty(a.shape), h.new_empty(h.shape), h0.new_empty(h0.shape)
+
+    def keep_for_run(ctx, inputs, output):
+        a, _, h0, reset = inputs
+        ctx.save_for_backward(a, output[0], h0, reset)
+        ctx.set_materialize_grads(False)
+
+    def run_backward(ctx, g, g_last):
+        a, h, h0, reset = ctx.saved_tensors
+        g = h.new_zeros([1, 1, *h.shape[2:]]).expand_as(h) if g is None else g
+        g_last = torch.zeros_like(h0) if g_last is None else g_last
+        return *adjoint(g, g_last, a, h, h0, reset), None
+
+    def keep_for_adjoint(ctx, inputs, output):
+        _, _, a, h, h0, reset = inputs
+        ctx.save_for_backward(a, h, h0, reset, output[1])
+
+    def adjoint_backward(ctx, q, p, r):
+        """The scan rho_t = a_t rho_{t-1} + p_t + q_t h_{t-1} from rho_0 = r, for gradients q, p, r of da, dx, dh0."""
+        a, h, h0, reset, lam = ctx.saved_tensors
+        if not h.shape[1]:
+            return p, r, torch.zeros_like(a), torch.zeros_like(h), torch.zeros_like(h0), None
+        q = q.expand(h.shape)
+        if reset is not None:
+            reset_ = reset.view(*reset.shape, *[1] * (h.ndim - 2))
+            q = q.masked_fill(reset_, 0)
+        h_before = torch.cat([h0[:, None], h[:, :-1]], 1)
+        rho, rho_last = run(a, p + _uncut(q * h_before, reset), r, reset)
+        rho_before = torch.cat([r[:, None], rho[:, :-1]], 1)
+        d_a = _uncut(lam * rho_before.conj(), reset).sum_to_size(a.shape)
+        d_before = lam * q.conj()
+        d_h = torch.cat([d_before[:, 1:], torch.zeros_like(d_before[:, :1])], 1)
+        return rho, rho_last, d_a, d_h, d_before[:, 0], None
+
+    run.register_autograd(run_backward, setup_context=keep_for_run)
+    adjoint.register_autograd(adjoint_backward, setup_context=keep_for_adjoint)
+    return run
+
+
+def _uncut(t: Tensor, reset: Tensor | None) -> Tensor:
+    """Zero where a reset cuts step t from the one before."""
+    return t if reset is None else torch.where(reset.view(*reset.shape, *[1] * (t.ndim - 2)), 0, t)

@@ -1,0 +1,588 @@
+"""Compiled loops over time that run at the speed of memory.
+
+A time step is one row of channels, handled in vectors: h_t = a_t h_{t-1} + x_t reads h_{t-1} where it was just written,
+in the nearest cache. Threads share out the batch and wide blocks of channels. Where those are too few, they share out
+time: whoever claims a tile first runs it from zero for its end and its product of decays, which brings it into the
+cache, waits for the state before it, publishes the state after it, and only then runs it for good. Memory is still read
+once and written once. Claims go forward in time, so a thread waits only for tiles that are already being worked on.
+
+Backward is one pass, with mu_t the gradient that reaches h_{t-1}:
+    lam_t = g_t + mu_{t+1},   dx_t = lam_t,   da_t = lam_t conj(h_{t-1}),   mu_t = conj(a_t) lam_t,   dh_0 = mu_1.
+
+Pointers are integers and vectors are written as LLVM code, so that no aliasing checks stand in the inner loop and any
+strides will do. Products and sums are rounded one by one, so the numbers are those of the reference, bit for bit,
+except where time was shared out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from .adjoint import differentiable
+from .edges import at_lengths, normal
+
+TILE = 1 << 18  # bytes of a and x in a tile of time: they stay in the second-level cache between its two passes
+BLOCK = 4096  # channels in a row: a, x and two rows of h fit the first-level cache
+NARROW = 512  # channels below which a part of a row is read far slower than the whole
+SMALL = 1 << 15  # elements below which a second thread costs more than it brings
+
+
+class _Lanes:
+    """Vector code for `count` channels at byte `offset` of each row."""
+
+    def __init__(self, builder: Any, like: Any, count: int, offset: Any):
+        self.builder, self.offset, self.complex = builder, offset, isinstance(like, types.Complex)
+        real = like.underlying_float if self.complex else like
+        self.scalar = ir.FloatType() if real.bitwidth == 32 else ir.DoubleType()
+        self.align, self.size = real.bitwidth // 8, count * (2 if self.complex else 1)
+        self.type = ir.VectorType(self.scalar, self.size)
+
+    def _at(self, row: Any, offset: Any, kind: Any) -> Any:
+        return self.builder.inttoptr(self.builder.add(row, offset), kind.as_pointer())
+
+    def load(self, row: Any) -> Any:
+        return self.builder.load(self._at(row, self.offset, self.type), align=self.align)
+
+    def store(self, row: Any, value: Any) -> None:
+        self.builder.store(value, self._at(row, self.offset, self.type), align=self.align)
+
+    def first(self, row: Any) -> Any:
+        """The first channel of the row, in every lane."""
+        width = 2 if self.complex else 1
+        kind = ir.VectorType(self.scalar, width)
+        value = self.builder.load(self._at(row, ir.Constant(row.type, 0), kind), align=self.align)
+        return self._shuffle(value, [i % width for i in range(self.size)])
+
+    def full(self, value: float) -> Any:
+        if self.complex:
+            return ir.Constant(self.type, [value, 0.0] * (self.size // 2))
+        return ir.Constant(self.type, [value] * self.size)
+
+    def add(self, p: Any, q: Any) -> Any:
+        return self.builder.fadd(p, q)
+
+    def mul(self, p: Any, q: Any, conj: bool = False) -> Any:
+        """p q, or conj(p) q. Complex numbers lie as (re, im) pairs."""
+        if not self.complex:
+            return self.builder.fmul(p, q)
+        each = range(self.size)
+        real, imag = self._shuffle(p, [i & ~1 for i in each]), self._shuffle(p, [i | 1 for i in each])
+        swapped = self._shuffle(q, [i ^ 1 for i in each])
+        cross = self.builder.fmul(imag, swapped)
+        sign = ir.Constant(self.type, [1.0, -1.0] * (self.size // 2) if conj else [-1.0, 1.0] * (self.size // 2))
+        return self.builder.fadd(self.builder.fmul(real, q), self.builder.fmul(cross, sign))
+
+    def _shuffle(self, value: Any, order: list[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order)
+        return self.builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
+
+
+def _rowwise(body: Callable[..., None]) -> Any:
+    """Compiled f(like, n, (row, ...)): the body's code over n channels; rows are addresses, like gives the dtype."""
+    rows = len(inspect.signature(body).parameters) - 1
+
+    @intrinsic
+    def run(context: Any, like: Any, n: Any, addresses: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            size = (like.bitwidth) // 8
+            pointers = cgutils.unpack_tuple(builder, args[2], rows)
+            start, word = ir.Constant(args[1].type, 0), args[1].type
+            for count in (16, 4, 1):
+                stop = builder.and_(args[1], ir.Constant(word, -count))
+                step = ir.Constant(word, count)
+                with cgutils.for_range_slice(builder, start, stop, step, intp=word) as (index, _):
+                    body(_Lanes(builder, like, count, builder.mul(index, ir.Constant(word, size))), *pointers)
+                start = stop
+            return context.get_dummy_value()
+
+        return types.void(like, types.intp, types.UniTuple(types.intp, rows)), generate
+
+    return run
+
+
+@_rowwise
+def _recur(v, h, a, before, x):
+    v.store(h, v.add(v.mul(v.load(a), v.load(before)), v.load(x)))
+
+
+@_rowwise
+def _advance(v, end, product, a, x):
+    decay = v.load(a)
+    v.store(end, v.add(v.mul(decay, v.load(end)), v.load(x)))
+    v.store(product, v.mul(decay, v.load(product)))
+
+
+@_rowwise
+def _adjoint(v, dx, da, mu, a, g, before):
+    lam = v.add(v.load(g), v.load(mu))
+    v.store(dx, lam)
+    v.store(da, v.mul(v.load(before), lam, conj=True))
+    v.store(mu, v.mul(v.load(a), lam, conj=True))
+
+
+@_rowwise
+def _adjoint_summed(v, dx, da, mu, a, g, before):
+    lam = v.add(v.load(g), v.load(mu))
+    v.store(dx, lam)
+    v.store(da, v.add(v.load(da), v.mul(v.load(before), lam, conj=True)))
+    v.store(mu, v.mul(v.load(a), lam, conj=True))
+
+
+@_rowwise
+def _adjoint_advance(v, mu, product, a, g):
+    decay = v.load(a)
+    v.store(mu, v.mul(decay, v.add(v.load(g), v.load(mu)), conj=True))
+    v.store(product, v.mul(decay, v.load(product), conj=True))
+
+
+@_rowwise
+def _sum(v, out, p, q):
+    v.store(out, v.add(v.load(p), v.load(q)))
+
+
+@_rowwise
+def _copy(v, out, p):
+    v.store(out, v.load(p))
+
+
+@_rowwise
+def _spread(v, out, p):
+    v.store(out, v.first(p))
+
+
+@_rowwise
+def _zero(v, out):
+    v.store(out, v.full(0.0))
+
+
+@_rowwise
+def _one(v, out):
+    v.store(out, v.full(1.0))
+
+
+@intrinsic
+def _byte(context, address):
+    def generate(context, builder, signature, args):
+        value = builder.load(builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        return builder.zext(value, ir.IntType(64))
+
+    return types.intp(types.intp), generate
+
+
+@intrinsic
+def _real(context, like, address):
+    real = like.underlying_float if isinstance(like, types.Complex) else like
+
+    def generate(context, builder, signature, args):
+        return builder.load(builder.inttoptr(args[1], context.get_value_type(real).as_pointer()))
+
+    return real(like, types.intp), generate
+
+
+@intrinsic
+def _claim(context, address):
+    """Take the next number off a counter that all threads share."""
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(64)
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], word.as_pointer()), word(1), "acq_rel")
+
+    return types.intp(types.intp), generate
+
+
+@intrinsic
+def _is_set(context, address):
+    def generate(context, builder, signature, args):
+        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
+
+    return types.intp(types.intp), generate
+
+
+@intrinsic
+def _set(context, address):
+    """Let other threads see everything written before."""
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(64)
+        builder.store_atomic(word(1), builder.inttoptr(args[0], word.as_pointer()), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+class _Problem(NamedTuple):
+    """Sizes, addresses, and strides in bytes (0: the same again). Rows of channels are contiguous."""
+
+    item: int  # bytes of a channel
+    real: int  # bytes of a real number
+    batch: int
+    steps: int
+    width: int
+    block: int  # channels that one thread handles as a row; all of them where time is shared out
+    tile: int  # steps in a tile of time
+    tiles: int
+    share_time: int
+    a: int
+    a_batch: int
+    a_time: int
+    a_channel: int  # 0: one decay for the whole row
+    x: int  # backward: the gradient of h
+    x_batch: int
+    x_time: int
+    reset: int  # (B, T) bytes, or 0
+    h0: int  # (B, width)
+    h: int  # (B, T, width)
+    dx: int  # (B, T, width)
+    da: int  # (B, T, width), or (B, tiles, width) where it is summed
+    sum_da: int  # one sum per tile of time is wanted
+    carries: int  # (B, tiles + 1, width): h before each tile; backward: mu after it
+    flags: int  # (B, tiles + 1) words, that a carry is known; then one word, the counter of claims
+    rows: int  # per thread, four rows of `width`
+
+
+_compile = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_compile
+def _rows(like, q, b, t, start):
+    """Addresses of row t of a, of x or g, and of every (B, T, width) array, from channel `start`."""
+    first = start * q.item
+    a = q.a + b * q.a_batch + t * q.a_time + first * q.a_channel
+    x = q.x + b * q.x_batch + t * q.x_time + first
+    return a, x, (b * q.steps + t) * q.width * q.item + first
+
+
+@_compile
+def _cut(q, b, t):
+    return q.reset != 0 and _byte(q.reset + b * q.steps + t) != 0
+
+
+@_compile
+def _finite(like, q, row):
+    for i in range(q.width * q.item // q.real):
+        value = _real(like, row + i * q.real)
+        if value - value != 0:
+            return False
+    return True
+
+
+@_compile
+def _forward_span(like, q, b, start, n, t0, t1, before, scratch):
+    """Rows t0 to t1 of h; `before` is the address of the state before. Returns that of the state after."""
+    zeros, spread = scratch, scratch + q.width * q.item
+    _zero(like, n, (zeros,))
+    for t in range(t0, t1):
+        a, x, at = _rows(like, q, b, t, start)
+        if _cut(q, b, t):
+            a = before = zeros
+        elif q.a_channel == 0:
+            _spread(like, n, (spread, a))
+            a = spread
+        _recur(like, n, (q.h + at, a, before, x))
+        before = q.h + at
+    return before
+
+
+@_compile
+def _forward_summary(like, q, b, t0, t1, end, product, spread):
+    """The state at t1 if that at t0 were zero, and the product of decays. True if a reset makes the past irrelevant."""
+    cut = False
+    _zero(like, q.width, (end,))
+    _one(like, q.width, (product,))
+    for t in range(t0, t1):
+        a, x, _ = _rows(like, q, b, t, 0)
+        if _cut(q, b, t):
+            _copy(like, q.width, (end, x))
+            _zero(like, q.width, (product,))
+            cut = True
+            continue
+        if q.a_channel == 0:
+            _spread(like, q.width, (spread, a))
+            a = spread
+        _advance(like, q.width, (end, product, a, x))
+    return cut
+
+
+@_compile
+def _backward_span(like, q, b, start, n, t0, t1, mu, da_sum, scratch):
+    """Rows t1 - 1 down to t0 of dx and da; mu is the row of carried gradient, changed in place."""
+    spread = scratch + q.width * q.item
+    for t in range(t1 - 1, t0 - 1, -1):
+        a, g, at = _rows(like, q, b, t, start)
+        if _cut(q, b, t):
+            _sum(like, n, (q.dx + at, g, mu))
+            _zero(like, n, (mu,))
+            if not q.sum_da:
+                _zero(like, n, (q.da + at,))
+            continue
+        if q.a_channel == 0:
+            _spread(like, n, (spread, a))
+            a = spread
+        before = q.h + at - q.width * q.item if t else q.h0 + (b * q.width + start) * q.item
+        if q.sum_da:
+            _adjoint_summed(like, n, (q.dx + at, da_sum, mu, a, g, before))
+        else:
+            _adjoint(like, n, (q.dx + at, q.da + at, mu, a, g, before))
+
+
+@_compile
+def _backward_summary(like, q, b, t0, t1, mu, product, spread):
+    cut = False
+    _zero(like, q.width, (mu,))
+    _one(like, q.width, (product,))
+    for t in range(t1 - 1, t0 - 1, -1):
+        if _cut(q, b, t):
+            _zero(like, q.width, (mu,))
+            _zero(like, q.width, (product,))
+            cut = True
+            continue
+        a, g, _ = _rows(like, q, b, t, 0)
+        if q.a_channel == 0:
+            _spread(like, q.width, (spread, a))
+            a = spread
+        _adjoint_advance(like, q.width, (mu, product, a, g))
+    return cut
+
+
+@_compile
+def _backward_tile(like, q, b, start, n, k, mu, scratch):
+    da_sum = q.da + ((b * q.tiles + k) * q.width + start) * q.item
+    if q.sum_da:
+        _zero(like, n, (da_sum,))
+    _backward_span(like, q, b, start, n, k * q.tile, min(q.steps, (k + 1) * q.tile), mu, da_sum, scratch)
+
+
+@_compile
+def _by_channels(like, q, backward, worker, workers):
+    """One thread's share of batch and channels, over all time."""
+    scratch = q.rows + worker * 4 * q.width * q.item
+    blocks = (q.width + q.block - 1) // q.block
+    units = q.batch * blocks
+    for unit in range(units * worker // workers, units * (worker + 1) // workers):
+        b, start = unit // blocks, unit % blocks * q.block
+        n = min(q.block, q.width - start)
+        into = q.carries + (b * (q.tiles + 1) * q.width + start) * q.item
+        past = into + q.tiles * q.width * q.item
+        if backward:
+            for k in range(q.tiles - 1, -1, -1):
+                _backward_tile(like, q, b, start, n, k, past, scratch)
+            _copy(like, n, (into, past))
+        else:
+            after = _forward_span(like, q, b, start, n, 0, q.steps, into, scratch)
+            _copy(like, n, (past, after))
+
+
+@_compile
+def _by_time(like, q, backward, worker):
+    """Claim tiles of time until none is left."""
+    row = q.width * q.item
+    scratch = q.rows + worker * 4 * row
+    end, product = scratch + 2 * row, scratch + 3 * row
+    while True:
+        unit = _claim(q.flags + q.batch * (q.tiles + 1) * 8)
+        if unit >= q.batch * q.tiles:
+            return
+        b, k = unit % q.batch, unit // q.batch
+        into, past = k, k + 1
+        if backward:
+            k = q.tiles - 1 - k
+            into, past = k + 1, k
+        t0, t1 = k * q.tile, min(q.steps, (k + 1) * q.tile)
+        carry_in, flag_in = q.carries + (b * (q.tiles + 1) + into) * row, q.flags + (b * (q.tiles + 1) + into) * 8
+        carry_out, flag_out = q.carries + (b * (q.tiles + 1) + past) * row, q.flags + (b * (q.tiles + 1) + past) * 8
+
+        if backward:
+            cut = _backward_summary(like, q, b, t0, t1, end, product, scratch + row)
+        else:
+            cut = _forward_summary(like, q, b, t0, t1, end, product, scratch + row)
+        while _is_set(flag_in) == 0:
+            pass
+        if cut:
+            _copy(like, q.width, (carry_out, end))
+        else:
+            _recur(like, q.width, (carry_out, product, carry_in, end))
+        # the product of decays may have left the range of numbers where the state itself has not
+        known = _finite(like, q, carry_out)
+        if known:
+            _set(flag_out)
+        if backward:
+            _copy(like, q.width, (end, carry_in))
+            _backward_tile(like, q, b, 0, q.width, k, end, scratch)
+            after = end
+        else:
+            after = _forward_span(like, q, b, 0, q.width, t0, t1, carry_in, scratch)
+        if not known or past == 0 or past == q.tiles:
+            _copy(like, q.width, (carry_out, after))
+        if not known:
+            _set(flag_out)
+
+
+@_compile
+def _work(like, q, backward, worker, workers):
+    if q.share_time:
+        _by_time(like, q, backward, worker)
+    else:
+        _by_channels(like, q, backward, worker, workers)
+
+
+@numba.njit(nogil=True, cache=True, parallel=True)
+def _work_together(like, q, backward, workers):
+    for worker in numba.prange(workers):
+        _work(like, q, backward, worker, workers)
+
+
+_one_at_a_time = threading.Lock()
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked, _one_at_a_time
+    _forked, _one_at_a_time = True, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _workers(elements: int) -> int:
+    """Threads to use: torch's number, one for little work or in a forked child, where thread pools are lost."""
+    return 1 if elements < SMALL or _forked else min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+
+
+def _run(like: Any, q: _Problem, backward: bool, workers: int) -> None:
+    if workers == 1:
+        _work(like, q, backward, 0, 1)
+        return
+    numba.set_num_threads(workers)  # of this Python thread
+    if _many_callers():
+        _work_together(like, q, backward, workers)
+    else:
+        with _one_at_a_time:
+            _work_together(like, q, backward, workers)
+
+
+def _many_callers() -> bool:
+    """Whether the thread pool that numba picked may be entered by several Python threads at once."""
+    try:
+        return numba.threading_layer() != "workqueue"
+    except ValueError:  # none was picked yet
+        return False
+
+
+def _solve(
+    a: Tensor, x: Tensor, start: Tensor, h0: Tensor, h: Tensor, dx: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Fill h; or, given dx, fill dx from x = g. start: the first carry. Returns the last carry, and da (B, *, N)."""
+    batch, steps = x.shape[:2]
+    width, item, backward = math.prod(x.shape[2:]), x.element_size(), dx is not None
+    workers, blocks = _workers(x.numel()), -(-width // BLOCK)
+    while batch * blocks < workers and width >= 2 * NARROW * blocks:
+        blocks += 1
+    share_time = batch * blocks < workers
+    sum_da = backward and a.shape[1] == 1
+    tile = max(64, TILE // (2 * width * item)) if share_time or sum_da else steps
+    tiles = -(-steps // tile)
+    workers = max(1, min(workers, batch * (tiles if share_time else blocks)))
+
+    a, x, h0 = _rows_of(a), _rows_of(x), _rows_of(h0[:, None])
+    reset = None if reset is None else reset.contiguous()
+    da = x.new_empty(batch, (tiles if sum_da else steps) if backward else 0, width)
+    carries, rows = x.new_empty(batch, tiles + 1, width), x.new_empty(workers, 4, width)
+    flags = torch.zeros(batch * (tiles + 1) + 1, dtype=torch.int64)
+    first, last = (tiles, 0) if backward else (0, tiles)
+    carries[:, first] = start.reshape(batch, width)
+    flags[first : -1 : tiles + 1] = 1
+    q = _Problem(
+        item=item,
+        real=item // 2 if x.is_complex() else item,
+        batch=batch,
+        steps=steps,
+        width=width,
+        block=-(-width // blocks),
+        tile=tile,
+        tiles=tiles,
+        share_time=int(share_time),
+        a=a.data_ptr(),
+        a_batch=a.stride(0) * item if a.shape[0] > 1 else 0,
+        a_time=a.stride(1) * item if a.shape[1] > 1 else 0,
+        a_channel=int(a.shape[2] == width),
+        x=x.data_ptr(),
+        x_batch=x.stride(0) * item,
+        x_time=x.stride(1) * item,
+        reset=0 if reset is None else reset.data_ptr(),
+        h0=h0.data_ptr(),
+        h=h.data_ptr(),
+        dx=0 if dx is None else dx.data_ptr(),
+        da=da.data_ptr(),
+        sum_da=int(sum_da),
+        carries=carries.data_ptr(),
+        flags=flags.data_ptr(),
+        rows=rows.data_ptr(),
+    )
+    _run(_LIKE[x.dtype], q, backward, workers)
+    return carries[:, last].clone(), da
+
+
+_LIKE = {
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+    torch.complex64: np.complex64(0),
+    torch.complex128: np.complex128(0),
+}
+
+
+def _rows_of(t: Tensor) -> Tensor:
+    """(B, T, N...) as (B, T, width) with contiguous rows; a view where that is possible."""
+    t = t.resolve_conj().resolve_neg().reshape(*t.shape[:2], -1 if t.numel() else math.prod(t.shape[2:]))
+    return t if t.shape[2] == 1 or t.stride(2) == 1 else t.contiguous()
+
+
+def _decays(a: Tensor, x: Tensor) -> Tensor:
+    """a, with its channels laid out in full unless there are all of them or one."""
+    one = math.prod(a.shape[2:]) == 1
+    return a if one or a.shape[2:] == x.shape[2:] else a.expand(*a.shape[:2], *x.shape[2:])
+
+
+def _forward(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    h = x.new_empty(x.shape)
+    if not x.numel():
+        return h, h0.clone()
+    last, _ = _solve(_decays(a, x), x, h0, h0, h, None, reset)
+    return h, last.view(h0.shape)
+
+
+def _backward(
+    g: Tensor, g_last: Tensor, a: Tensor, h: Tensor, h0: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = h.new_empty(h.shape)
+    if not h.numel():
+        return torch.zeros_like(a), dx, g_last.clone()
+    d_h0, da = _solve(_decays(a, h), g, g_last, h0, h.contiguous(), dx, reset)
+    da = da.view(len(h), -1, *h.shape[2:])
+    if da.shape[1] != h.shape[1]:
+        da = da.sum(1, keepdim=True)
+    return da.sum_to_size(a.shape).contiguous(), dx, d_h0.view(h0.shape)
+
+
+_scan = differentiable("linear_scan_numba", "cpu", _forward, _backward)
+
+
+def scan(
+    a: Tensor, x: Tensor, h0: Tensor, *, reset: Tensor | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    a, x, reset, dtype = *normal(a, x, h0, reset, lengths), x.dtype
+    h, last = _scan(a, x.to(h0.dtype), h0, reset)
+    return h.to(dtype), last if lengths is None else at_lengths(h, h0, lengths)
