@@ -15,6 +15,13 @@ from collections.abc import Sequence
 from importlib import import_module
 
 VERBS = {  # in the order of --help
+    "list": "layers, tasks, models and ops",
+    "train": "train one model on one task, or on your own data",
+    "stream": "answer standard input line by line with a trained run",
+    "check": "the conformance suite on a layer, your own or a registered one",
+    "explain": "which backend an op or a layer would take for given shapes, and why",
+    "bench": "speed and memory, beside what else there is",
+    "data": "real data sets: list them, get them, say where they are",
     "info": "versions, devices, backends and cache places, for a bug report",
 }
 

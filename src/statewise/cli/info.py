@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ class Options:
 
 
 def run(options: Options) -> int:
-    import torch
 
     from .. import __version__
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-O = TypeVar("O")  # noqa: E741
+O = TypeVar("O")
 T = TypeVar("T")
 
 Repeated = Annotated[tuple[T, ...], tyro.conf.UseAppendAction]  # --set a=1 --set b=2
@@ -49,6 +49,8 @@ def parse(verb: str, options: type[O], args: Sequence[str]) -> O | None:
 def nearest(name: str, known: Iterable[str]) -> str:
     """'near: ...' or all that is known. As core.near, which cannot be had without torch."""
     names = list(known)
+    if not names:
+        return "it takes none"
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"near: {', '.join(close)}" if close else f"known: {', '.join(names)}"
 

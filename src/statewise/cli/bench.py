@@ -1,0 +1,110 @@
+"""statewise bench: speed and memory, beside what else there is on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .parse import Positional, Repeated
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure speed and memory in one run, beside the Python loop, torch.nn and installed peers."""
+
+    what: Positional[Literal["linear_scan", "layers", "streaming"]]
+    """linear_scan: beside the byte floor. layers: beside torch.nn. streaming: a million steps, is the last as fast?"""
+    layers: str = ""
+    """Names with commas, for layers and streaming; all of them if empty."""
+    shape: Repeated[str] = ()
+    """B,T,D as often as needed."""
+    repeats: int = 5
+    """Rounds; medians are printed."""
+    device: str = "cpu"
+    """For layers."""
+    threads: int = 0
+    """Threads that torch may use; 0 leaves it to torch."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+
+
+def run(options: Options) -> int:
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    noisy = "; NOISY: more work than cores, do not trust these times" if load > cores else ""
+    print(f"load average {load:.1f} on {cores} cores, torch on {torch.get_num_threads()} threads{noisy}")
+    rows = MEASURES[options.what](options)
+    if options.json is not None:
+        from ..core.files import replace_file
+
+        replace_file(options.json, [json.dumps(rows, indent=1, default=str).encode() + b"\n"])
+        print(f"rows written to {options.json}")
+    return 0
+
+
+def measure_layers(options: Options) -> list[Row]:
+    from ..bench import layers
+    from ..training import choose_device
+    from .explain import read_shape
+    from .show import table
+
+    device, rows = choose_device(options.device), []
+    for shape in map(read_shape, options.shape or ("8,256,64",)):
+        found = layers.run(names(options.layers), shape=shape[:3], repeats=options.repeats, device=device)
+        rows += found
+        columns = ("layer", "way", "forward", "training", "step", "first call", "peak", "state")
+        title = f"x (B, T, D) = {shape[:3]}, float32, {device}: medians of {options.repeats}"
+        table(columns, map(cells, found), right=columns[2:], title=title)
+    return rows
+
+
+def cells(row: Row) -> list[str]:
+    from ..report import show_bytes, show_time
+
+    if "failed" in row:
+        return [row["layer"], row["way"], row["failed"], *[""] * 5]
+    times = [show_time(row.get(key)) for key in ("forward", "training", "step", "first")]
+    return [row["layer"], row["way"], *times, show_bytes(row.get("peak")), show_bytes(row.get("state"))]
+
+
+def measure_streaming(options: Options) -> list[Row]:
+    from ..bench import streaming
+
+    chosen = names(options.layers)
+    rows = streaming.run(chosen) if chosen else streaming.run()
+    generic(rows)
+    return rows
+
+
+def measure_linear_scan(options: Options) -> list[Row]:
+    from ..bench import linear_scan
+
+    rows = linear_scan.run()
+    generic(rows)
+    return rows
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def generic(rows: Iterable[Row]) -> None:
+    """A table of whatever the rows hold."""
+    from .show import table
+
+    rows = list(rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cell = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
+    table(columns, [[cell(row.get(c, "")) for c in columns] for row in rows], right=columns)
+
+
+MEASURES = {"linear_scan": measure_linear_scan, "layers": measure_layers, "streaming": measure_streaming}

@@ -1,0 +1,84 @@
+"""An experiment from the words of a command line: shared by `train` and `compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..comparing import SETTINGS
+from ..core import RecurrentLayer, ResourceError, UsageError, layers
+from ..models import Stack
+from ..tasks import Task, tasks
+from ..training import Experiment
+from .memory import free_memory
+from .settings import dict_once, put_text
+
+
+def experiment(
+    task: str, layer: str, *, width: int, depth: int, seed: int, data: Path | None = None, settings: Iterable[str] = ()
+) -> Experiment:
+    """Raises UsageError for a name, number or setting that does not fit, DataError for data that is not there."""
+    for name, value, most in (("width", width, 10**9), ("depth", depth, 1000), ("seed", seed, 2**63 - 1)):
+        if not (name != "seed") <= value <= most:
+            raise UsageError(f"--{name} {value}; expected {int(name != 'seed')} to {most}")
+    layers[layer]
+    given = dict_once(settings)
+    chosen = {path: str(value) for path, value in SETTINGS.get(task, {}).items() if path not in given} | given
+    inside = {path.removeprefix("task."): text for path, text in chosen.items() if path.startswith("task.")}
+    made: Any = Experiment(
+        task=make_task(task, data, inside), model=Stack(layer=layer, width=width, depth=depth), seed=seed
+    )
+    for path, text in chosen.items():
+        if not path.startswith("task."):
+            made = put_text(made, path, text)
+    return made
+
+
+def make_task(name: str, data: Path | None, settings: Mapping[str, str]) -> Task:
+    """The task of that name; data is the file or folder of a task that reads the user's own."""
+    cls = tasks[name].cls
+    takes_path = "path" in {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if data is not None and not takes_path:
+        own = ", ".join(info.name for info in tasks if "path" in {f.name for f in fields(info.cls)})  # type: ignore[arg-type]
+        raise UsageError(f"--data: task {name!r} reads no file of yours; those that do: {own}")
+    if takes_path and data is None and "path" not in settings:
+        raise UsageError(f"task {name!r} reads your own file: name it with --data FILE")
+    given = {"path": str(data)} if data is not None else {}
+    try:
+        made: Any = cls(**given)
+        for path, text in settings.items():
+            made = put_text(made, path, text, shown=f"task.{path}")
+    except TypeError as error:
+        raise UsageError(f"task {name!r}: {error}") from None
+    return made
+
+
+def build(made: Experiment) -> RecurrentLayer[Any]:
+    """The model of an experiment, built without memory: finds what does not fit before anything is allocated.
+
+    Raises UsageError for arguments the layer does not take, ResourceError for a model larger than free memory.
+    """
+    task = made.task
+    try:
+        with torch.device("meta"):
+            model = made.model.build(x_width=task.x_width, x_vocab=task.x_vocab, y_width=task.y_width)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model {made.model.layer!r}: {error}") from None
+    except RuntimeError as error:
+        if "overflow" in str(error) or "too large" in str(error).lower():
+            raise ResourceError(
+                f"model {made.model.layer!r}: {str(error).splitlines()[0]}; try a smaller width"
+            ) from None
+        raise
+    need = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # weights, gradients, two moments
+    have = free_memory()
+    if have is not None and need > have:
+        raise ResourceError(
+            f"model {made.model.layer!r} of width {made.model.width} takes {need / 2**30:.3g} GiB to train; "
+            f"{have / 2**30:.3g} GiB are free: try a smaller width or depth"
+        )
+    return model

@@ -1,0 +1,202 @@
+"""statewise explain: which backend would run, and why not the others."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .parse import Positional, Repeated
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..core import RecurrentLayer
+    from ..core.registry import LayerInfo
+    from ..ops import Op
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say which backend an op, or a layer's ops, would take for given shapes, and why not the others."""
+
+    what: Positional[str]
+    """An op (linear_scan) or a registered layer (lru)."""
+    shape: str = "8,2048,512"
+    """B,T,N of an op's x; B,T,D of a layer's."""
+    dtype: str = "float32"
+    """Of x, and of the layer's parameters."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1."""
+    args: Repeated[str] = ()
+    """NAME=VALUE for the layer's constructor, instead of an ordinary layer of width D."""
+
+
+@dataclass
+class Call:
+    """One kind of call that a layer makes to an op."""
+
+    op: str
+    chosen: str
+    reasons: dict[str, str]
+    shapes: str
+    times: int
+
+
+def run(options: Options) -> int:
+    from ..core import ResourceError, UsageError, layers, near
+    from ..ops import ops
+    from ..report import show_bytes
+    from ..training import choose_device
+    from .memory import free_memory
+
+    importlib.import_module("statewise.layers")
+    shape, dtype, device = read_shape(options.shape), read_dtype(options.dtype), choose_device(options.device)
+    need, have = 8 * math.prod(shape) * dtype.itemsize, free_memory()  # inputs, a gate, outputs and some more
+    if have is not None and need > have:
+        raise ResourceError(f"--shape {options.shape} takes {show_bytes(need)}; {show_bytes(have)} are free: try less")
+    if options.what in ops:
+        show_op(ops[options.what], arguments_for(ops[options.what], shape, dtype, device))
+        return 0
+    if options.what not in layers:
+        known = [*ops, *layers.names()]
+        raise UsageError(f"no op or layer {options.what!r}; {near(options.what, known)}")
+    show_layer(layers[options.what], options, shape, dtype, device)
+    return 0
+
+
+def read_shape(text: str) -> tuple[int, ...]:
+    from ..core import UsageError
+
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) < 3 or min(shape) < 0:
+        raise UsageError(f"--shape {text!r}; expected at least three whole numbers, batch, time, width: 8,2048,512")
+    return shape
+
+
+def read_dtype(name: str) -> torch.dtype:
+    import torch
+
+    from ..core import UsageError, near
+
+    known = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
+    if name not in known:
+        raise UsageError(f"--dtype {name!r}; {near(name, known)}; one of: {', '.join(known)}")
+    return getattr(torch, name)
+
+
+def arguments_for(op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The op's first sample call with its batch, time and widths stretched to `shape`. Holds memory, no values."""
+    import torch
+
+    from ..core import UsageError
+
+    sample = next(iter(op.samples(str(device), dtype)))
+    small = next(value for value in sample.values() if isinstance(value, torch.Tensor) and value.ndim >= 3).shape
+    if len(shape) != len(small):
+        raise UsageError(f"--shape {shape}: {op.name} takes {len(small)} dimensions, as in {tuple(small)}")
+    to = dict(zip(small, shape))
+
+    def stretch(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.new_empty([to.get(n, n) for n in value.shape])
+
+    return {name: stretch(value) for name, value in sample.items()}
+
+
+def show_op(op: Op, arguments: dict[str, Any]) -> None:
+    import torch
+
+    from .show import table
+
+    print(f"{op.name}: {(op.reference.__doc__ or '').strip().splitlines()[0]}")
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            print(f"  {name:<6} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}")
+    print()
+    chosen = chosen_backend(op, (), arguments)
+    table(("backend", "would it run?"), [(n, told(n, chosen, why)) for n, why in op.explain(**arguments).items()])
+
+
+def chosen_backend(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    found = op.choose(None, args, kwargs)
+    return getattr(found, "name", "reference")
+
+
+def told(name: str, chosen: str, reason: str) -> str:
+    if name == chosen:
+        return "yes: this one"
+    return "could, but stands behind" if reason == "ok" else f"no: {reason}"
+
+
+def show_layer(
+    info: LayerInfo, options: Options, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """The layer's facts, then every kind of op call that one forward makes."""
+    import torch
+
+    from ..core import UsageError, nbytes
+    from ..report import show_bytes, show_count
+    from .settings import dict_once, free
+
+    given = {name: free(text) for name, text in dict_once(options.args).items()} or info.sized(shape[-1])
+    try:
+        layer: RecurrentLayer[Any] = info.cls(**given).to(device=device, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{info.name}: {error}; give constructor arguments with --args NAME=VALUE") from None
+    parameters = sum(p.numel() for p in layer.parameters())
+    print(f"{info.name} ({info.paper}): {info.summary}")
+    print(f"  arguments   {', '.join(f'{k}={v}' for k, v in given.items())}")
+    print(f"  parameters  {show_count(parameters)}")
+    print(f"  state       {show_bytes(nbytes(layer.initial_state(1)))} per stream")
+    if layer.vocab:
+        x = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+    else:
+        x = torch.zeros(*shape[:2], layer.width, dtype=dtype, device=device)
+    with recorded() as calls, torch.no_grad():
+        layer(x)
+    print(f"  one forward of x {tuple(x.shape)} {options.dtype} on {device} calls:")
+    for call in calls.values():
+        print(f"\n{call.op} {call.shapes}{f', {call.times} times' if call.times > 1 else ''}")
+        for name, reason in call.reasons.items():
+            print(f"  {name:<10} {told(name, call.chosen, reason)}")
+    if not calls:
+        print("\nno op with backends: plain torch operations" + (", one step at a time" if loops(layer) else ""))
+
+
+def loops(layer: RecurrentLayer[Any]) -> bool:
+    from ..core import Cell
+
+    return isinstance(layer, Cell) and type(layer).scan is Cell.scan
+
+
+@contextmanager
+def recorded() -> Iterator[dict[Any, Call]]:
+    """Note every kind of op call within the block: the same op with the same shapes counts as one kind."""
+    import torch
+
+    from ..ops import Op
+
+    calls: dict[Any, Call] = {}
+    plain = Op.__call__
+
+    def noted(self: Op, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        tensors = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        shapes = ", ".join(str(shape) for shape in tensors)
+        chosen = backend or chosen_backend(self, args, kwargs)
+        call = Call(self.name, chosen, self.explain(*args, **kwargs), shapes, 0)
+        calls.setdefault((self.name, shapes, chosen), call).times += 1
+        return plain(self, *args, backend=backend, **kwargs)
+
+    Op.__call__ = noted  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        Op.__call__ = plain  # type: ignore[method-assign]

@@ -1,0 +1,215 @@
+"""statewise stream: a trained run answers standard input, line by line, in constant memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .parse import Positional
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core import RecurrentLayer
+    from ..tasks import Task
+    from .units import Units
+
+LIMIT = 1 << 20  # bytes of a line
+AHEAD = "ahead"  # note in a saved state: the logits for the byte that comes next
+
+
+@dataclass(frozen=True)
+class Options:
+    """Answer each line of standard input with one line, at once, in constant memory.
+
+    A model of numbers takes one step per line: as many numbers as it has inputs, with commas or spaces, in the units
+    of the data it was trained on. It answers with the likeliest class and its probability, or with its numbers. An
+    empty line starts a new stream.
+    A model of ids takes one or more ids per line. A model of bytes takes text: a line is fed byte by byte, its end
+    included, and answered with the likeliest next byte, its probability, and the bits per byte that the line cost.
+    """
+
+    run: Positional[Path]
+    """A run of `statewise train`."""
+    format: Literal["auto", "numbers", "ids", "text", "json"] = "auto"
+    """Of the lines. json: a list of numbers or ids, or a string for text; the answers are JSON objects."""
+    load_state: Path | None = None
+    """Go on from a saved state."""
+    save_state: Path | None = None
+    """Save the state after the last line answered, also when stopped by a signal."""
+    skip_bad: bool = False
+    """Report a bad line and go on, instead of stopping with exit status 3."""
+
+
+class Streamer:
+    """A model, its state and how its lines read."""
+
+    def __init__(self, model: RecurrentLayer[Any], task: Task, units: Units, format: str):
+        from ..core import UsageError
+
+        text = task.x_vocab == task.y_width == 256 and task.kind == "classification"
+        fits = ("text", "json") if text else ("ids", "json") if task.x_vocab else ("numbers", "json")
+        if format not in ("auto", *fits) and not (text and format == "ids"):
+            raise UsageError(f"--format {format}: a model of task {task.name!r} takes {', '.join(fits)}")
+        self.model, self.task, self.units, self.bytes = model, task, units, text
+        self.format = fits[0] if format == "auto" else format
+        self.state = model.initial_state(1)
+        self.ahead: Tensor | None = None  # logits for the next byte
+
+    def answer(self, line: bytes) -> str:
+        """One line in, one line out. Raises ValueError with the reason for a line that cannot be taken."""
+        if not line.strip() and not (self.bytes and self.format == "text"):
+            self.state, self.ahead = self.model.initial_state(1), None
+            return ""
+        inputs = self.read(line)
+        state, ahead, bits, counted = self.state, self.ahead, 0.0, 0
+        for x in inputs:
+            if self.bytes and ahead is not None:
+                bits, counted = bits - float(ahead.log_softmax(-1)[0, int(x)]) / math.log(2), counted + 1
+            ahead, state = self.model.step(x, state)
+        if ahead is None:
+            raise ValueError("holds nothing")
+        if not bool(ahead.isfinite().all()):
+            raise ValueError("the answer is not finite; the state before this line is kept")
+        self.state, self.ahead = state, ahead
+        return self.write(ahead[0].float(), bits / counted if counted else None)
+
+    def read(self, line: bytes) -> list[Tensor]:
+        """The inputs of step, (1, D) or (1,), that a line holds."""
+        import torch
+
+        text = line.decode("utf-8", "surrogateescape")
+        found: Any = parse_json(text) if self.format == "json" else text
+        if self.bytes and isinstance(found, str) and self.format != "ids":
+            raw = line if self.format == "text" else found.encode("utf-8", "surrogateescape")
+            return list(torch.tensor(list(raw)).view(-1, 1))
+        values = numbers(found)
+        if self.task.x_vocab is None:
+            width = self.model.width
+            if len(values) != width:
+                raise ValueError(f"{len(values)} numbers; expected {width}")
+            wrong = [(i, v) for i, v in enumerate(values) if not math.isfinite(v)]
+            if wrong:
+                raise ValueError(f"{len(wrong)} not finite, the first is {wrong[0][1]} at place {wrong[0][0] + 1}")
+            weight = next(self.model.parameters())
+            return [torch.tensor([self.units.inward(values)], dtype=torch.float64).to(weight.dtype)]
+        for value in values:
+            if value != int(value) or not 0 <= value < self.task.x_vocab:
+                raise ValueError(f"id {value:g}; expected whole numbers from 0 to {self.task.x_vocab - 1}")
+        return list(torch.tensor([int(v) for v in values]).view(-1, 1))
+
+    def write(self, out: Tensor, bits: float | None) -> str:
+        """The answer out (E,) as a line."""
+        if self.task.kind == "regression":
+            values = [float(f"{v:.7g}") for v in out.tolist()]
+            return json.dumps({"y": values}) if self.format == "json" else ",".join(f"{v:.7g}" for v in values)
+        p = out.softmax(-1)
+        best = int(p.argmax())
+        if self.format == "json":
+            found = {"class": self.units.classes[best] if self.units.classes else best, "probability": float(p[best])}
+            if self.bytes:
+                return json.dumps({**found, "bits_per_byte": bits})
+            return json.dumps({**found, "probabilities": [round(v, 6) for v in p.tolist()]})
+        shown = repr(chr(best)) if self.bytes and self.format == "text" else str(best)
+        shown = self.units.classes[best] if self.units.classes else shown
+        cost = f" {bits:.4f}" if bits is not None else " -" if self.bytes else ""
+        return f"{shown} {float(p[best]):.4f}{cost}"
+
+
+def run(options: Options) -> int:
+    import torch
+
+    from ..core import DataError, load_state, save_state
+    from ..core.files import read_tensors
+    from ..training import load
+    from .units import read_units
+
+    model, experiment = load(options.run)
+    units = read_units(options.run, experiment.task)
+    streamer = Streamer(model.eval(), experiment.task, units, options.format)
+    if options.load_state is not None:
+        streamer.state = load_state(options.load_state, model)
+        notes = json.loads(read_tensors(options.load_state, allow_nonfinite=True)[1].get("extra", "{}"))
+        streamer.ahead = torch.tensor([notes[AHEAD]]) if notes.get(AHEAD) else None
+    status = 0
+    try:
+        with torch.inference_mode(), stopped_by_sigterm():
+            for number, line in enumerate(lines(), 1):
+                try:
+                    if len(line) > LIMIT:
+                        raise ValueError(f"longer than {LIMIT} bytes")
+                    answer = streamer.answer(line)
+                except ValueError as error:
+                    if not options.skip_bad:
+                        raise DataError(
+                            f"line {number} of the input: {error}; --skip-bad goes on after such lines"
+                        ) from None
+                    print(f"skipped line {number} of the input: {error}", file=sys.stderr, flush=True)
+                    continue
+                print(answer, flush=True)
+    finally:
+        if options.save_state is not None:
+            ahead = streamer.ahead[0].tolist() if streamer.bytes and streamer.ahead is not None else None
+            save_state(options.save_state, model, streamer.state, weights=True, **{AHEAD: ahead})
+    return status
+
+
+def lines() -> Iterator[bytes]:
+    """Lines of standard input as they come; what stands beyond LIMIT in one is read and dropped."""
+    source = sys.stdin.buffer
+    while line := source.readline(LIMIT + 1):
+        rest = line
+        while len(rest) > LIMIT and not rest.endswith(b"\n"):
+            rest = source.readline(LIMIT + 1)
+        yield line
+
+
+def numbers(found: Any) -> list[float]:
+    """Numbers of a text or of a JSON list."""
+    parts = found.replace(",", " ").replace(";", " ").split() if isinstance(found, str) else found
+    if isinstance(parts, dict):
+        parts = parts.get("x")
+    if not isinstance(parts, list):
+        parts = [parts]
+    values = []
+    for place, part in enumerate(parts, 1):
+        try:
+            if isinstance(part, bool) or part is None:
+                raise TypeError
+            values.append(float(part))
+        except (TypeError, ValueError):
+            raise ValueError(f"place {place} is {str(part)[:40]!r}; expected a number") from None
+    return values
+
+
+def parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{text.strip()[:40]!r} is not JSON") from None
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM as an exception, so that the state is saved on the way out."""
+    from ..training.signals import Stopped
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number, "stopped by a signal after the last line answered")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,186 @@
+"""statewise train: one model on one task."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .parse import Positional, Repeated
+
+if TYPE_CHECKING:
+    from ..training import Experiment, Result
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train one model on one task. A run that was stopped goes on where it stood when called again."""
+
+    task: Positional[str] = ""
+    """A name from `statewise list tasks`; series and text_file read your own data."""
+    layer: str = "gru"
+    """A name from `statewise list layers`."""
+    width: int = 64
+    """Channels between the layers."""
+    depth: int = 2
+    """Number of blocks."""
+    set: Repeated[str] = ()
+    """FIELD=VALUE, as often as needed: task.length=200, train.lr=1e-4, model.dropout=0.1, model.args.NAME=VALUE."""
+    data: Path | None = None
+    """Your file or folder, for the tasks series and text_file."""
+    run: Path | None = None
+    """Where to keep the run. Default: runs/TASK-LAYER-KEY, where KEY names the configuration."""
+    seed: int = 0
+    """Of the weights, the order of the data and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    threads: int = 0
+    """Threads that torch may use; 0 leaves it to torch."""
+    fresh: bool = False
+    """Start anew: an earlier run in the same place is moved aside, not deleted."""
+    replay: Path | None = None
+    """An experiment.json of an earlier run: train exactly that again, in the place that --run names."""
+
+
+def run(options: Options) -> int:
+    import torch
+
+    from ..training import choose_device, fit
+    from .build import build
+    from .units import write_units
+
+    device = choose_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    made = described(options)
+    build(made)
+    place = options.run or Path("runs") / f"{made.task.name}-{made.model.layer}-{made.key[:8]}"
+    if options.fresh:
+        move_aside(place)
+    if (place / "result.json").is_file():
+        print(f"{place} holds a finished run; --fresh trains anew")
+    try:
+        with progress(made.train.steps) as on_event:
+            result = fit(made, place, device=str(device), signals=True, on_event=on_event)
+    finally:  # a stopped run streams too
+        if (place / "experiment.json").is_file():
+            write_units(place, made.task)
+    show(made, result, place)
+    return 0
+
+
+def described(options: Options) -> Experiment:
+    """The experiment that the options ask for."""
+    from ..core import UsageError
+    from ..core.files import read_json
+    from ..training import Experiment
+    from .build import experiment
+
+    if options.replay is None:
+        if not options.task:
+            raise UsageError("which task? statewise train TASK; see statewise list tasks")
+        return experiment(
+            options.task, options.layer, width=options.width, depth=options.depth, seed=options.seed,
+            data=options.data, settings=options.set,
+        )  # fmt: skip
+    other = [name for name in ("task", "set", "data") if getattr(options, name)]
+    if other:
+        raise UsageError(f"--replay trains what the file says; leave out {' and '.join(other)}")
+    return Experiment.from_record(read_json(options.replay))
+
+
+def move_aside(place: Path) -> None:
+    """Make room for a new run; refuses to touch a folder that holds something else."""
+    from ..core import UsageError
+
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    if not (place / "experiment.json").is_file():
+        raise UsageError(f"--fresh: {str(place)!r} holds something that is not a run; name another place with --run")
+    number = next(n for n in range(1, 10**6) if not place.with_name(f"{place.name}.old{n}").exists())
+    aside = place.with_name(f"{place.name}.old{number}")
+    place.rename(aside)
+    print(f"the earlier run is now {aside}")
+
+
+@contextmanager
+def progress(steps: int) -> Iterator[Callable[[Event], None]]:
+    """What to do with each event of fit: a bar on a terminal, plain lines elsewhere."""
+    if not sys.stdout.isatty():
+        yield Lines()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .show import console
+
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console()) as bar:
+        task = bar.add_task("train", total=steps, loss="-", speed="")
+
+        def show_event(event: Event) -> None:
+            if event["event"] == "train":
+                speed = f"{event['tokens_per_second']:.3g} tokens/s"
+                bar.update(task, completed=event["step"], loss=f"{event['loss']:.4g}", speed=speed)
+            elif text := words(event):
+                bar.console.print(text)
+
+        yield show_event
+
+
+class Lines:
+    """Events as plain lines: losses about once in two seconds, everything else at once."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        from ..report import show_count, show_time
+
+        if event["event"] != "train":
+            if text := words(event):
+                print(text, flush=True)
+        elif time.monotonic() - self.last > 2:
+            self.last = time.monotonic()
+            left = f", {show_time(event['eta'])} left" if event["eta"] else ""
+            speed = f"{show_count(event['tokens_per_second'])} tokens/s"
+            print(f"step {event['step']:>6}  loss {event['loss']:<10.4g} {speed}{left}", flush=True)
+
+
+def words(event: Event) -> str:
+    """An event of another kind in words; empty where there is nothing to say."""
+    if event["event"] == "start" and event["step"]:
+        return f"goes on from step {event['step']}"
+    if event["event"] == "evaluate":
+        found = ", ".join(f"{name} {value:.4g}" for name, value in event.get("metrics", {}).items())
+        return f"step {event['step']:>6}  {event.get('split', 'validation')}: {found}"
+    return ""
+
+
+def show(made: Experiment, result: Result, place: Path) -> None:
+    """The result beside chance and baseline."""
+    from ..report import show_bytes, show_count, show_score, show_time
+
+    task, metric = made.task, made.task.metric
+    better = "higher" if task.higher_is_better else "lower"
+    print(f"{task.name}, {made.model.layer}: {metric} on test ({better} is better)")
+    rows = [(made.model.layer, result.score), ("baseline", task.baseline()), ("chance", task.chance())]
+    for name, score in sorted(rows, key=lambda row: row[1], reverse=task.higher_is_better):
+        print(f"  {name:<18}{show_score(score, metric)}")
+    early = " (stopped early)" if result.stopped == "early" else ""
+    print(
+        f"  {show_count(result.parameters)} parameters, {result.steps} steps{early} in {show_time(result.seconds)}, "
+        f"{show_count(result.tokens_per_second)} tokens/s, peak memory {show_bytes(result.peak_memory)}"
+    )
+    print(f"kept in {place}; answer a stream with: statewise stream {place}")
