@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from statewise.core import Cell, UsageError, check_input, chunked, ragged, stream, unroll, where
+from statewise.core import Cell, UsageError, check_input, check_sizes, chunked, ragged, stream, unroll, where
 
 
 class Memory(NamedTuple):
@@ -205,3 +205,10 @@ def test_buffers_tell_the_dtype_of_a_layer_without_parameters():
     frozen.register_buffer("weight", torch.ones(2))
     with pytest.raises(UsageError, match="float64"):
         check_input(frozen, X.double(), None, None, None)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "4", True])
+def test_sizes_are_refused_by_name(size):
+    check_sizes("Own", width=3, hidden=1)
+    with pytest.raises(UsageError, match=f"^Own: hidden is {size!r}; expected a whole number of at least 1$"):
+        check_sizes("Own", width=3, hidden=size)

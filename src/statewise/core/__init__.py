@@ -5,6 +5,7 @@ from .layer import (
     RecurrentLayer,
     Traits,
     check_input,
+    check_sizes,
     chunked,
     clear_past_end,
     past_end,
@@ -17,9 +18,9 @@ from .state import clone, detach, join, leaves, names, nbytes, select, tree_map,
 from .vary import grid, put
 
 __all__ = [
-    "Cell", "DataError", "LayerInfo", "NumericError", "RecurrentLayer", "Registry", "ResourceError", "StatewiseError",
-    "Traits", "Unknown", "UsageError", "check_input", "chunked", "clear_past_end", "clone", "detach", "grid", "join",
-    "layers", "leaves", "load_state", "names", "nbytes", "near", "past_end", "put", "ragged", "read_json",
-    "read_tensors", "register_layer", "save_state", "select", "stream", "tree_map", "unroll", "where", "wide",
-    "write_json", "write_tensors",
+    "Cell", "DataError", "LayerInfo", "NumericError", "RecurrentLayer", "Registry", "ResourceError",
+    "StatewiseError", "Traits", "Unknown", "UsageError", "check_input", "check_sizes", "chunked", "clear_past_end",
+    "clone", "detach", "grid", "join", "layers", "leaves", "load_state", "names", "nbytes", "near", "past_end",
+    "put", "ragged", "read_json", "read_tensors", "register_layer", "save_state", "select", "stream", "tree_map",
+    "unroll", "where", "wide", "write_json", "write_tensors",
 ]  # fmt: skip

@@ -300,5 +300,12 @@ def _check_lengths(name: str, x: Tensor, lengths: Tensor) -> None:
         raise UsageError(f"{name}: lengths[{bad[0]}] is {int(lengths[bad[0]])}; expected 0 to T = {x.shape[1]}")
 
 
+def check_sizes(name: str, **sizes: int) -> None:
+    """Refuse sizes below 1, for constructors. Raises UsageError with the argument and the value."""
+    for argument, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UsageError(f"{name}: {argument} is {size!r}; expected a whole number of at least 1")
+
+
 def _steps(tree: Any) -> int:
     return int(leaves(tree)[0].shape[1])
