@@ -321,6 +321,7 @@ class StackState(NamedTuple):
 class TorchLayer(RecurrentLayer[Any]):
     """A drop-in RNN, GRU or LSTM, its layers stacked, as a layer of the protocol. It shares the drop-in's parameters.
 
+    h_t^l = cell(h_t^{l-1}, h_{t-1}^l) for layers l = 1 .. L, with h_t^0 = x_t; y_t = h_t^L.
     The state is h (B, L, N), or StackState for an LSTM. `to_torch` and `from_torch` turn it to torch.nn's hx and back.
     """
 

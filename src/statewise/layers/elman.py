@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core import Cell, UsageError, register_layer, wide
+from ..core import Cell, UsageError, check_sizes, register_layer, wide
 from ..ops.gated_loop import elman_loop, elman_step
 
 
@@ -25,6 +25,7 @@ class Elman(Cell[Tensor]):
 
     def __init__(self, width: int, hidden: int, *, nonlinearity: Literal["tanh", "relu"] = "tanh"):
         super().__init__()
+        check_sizes("Elman", width=width, hidden=hidden)
         if nonlinearity not in ("tanh", "relu"):
             raise UsageError(f"Elman: nonlinearity {nonlinearity!r}; expected 'tanh' or 'relu'")
         self.width, self.out_width = width, hidden

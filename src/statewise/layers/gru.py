@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..core import Cell, register_layer, wide
+from ..core import Cell, check_sizes, register_layer, wide
 from ..ops.gated_loop import gru_loop, gru_step
 
 
@@ -25,6 +25,7 @@ class GRULayer(Cell[Tensor]):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
+        check_sizes("GRULayer", width=width, hidden=hidden)
         self.width, self.out_width = width, hidden
         self.inp = nn.Linear(width, 3 * hidden)
         blocks = [nn.init.orthogonal_(torch.empty(hidden, hidden)) for _ in range(3)]

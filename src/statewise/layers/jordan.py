@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..core import Cell, register_layer, wide
+from ..core import Cell, check_sizes, register_layer, wide
 from ..ops.gated_loop import jordan_step
 
 
@@ -23,6 +23,7 @@ class Jordan(Cell[Tensor]):
 
     def __init__(self, width: int, hidden: int, out: int, *, decay: float = 0.0):
         super().__init__()
+        check_sizes("Jordan", width=width, hidden=hidden, out=out)
         self.width, self.out_width = width, out
         self.decay = decay
         self.inp = nn.Linear(width, hidden)

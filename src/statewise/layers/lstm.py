@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import Cell, register_layer, wide
+from ..core import Cell, check_sizes, register_layer, wide
 from ..ops.gated_loop import lstm_loop, lstm_step
 
 
@@ -32,6 +32,7 @@ class LSTMLayer(Cell[LSTMState]):
 
     def __init__(self, width: int, hidden: int, *, forget_bias: float = 1.0):
         super().__init__()
+        check_sizes("LSTMLayer", width=width, hidden=hidden)
         self.width, self.out_width = width, hidden
         self.inp = nn.Linear(width, 4 * hidden)
         with torch.no_grad():
