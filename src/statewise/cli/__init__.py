@@ -17,6 +17,7 @@ from importlib import import_module
 VERBS = {  # in the order of --help
     "list": "layers, tasks, models and ops",
     "train": "train one model on one task, or on your own data",
+    "compare": "many layers on one task, several seeds each, and a report",
     "stream": "answer standard input line by line with a trained run",
     "check": "the conformance suite on a layer, your own or a registered one",
     "explain": "which backend an op or a layer would take for given shapes, and why",
@@ -45,7 +46,7 @@ NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory",
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 a check failed or an unforeseen error, 2 usage, 3 data,
     4 disk or memory, 5 a number that is not finite, 130 and 143 stopped by a signal."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [*(sys.argv[1:] if argv is None else argv)]  # `list` is a verb here once it has been imported
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     for out in (sys.stdout, sys.stderr):

@@ -6,11 +6,14 @@ import contextlib
 import difflib
 import io
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 import tyro
+
+WIDTH = 80  # columns of --help
 
 O = TypeVar("O")
 T = TypeVar("T")
@@ -31,9 +34,9 @@ def parse(verb: str, options: type[O], args: Sequence[str]) -> O | None:
             flag = arg.split("=")[0]
             if flag.startswith("--") and flag not in known:
                 raise Wrong(f"unknown flag {flag!r}; {nearest(flag, known)}")
-    said = io.StringIO()
+    out, err = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             return tyro.cli(
                 options,
                 prog=f"statewise {verb}",
@@ -41,9 +44,12 @@ def parse(verb: str, options: type[O], args: Sequence[str]) -> O | None:
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as end:
-        if not end.code:
-            return None
-        raise Wrong(f"{_one_line(said.getvalue())}; see statewise {verb} --help") from None
+        if end.code:
+            raise Wrong(f"{_one_line(err.getvalue())}; see statewise {verb} --help") from None
+    for line in out.getvalue().splitlines():
+        indent = " " * 8 if line.startswith("usage:") else ""
+        print(line if len(line) <= WIDTH else textwrap.fill(line, WIDTH, subsequent_indent=indent))
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

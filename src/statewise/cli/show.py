@@ -10,9 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704  called while the error is handled; rich would exit with status 1
+
+
 def console() -> Console:
     """Made anew at each use: it looks at sys.stdout, NO_COLOR and COLUMNS as they are now."""
-    return Console(highlight=False, emoji=False, markup=False)
+    return _Console(highlight=False, emoji=False, markup=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Iterable[str] = (), title: str = "") -> None:
