@@ -124,32 +124,33 @@ def print_leaderboard(comparison: dict[str, Any]) -> None:
         "step\np95",
         "state",
         "peak\nmemory",
-        "time",
     ):
         made.add_column(name, justify="right", no_wrap=True)
     rows = leaderboard(comparison)
     for row in rows:
         score = f"{show_score(row.mean, metric)} {show_spread(row.sd, metric)}".strip()
         if row.kind in ("chance", "baseline"):
-            made.add_row("", row.name, score.ljust(0), *[""] * 8, style="dim italic")
+            made.add_row("", row.name, score, *[""] * 7, style="dim italic")
         elif row.kind == "layer":
-            few = "" if len(row.scores) == len(row.cells) else f" ({len(row.scores)} of {len(row.cells)})"
+            few = "" if len(row.scores) == len(row.cells) else "*"
             low, high = show_score(min(row.scores), metric), show_score(max(row.scores), metric)
             made.add_row(
                 str(row.rank), row.name + few, score, f"{low.removesuffix(' %')} to {high.removesuffix(' %')}",
                 show_count(row.parameters), show_count(row.tokens_per_second), show_time(row.latency),
-                show_time(row.latency_p95), show_bytes(row.state_bytes), show_bytes(row.peak_memory), show_time(row.seconds),
+                show_time(row.latency_p95), show_bytes(row.state_bytes), show_bytes(row.peak_memory),
                 style="bold" if row.rank == 1 else "",
             )  # fmt: skip
     screen = console()
     if not screen.is_terminal:
-        screen = Console(highlight=False, emoji=False, markup=False, width=WIDTH + 12)
+        screen = Console(highlight=False, emoji=False, markup=False, width=WIDTH)
     seeds = max((len(r.cells) for r in rows), default=0)
     screen.print()
-    screen.print(f"{task['name']}: {metric} on test, {better} is better; mean ± sd over {seeds} seeds")
+    over = f"; mean ± sd over {seeds} seeds" if seeds > 1 else ", one seed"
+    screen.print(f"{task['name']}: {metric} on test, {better} is better{over}")
     screen.print()
     screen.print(made)
     for row in rows:
+        count = f" ({len(row.scores)} of {len(row.cells)} seeds finished)" if row.scores else ""
         for reason in row.reasons:
-            screen.print(f"failed   {row.name}: {reason}", soft_wrap=True, style="red")
+            screen.print(f"failed   {row.name}{count}: {reason}", soft_wrap=True, style="red")
     screen.print()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,7 +39,7 @@ class Options:
     minutes: float = 0.0
     """Instead of --steps: choose them so that the whole comparison takes about this long on this machine."""
     lr: str = ""
-    """Learning rate, or several with commas: the first seed tries all, the best on validation is used for the others."""
+    """Learning rate, or several with commas: the first seed tries all, the best on validation is used for the rest."""
     set: Repeated[str] = ()
     """FIELD=VALUE for every run, as often as needed: task.length=200, train.batch=64, model.dropout=0.1."""
     data: Path | None = None
@@ -98,9 +97,10 @@ def run(options: Options) -> int:
 
 def plan_of(options: Options) -> Plan:
     """The comparison that the options ask for. Raises UsageError or DataError, before anything is trained."""
-    from ..comparing import SETTINGS, Plan, split_names
+    from ..comparing import Plan, split_names
     from ..core import UsageError, layers, put
-    from .build import build, dict_once, experiment
+    from .build import build, experiment
+    from .settings import dict_once
 
     if not options.task:
         raise UsageError("which task? statewise compare TASK; see statewise list tasks")
@@ -110,8 +110,8 @@ def plan_of(options: Options) -> Plan:
     for name in names:
         layers[name]
     base = experiment(
-        options.task, names[0] if names else "gru", width=options.width, depth=options.depth, seed=0, data=options.data,
-        settings=_defaults(SETTINGS.get(options.task, {}), options.set) + tuple(options.set),
+        options.task, names[0] if names else "gru", width=options.width, depth=options.depth, seed=0,
+        data=options.data, settings=options.set,
     )  # fmt: skip
     given = dict_once(options.set)
     for flag, field in (("steps", "train.steps"), ("lr", "train.lr")):
@@ -205,12 +205,6 @@ def _rates(text: str) -> tuple[float, ...]:
     if any(not 0 < rate <= 1000 for rate in found):
         raise UsageError(f"--lr {text!r}; expected numbers above 0, at most 1000")
     return found
-
-
-def _defaults(usual: dict[str, Any], given: Sequence[str]) -> tuple[str, ...]:
-    """The task's own settings that the user has not set."""
-    named = {text.partition("=")[0] for text in given}
-    return tuple(f"{field}={value}" for field, value in usual.items() if field not in named)
 
 
 def _often(steps: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -19,6 +20,7 @@ from .describe import describe_task, environment
 from .measure import WARM_UP, measure_streaming
 from .plan import Cell, Plan
 from .pool import Row, run_dir
+from .settings import SETTINGS
 
 
 def collect(
@@ -106,6 +108,8 @@ def _streaming(cells: list[Cell], rows: Mapping[str, Row], out: Path, device: st
 def train_command(experiment: Experiment) -> str:
     """The `statewise train` that trains this experiment alone: what differs from the defaults, spelled out."""
     record, model, task = experiment.record(), experiment.model, experiment.task
+    own = SETTINGS.get(task.name, {})
+    usual_train = {path.removeprefix("train."): value for path, value in own.items() if path.startswith("train.")}
     words = [
         "statewise",
         "train",
@@ -121,7 +125,7 @@ def train_command(experiment: Experiment) -> str:
     sections: list[tuple[str, dict[str, Any], Any]] = [
         ("task", record["task"], _defaults(type(task))),
         ("model", record["model"], _defaults(type(model))),
-        ("train", record["train"], asdict(Train())),
+        ("train", record["train"], asdict(Train()) | usual_train),
     ]
     for section, values, usual in sections:
         for name, value in values.items():
@@ -133,8 +137,6 @@ def train_command(experiment: Experiment) -> str:
             inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
             for key, v in inner.items():
                 words += ["--set", f"{section}.{key}={_text(v)}"]
-    import shlex
-
     return shlex.join(words)
 
 
@@ -165,18 +167,20 @@ def _method(plan: Plan, workers: int, threads: int, device: str) -> list[str]:
         "initial weights and the order of the training data. The test split was used for nothing else.",
         "± is the sample standard deviation over seeds.",
         rates,
-        "All layers stand in the same residual stack (norm, gated MLP) of equal width and depth; their parameter counts differ.",
-        f"Each run trains in a process of its own with {_count(threads, 'thread')} on {device}; {_count(workers, 'process')} at a time.",
-        "Training tokens/s: time steps without padding, over the time of training steps alone (data, forward, backward, "
-        "optimiser), median over seeds, while the other workers ran beside it.",
+        "All layers stand in the same residual stack (norm, gated MLP) of equal width and depth; their numbers of "
+        "parameters differ.",
+        f"Each run trains in a process of its own with {_count(threads, 'thread')} on {device}; "
+        f"{_count(workers, 'process')} at a time.",
+        "Training tokens/s: time steps without padding, over the time of training steps alone (data, forward, "
+        "backward, optimiser), median over seeds, while the other workers ran beside it.",
         "Peak memory: the largest resident size of the training process, which includes Python and torch themselves; "
         "the largest over seeds." if device == "cpu" else "Peak memory: the most that tensors took of the GPU.",
         f"Streaming: batch 1, one call of step after another on a test example, {WARM_UP} calls to warm up, then up to "
         "2000 timed; median and 95th percentile; one layer at a time, after all training had ended.",
-        "State: bytes that one stream carries from step to step after those calls; attention keeps its past, so its state grows.",
+        "State: bytes that one stream carries from step to step after those calls; attention keeps its past, so its "
+        "state grows.",
     ]  # fmt: skip
 
 
 def _count(n: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{n} {noun if n == 1 else plural}"
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -26,8 +26,10 @@ def describe_task(task: Task) -> dict[str, Any]:
         "data": task.data, "doc": inspect.cleandoc(type(task).__doc__ or ""),
         "chance": float(task.chance()), "baseline": float(task.baseline()),
         "baseline_is": _first_line(type(task).baseline.__doc__, Task.baseline.__doc__),
-        "input": f"ids from 0 to {task.x_vocab - 1}" if task.x_vocab else _plural(task.x_width or 0, "number") + " per step",
-        "output": f"one of {task.y_width} classes" if task.kind == "classification" else _plural(task.y_width, "number"),
+        "input": _input_words(task),
+        "output": f"one of {task.y_width} classes"
+        if task.kind == "classification"
+        else _plural(task.y_width, "number"),
         "settings": {f.name: _word(getattr(task, f.name)) for f in fields(task)},  # type: ignore[arg-type]
         "examples": examples(task),
     }  # fmt: skip
@@ -45,6 +47,10 @@ def examples(task: Task) -> list[dict[str, Any]]:
             if len(found) == EXAMPLES:
                 return found
     return (found + spare)[:EXAMPLES]
+
+
+def _input_words(task: Task) -> str:
+    return f"ids from 0 to {task.x_vocab - 1}" if task.x_vocab else f"{_plural(task.x_width or 0, 'number')} per step"
 
 
 def _input(task: Task, one: Batch) -> dict[str, Any]:

@@ -40,8 +40,11 @@ def measure_streaming(
             if now > end and taken:
                 break
     return {
-        "median": percentile(taken, 50), "p95": percentile(taken, 95), "steps": len(taken), "state_bytes": nbytes(state),
-    }  # fmt: skip
+        "median": percentile(taken, 50),
+        "p95": percentile(taken, 95),
+        "steps": len(taken),
+        "state_bytes": nbytes(state),
+    }
 
 
 def percentile(values: Sequence[float], q: float) -> float:

@@ -130,7 +130,7 @@ def run_cells(
                     cell, attempt = waiting.pop(0)
                     place = run_dir(out, cell)
                     running.append(_start(cell, place, attempt, lock, threads, device, memory))
-                    on_event({"event": "start", "cell": cell})
+                    on_event({"event": "start", "cell": cell, "pid": running[-1].process.pid})
                 time.sleep(0.05)
                 for run in list(running):
                     _follow(run, on_event)

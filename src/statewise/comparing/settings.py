@@ -6,5 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "spoken_digits": {"train.steps": 400, "train.batch": 64, "train.lr": 4e-3, "train.warmup": 20, "train.evaluate_every": 50},
-}  # fmt: skip
+    "spoken_digits": {
+        "train.steps": 300,
+        "train.batch": 32,
+        "train.lr": 4e-3,
+        "train.warmup": 20,
+        "train.evaluate_every": 30,
+    },
+}

@@ -18,22 +18,30 @@ Show = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear or logarithmic map from values to pixels."""
+    """A map from values to pixels: linear, logarithmic, or logarithmic in the distance to one, for accuracies."""
 
     low: float
     high: float
     start: float
     end: float
     log: bool = False
+    bytes: bool = False  # ticks at powers of two
+    errors: bool = False  # equal distances are equal ratios of 1 - value
 
     def __call__(self, value: float) -> float:
         low, high, v = self.low, self.high, min(max(value, self.low), self.high)
         if self.log:
             low, high, v = math.log(low), math.log(high), math.log(v)
+        if self.errors:
+            low, high, v = -math.log(1 - low), -math.log(1 - high), -math.log(1 - v)
         return round(self.start + (v - low) / (high - low) * (self.end - self.start), 1)
 
     def ticks(self, about: int) -> list[float]:
-        return _log_ticks(self.low, self.high, about) if self.log else _ticks(self.low, self.high, about)
+        if self.errors:
+            return [v for v in (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999) if self.low <= v <= self.high]
+        if self.log:
+            return _log_ticks(self.low, self.high, about, self.bytes)
+        return _ticks(self.low, self.high, about)
 
 
 @dataclass(frozen=True)
@@ -75,15 +83,21 @@ def curves(
     y_label: str,
     show_x: Show,
     show_y: Show,
+    stretch: bool = False,
 ) -> str:
-    """Mean over seeds as a line, smallest to largest seed as a band, chance and baseline as dashed lines."""
-    width, height, left, right, top, bottom = 480, 320, 58, 92, 14, 48
+    """Mean over seeds as a line, smallest to largest seed as a band, chance and baseline as dashed lines.
+
+    stretch: for accuracies, give the last per cent before one the room of the first fifty.
+    """
+    width, height, left, right, top, bottom = 480, 320, 68, 92, 14, 48
     xs = [p[0] for c in lines for p in c.points]
     seen = [v for c in lines for p in c.points for v in p[1:]]
     values = [v for v in [*seen, *(g.value for g in guides)] if math.isfinite(v)]
     log = bool(values) and min(values) > 0 and max(values) / min(values) > 50
     x = Axis(min(xs, default=0), _above(xs), left, width - right)
     y = Axis(*_padded(values, log), height - bottom, top, log)
+    if stretch and max(seen, default=0) > 0.9:
+        y = Axis(max(min(values) - 0.05, 0), 1 - max(1 - max(seen), 1e-3) / 1.25, height - bottom, top, errors=True)
     parts = [_frame(x, y, show_x, show_y, x_label, y_label, width, height, bottom)]
     parts += [_guide(g, x, y) for g in guides]
     for c in lines:
@@ -94,7 +108,8 @@ def curves(
             f'<g class="series s{c.index % SHAPES}" data-layer="{escape(c.name)}">'
             f'<polygon class="band" points="{" ".join(band)}"/>'
             f'<polyline class="line" points="{path}"/>'
-            f"{marker(c.index, x(final[0]), y(final[1]))}<title>{escape(c.name)}: {escape(show_y(final[1]))}</title></g>"
+            f"{marker(c.index, x(final[0]), y(final[1]))}"
+            f"<title>{escape(c.name)}: {escape(show_y(final[1]))}</title></g>"
         )
     ends = [(c, y(c.points[-1][1])) for c in lines]
     for (c, _), place in zip(ends, _apart([at for _, at in ends], 16, top + 4, height - bottom - 2)):
@@ -108,13 +123,23 @@ def curves(
 
 
 def plane(
-    dots: Sequence[Dot], guides: Sequence[Guide], *, title: str, x_label: str, y_label: str, show_x: Show, show_y: Show
+    dots: Sequence[Dot],
+    guides: Sequence[Guide],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    show_x: Show,
+    show_y: Show,
+    binary: bool = False,
 ) -> str:
     """Score against a cost on a logarithmic axis; a guide outside the range of the scores is named at the edge."""
-    width, height, left, right, top, bottom = 400, 310, 60, 16, 22, 48
+    width, height, left, right, top, bottom = 400, 310, 68, 16, 22, 48
     values = [v for d in dots for v in (d.low, d.high, d.y)]
     low, high = _padded(values, False)
-    x = Axis(*_widened([d.x for d in dots]), left, width - right, log=True)
+    low -= (high - low) / 9 * any(g.value < low for g in guides)  # room for the words at the edge
+    high += (high - low) / 9 * any(g.value > high for g in guides)
+    x = Axis(*_widened([d.x for d in dots]), left, width - right, log=True, bytes=binary)
     y = Axis(low, high, height - bottom, top)
     parts = [_frame(x, y, show_x, show_y, x_label, y_label, width, height, bottom)]
     inside = [g for g in guides if low <= g.value <= high]
@@ -147,7 +172,7 @@ def strip(
     scores: Sequence[float], index: int | None, *, worst: float, best: float, guides: Sequence[Guide], words: str
 ) -> str:
     """One line of the leaderboard: a bar from chance to the mean, a dot for each seed, a notch at every guide."""
-    width, height, middle = 168, 22, 11
+    width, height, middle = 220, 22, 11
     place = Axis(min(worst, best), max(worst, best), 4, width - 6)
 
     def at(value: float) -> float:
@@ -164,7 +189,7 @@ def strip(
     parts += [f'<line class="notch" x1="{at(g.value)}" x2="{at(g.value)}" y1="2" y2="20"/>' for g in guides]
     colour = "" if index is None else f" s{index % SHAPES}"
     return (
-        f'<svg class="strip{colour}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'<svg class="strip{colour}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(words)}"><title>{escape(words)}</title>{"".join(parts)}</svg>'
     )
 
@@ -180,8 +205,10 @@ def marker(index: int, x: float, y: float, size: float = 5) -> str:
             f'<rect class="mark" x="{x - s + 0.5:.1f}" y="{y - s + 0.5:.1f}" width="{2 * s - 1}" height="{2 * s - 1}"/>'
         )
     if kind == 2:
-        return f'<polygon class="mark" points="{x},{y - s - 1:.1f} {x + s + 0.6:.1f},{y + s - 1:.1f} {x - s - 0.6:.1f},{y + s - 1:.1f}"/>'
-    return f'<polygon class="mark" points="{x},{y - s - 1.4:.1f} {x + s + 1.4:.1f},{y} {x},{y + s + 1.4:.1f} {x - s - 1.4:.1f},{y}"/>'
+        corners = ((0, -s - 1), (s + 0.6, s - 1), (-s - 0.6, s - 1))
+    else:
+        corners = ((0, -s - 1.4), (s + 1.4, 0), (0, s + 1.4), (-s - 1.4, 0))
+    return f'<polygon class="mark" points="{" ".join(f"{x + u:.1f},{y + v:.1f}" for u, v in corners)}"/>'
 
 
 def _frame(
@@ -205,7 +232,8 @@ def _frame(
     parts.append(f'<text class="name" text-anchor="middle" x="{middle}" y="{height - 8}">{escape(x_label)}</text>')
     tall = (y.start + y.end) / 2
     parts.append(
-        f'<text class="name" text-anchor="middle" transform="translate(13 {tall:.1f}) rotate(-90)">{escape(y_label)}</text>'
+        f'<text class="name" text-anchor="middle" transform="translate(12 {tall:.1f}) rotate(-90)">'
+        f"{escape(y_label)}</text>"
     )
     return "".join(parts)
 
@@ -221,8 +249,8 @@ def _guide(guide: Guide, x: Axis, y: Axis) -> str:
 
 def drawn(width: int, height: int, title: str, description: str, parts: Sequence[str]) -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}. {escape(description)}">'
-        f"{''.join(parts)}</svg>"
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title)} {escape(description)}">{"".join(parts)}</svg>'
     )
 
 
@@ -270,10 +298,16 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _log_ticks(low: float, high: float, about: int) -> list[float]:
+def _log_ticks(low: float, high: float, about: int, binary: bool) -> list[float]:
+    """Round numbers, not much more than `about` and not crowded."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
+    found = [2.0**p for p in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)] if binary else []
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(i / 4 for i in range(4, 40))):
+        if len(found) >= 3:
+            break
         found = [d * 10.0**p for p in powers for d in digits if low <= d * 10.0**p <= high]
-        if len(found) >= min(3, about):
-            return found[:: max(1, round(len(found) / (about + 2)))]
-    return _ticks(low, high, about)
+    gap, kept = (high / low) ** (1 / (about + 1.5)), found[:1]
+    for v in found[1:]:
+        if v >= kept[-1] * gap:
+            kept.append(v)
+    return kept

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing beside it. jinja2 (extra `plots`) fills the template, escaping all text."""
+"""The report: one HTML file that needs nothing beside it. jinja2 (extra `plots`) fills the template and escapes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .summary import (
     show_count,
     show_score,
     show_spread,
+    show_tick,
     show_time,
 )
 
@@ -38,10 +39,10 @@ def write_page(comparison: Comparison, path: Path) -> None:
     )
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
     safe = jinja2.utils.markupsafe.Markup  # only for what this package drew itself, with every name escaped
+    style, script = (safe((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     page = template.render(
-        **_words(comparison), **_pictures(comparison, safe), **_board(comparison, safe),
-        css=safe((HERE / "page.css").read_text(encoding="utf-8")), js=safe((HERE / "page.js").read_text(encoding="utf-8")),
-    )  # fmt: skip
+        **_words(comparison), **_pictures(comparison, safe), **_board(comparison, safe), css=style, js=script
+    )
     path.write_text(page, encoding="utf-8")
 
 
@@ -85,9 +86,11 @@ def headline(comparison: Comparison) -> list[str | dict[str, str]]:
     if len(rows) > 1:
         close = [r for r in rows[1:] if _overlap(first, r)]
         if close:
-            said.append("Within the spread of the seeds it is level with ")
+            said.append("By the range of their seeds it cannot be told from ")
             said += _enumerate([r.name for r in close])
             said.append(". ")
+        elif len(first.scores) == 1:
+            said.append("With a single seed small differences mean little. ")
         said += _quickest(rows)
     return said
 
@@ -109,9 +112,11 @@ def _quickest(rows: Sequence[Row]) -> list[str | dict[str, str]]:
     streamed = [r for r in rows if r.latency is not None]
     if len(streamed) > 1:
         fast = min(streamed, key=lambda r: r.latency or 0)
-        small = min(streamed, key=lambda r: r.state_bytes or 0)
+        least = min(r.state_bytes or 0 for r in streamed)
+        small = [r.name for r in streamed if r.state_bytes == least]
         said += [{"name": fast.name}, f" streams fastest ({show_time(fast.latency)} a step), "]
-        said += [{"name": small.name}, f" carries the smallest state ({show_bytes(small.state_bytes)}), "]
+        said += _enumerate(small)
+        said.append(f" {'carries' if len(small) == 1 else 'carry'} the smallest state ({show_bytes(least)}), ")
     train = max(rows, key=lambda r: r.tokens_per_second or 0)
     said += [{"name": train.name}, f" trains fastest ({show_count(train.tokens_per_second)} tokens/s)."]
     return said
@@ -146,7 +151,7 @@ def _words(comparison: Comparison) -> dict[str, Any]:
             ("Answer", task["output"]),
             ("Ranked by", f"{metric}, {'higher' if task['higher_is_better'] else 'lower'} is better"),
             ("Chance", show_score(task["chance"], metric)),
-            ("Baseline", show_score(task["baseline"], metric) + (f": {task['baseline_is']}" if task.get("baseline_is") else "")),
+            ("Baseline", ": ".join(filter(None, (show_score(task["baseline"], metric), task.get("baseline_is"))))),
             *((k, str(v)) for k, v in task.get("settings", {}).items()),
         ],
         "method": comparison["method"],
@@ -235,7 +240,7 @@ def _cell_words(cell: dict[str, Any], metric: str) -> dict[str, Any]:
         "seconds": show_time(cell["seconds"]) if done else "–",
         "tokens": show_count(cell["tokens_per_second"]) if done else "–",
         "memory": show_bytes(cell["peak_memory"]) if done else "–",
-        "ended": {"done": "all steps", "early": "stopped early"}.get(cell["stopped"], cell["stopped"]) if done else cell["reason"],
+        "ended": {"done": "all steps", "early": "stopped early"}[cell["stopped"]] if done else cell["reason"],
     }  # fmt: skip
 
 
@@ -244,7 +249,7 @@ def _pictures(comparison: Comparison, safe: Any) -> dict[str, Any]:
     label = f"{metric} on validation"
 
     def show(value: float) -> str:
-        return show_score(value, metric).replace(".0 %", " %")
+        return show_tick(value, metric)
 
     curve_charts = []
     for against, x_label, caption, show_x in (
@@ -253,13 +258,20 @@ def _pictures(comparison: Comparison, safe: Any) -> dict[str, Any]:
             "seconds",
             "seconds of training",
             "By time: the same runs against the seconds they took on this machine.",
-            show_count,
+            lambda v: f"{v:.4g}",
         ),
     ):
         lines = curves_of(comparison, against)
         if lines:
             svg = charts.curves(
-                lines, guides, title=caption, x_label=x_label, y_label=label, show_x=show_x, show_y=show
+                lines,
+                guides,
+                title=caption,
+                x_label=x_label,
+                y_label=label,
+                show_x=show_x,
+                show_y=show,
+                stretch=metric == "accuracy",
             )
             curve_charts.append({"svg": safe(svg), "caption": caption})
     return {
@@ -284,8 +296,9 @@ def _cost_charts(comparison: Comparison, safe: Any, show: charts.Show) -> list[d
         ]
         if dots:
             svg = charts.plane(
-                dots, guides_of(comparison), title=caption, x_label=x_label, y_label=label, show_x=show_x, show_y=show
-            )
+                dots, guides_of(comparison), title=caption, x_label=x_label, y_label=label, show_x=show_x, show_y=show,
+                binary=cost == "state_bytes",
+            )  # fmt: skip
             found.append({"svg": safe(svg), "caption": caption})
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import charts
 from .page import HERE, curves_of, guides_of
-from .summary import Comparison, leaderboard, show_bytes, show_count, show_score, show_spread, show_time
+from .summary import Comparison, leaderboard, show_bytes, show_count, show_score, show_spread, show_tick, show_time
 
 _STYLE = """
 svg{background:var(--card);font:13px system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}
@@ -21,12 +21,14 @@ def write_picture(comparison: Comparison, path: Path) -> None:
     """Rows with score, parameters, streaming step and state at the left, learning curves at the right."""
     task, metric = comparison["task"], comparison["task"]["metric"]
     rows = [r for r in leaderboard(comparison) if r.kind != "failed"]
-    pitch, top, left = 34, 84, 24
-    height = max(top + pitch * len(rows) + 36, 420)
+    top, left = 84, 24
+    pitch = min(44, max(32, (420 - top - 20) // len(rows)))
+    height = max(top + pitch * len(rows) + 20, 420)
     columns = (("parameters", 338), ("train tokens/s", 428), ("step, streaming", 524), ("state", 588))
-    seeds = max((len(r.scores) for r in rows if r.kind == "layer"), default=0)
+    seeds = max((len(r.scores) for r in rows), default=0)
+    over = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     parts = [
-        f'<text class="h" x="{left}" y="36">{escape(task["name"])}: {escape(metric)} on test, {seeds} seeds</text>',
+        f'<text class="h" x="{left}" y="36">{escape(task["name"])}: test {escape(metric)}, {over}</text>',
         *(f'<text class="soft" text-anchor="end" font-size="11.5" x="{x}" y="66">{name}</text>' for name, x in columns),
     ]
     for i, row in enumerate(rows):
@@ -51,14 +53,15 @@ def write_picture(comparison: Comparison, path: Path) -> None:
         parts += [f'<text text-anchor="end" x="{x}" y="{y}">{t}</text>' for t, (_, x) in zip(texts, columns)]
     chart = charts.curves(
         curves_of(comparison, "step"), guides_of(comparison), title="Learning curves", x_label="training step",
-        y_label=f"{metric} on validation", show_x=show_count, show_y=lambda v: show_score(v, metric).replace(".0 %", " %"),
+        y_label=f"{metric} on validation", show_x=show_count, show_y=lambda v: show_tick(v, metric),
+        stretch=metric == "accuracy",
     )  # fmt: skip
     chart = chart.replace("<svg ", f'<svg x="616" y="44" width="560" height="{560 * 320 / 480:.0f}" ', 1)
     names = ", ".join(f"{r.name} {show_score(r.mean, metric)}" for r in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1190 {height}" width="1190" height="{height}" role="img" '
-        f'aria-label="{escape(task["name"])}: {escape(names)}"><style>{_variables()}{_STYLE}</style>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1190 {height}" width="1190" height="{height}" '
+        f'role="img" aria-label="{escape(task["name"])}: {escape(names)}"><style>{_variables()}{_STYLE}</style>'
         f'<rect width="1190" height="{height}" fill="var(--card)"/>{"".join(parts)}{chart}</svg>\n',
         encoding="utf-8",
     )

@@ -118,6 +118,11 @@ def show_score(value: float | None, metric: str) -> str:
     return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.4g}"
 
 
+def show_tick(value: float, metric: str) -> str:
+    """A score at an axis: without figures that say nothing."""
+    return show_score(value, metric).replace(".0 %", " %")
+
+
 def show_spread(value: float | None, metric: str) -> str:
     """A difference of scores: percentage points, or two figures."""
     if value is None:
