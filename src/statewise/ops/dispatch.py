@@ -46,6 +46,12 @@ def use_backend(name: str | None) -> Iterator[None]:
         _chosen = before
 
 
+def _while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compiler.assume_constant_result does, without the seconds that importing the compiler takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class Backend:
     """One implementation of an op.
 
@@ -87,7 +93,7 @@ class Backend:
         return self.function(*args, **kwargs)  # type: ignore[misc]
 
 
-@torch.compiler.assume_constant_result
+@_while_tracing
 def _load(target: str) -> None:
     backend = _by_target[target]
     if backend.function is None:
@@ -95,7 +101,7 @@ def _load(target: str) -> None:
         backend.function = getattr(importlib.import_module(module), name)
 
 
-@torch.compiler.assume_constant_result
+@_while_tracing
 def _first_missing(packages: tuple[str, ...]) -> str | None:
     return _find_missing(packages)
 

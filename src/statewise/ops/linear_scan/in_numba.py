@@ -16,9 +16,11 @@ except where time was shared out.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -223,6 +225,31 @@ def _set(context, address):
     return types.void(types.intp), generate
 
 
+@intrinsic
+def _yield(context):
+    """Let another thread have the processor, if one wants it: it may be the one that is waited for."""
+
+    def generate(context, builder, signature, args):
+        if sys.platform != "win32":
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def _apart(context):
+    """Keep the function that calls this out of its callers, and small: compiling takes a third of the time."""
+
+    def generate(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        builder.function.attributes.add("optsize")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 class _Problem(NamedTuple):
     """Sizes, addresses, and strides in bytes (0: the same again). Rows of channels are contiguous."""
 
@@ -272,6 +299,7 @@ def _cut(q, b, t):
 
 @_compile
 def _finite(like, q, row):
+    _apart()
     for i in range(q.width * q.item // q.real):
         value = _real(like, row + i * q.real)
         if value - value != 0:
@@ -282,6 +310,7 @@ def _finite(like, q, row):
 @_compile
 def _forward_span(like, q, b, start, n, t0, t1, before, scratch):
     """Rows t0 to t1 of h; `before` is the address of the state before. Returns that of the state after."""
+    _apart()
     zeros, spread = scratch, scratch + q.width * q.item
     _zero(like, n, (zeros,))
     for t in range(t0, t1):
@@ -299,6 +328,7 @@ def _forward_span(like, q, b, start, n, t0, t1, before, scratch):
 @_compile
 def _forward_summary(like, q, b, t0, t1, end, product, spread):
     """The state at t1 if that at t0 were zero, and the product of decays. True if a reset makes the past irrelevant."""
+    _apart()
     cut = False
     _zero(like, q.width, (end,))
     _one(like, q.width, (product,))
@@ -317,10 +347,14 @@ def _forward_summary(like, q, b, t0, t1, end, product, spread):
 
 
 @_compile
-def _backward_span(like, q, b, start, n, t0, t1, mu, da_sum, scratch):
-    """Rows t1 - 1 down to t0 of dx and da; mu is the row of carried gradient, changed in place."""
+def _backward_span(like, q, b, start, n, k, mu, scratch):
+    """The rows of tile k of dx and da, last to first; mu, the gradient carried from row to row, changes in place."""
+    _apart()
     spread = scratch + q.width * q.item
-    for t in range(t1 - 1, t0 - 1, -1):
+    da_sum = q.da + ((b * q.tiles + k) * q.width + start) * q.item
+    if q.sum_da:
+        _zero(like, n, (da_sum,))
+    for t in range(min(q.steps, (k + 1) * q.tile) - 1, k * q.tile - 1, -1):
         a, g, at = _rows(like, q, b, t, start)
         if _cut(q, b, t):
             _sum(like, n, (q.dx + at, g, mu))
@@ -339,11 +373,12 @@ def _backward_span(like, q, b, start, n, t0, t1, mu, da_sum, scratch):
 
 
 @_compile
-def _backward_summary(like, q, b, t0, t1, mu, product, spread):
+def _backward_summary(like, q, b, k, mu, product, spread):
+    _apart()
     cut = False
     _zero(like, q.width, (mu,))
     _one(like, q.width, (product,))
-    for t in range(t1 - 1, t0 - 1, -1):
+    for t in range(min(q.steps, (k + 1) * q.tile) - 1, k * q.tile - 1, -1):
         if _cut(q, b, t):
             _zero(like, q.width, (mu,))
             _zero(like, q.width, (product,))
@@ -358,90 +393,106 @@ def _backward_summary(like, q, b, t0, t1, mu, product, spread):
 
 
 @_compile
-def _backward_tile(like, q, b, start, n, k, mu, scratch):
-    da_sum = q.da + ((b * q.tiles + k) * q.width + start) * q.item
-    if q.sum_da:
-        _zero(like, n, (da_sum,))
-    _backward_span(like, q, b, start, n, k * q.tile, min(q.steps, (k + 1) * q.tile), mu, da_sum, scratch)
+def _slot(q, b, k):
+    """Address of carry k of row b."""
+    return q.carries + (b * (q.tiles + 1) + k) * q.width * q.item
 
 
 @_compile
-def _by_channels(like, q, backward, worker, workers):
-    """One thread's share of batch and channels, over all time."""
-    scratch = q.rows + worker * 4 * q.width * q.item
-    blocks = (q.width + q.block - 1) // q.block
-    units = q.batch * blocks
-    for unit in range(units * worker // workers, units * (worker + 1) // workers):
-        b, start = unit // blocks, unit % blocks * q.block
-        n = min(q.block, q.width - start)
-        into = q.carries + (b * (q.tiles + 1) * q.width + start) * q.item
-        past = into + q.tiles * q.width * q.item
-        if backward:
-            for k in range(q.tiles - 1, -1, -1):
-                _backward_tile(like, q, b, start, n, k, past, scratch)
-            _copy(like, n, (into, past))
-        else:
-            after = _forward_span(like, q, b, start, n, 0, q.steps, into, scratch)
-            _copy(like, n, (past, after))
+def _flag(q, b, k):
+    return q.flags + (b * (q.tiles + 1) + k) * 8
 
 
 @_compile
-def _by_time(like, q, backward, worker):
-    """Claim tiles of time until none is left."""
+def _forward_work(like, q, worker, workers):
+    """One thread's share: a part of batch and channels over all time, or tiles of time until none is left."""
+    _apart()
     row = q.width * q.item
     scratch = q.rows + worker * 4 * row
     end, product = scratch + 2 * row, scratch + 3 * row
+    if not q.share_time:
+        blocks = (q.width + q.block - 1) // q.block
+        units = q.batch * blocks
+        for unit in range(units * worker // workers, units * (worker + 1) // workers):
+            b, start = unit // blocks, unit % blocks * q.block
+            n, first = min(q.block, q.width - start), start * q.item
+            after = _forward_span(like, q, b, start, n, 0, q.steps, _slot(q, b, 0) + first, scratch)
+            _copy(like, n, (_slot(q, b, q.tiles) + first, after))
+        return
     while True:
-        unit = _claim(q.flags + q.batch * (q.tiles + 1) * 8)
+        unit = _claim(_flag(q, q.batch, 0))
         if unit >= q.batch * q.tiles:
             return
         b, k = unit % q.batch, unit // q.batch
-        into, past = k, k + 1
-        if backward:
-            k = q.tiles - 1 - k
-            into, past = k + 1, k
+        into, past = _slot(q, b, k), _slot(q, b, k + 1)
         t0, t1 = k * q.tile, min(q.steps, (k + 1) * q.tile)
-        carry_in, flag_in = q.carries + (b * (q.tiles + 1) + into) * row, q.flags + (b * (q.tiles + 1) + into) * 8
-        carry_out, flag_out = q.carries + (b * (q.tiles + 1) + past) * row, q.flags + (b * (q.tiles + 1) + past) * 8
-
-        if backward:
-            cut = _backward_summary(like, q, b, t0, t1, end, product, scratch + row)
-        else:
-            cut = _forward_summary(like, q, b, t0, t1, end, product, scratch + row)
-        while _is_set(flag_in) == 0:
-            pass
-        if cut:
-            _copy(like, q.width, (carry_out, end))
-        else:
-            _recur(like, q.width, (carry_out, product, carry_in, end))
-        # the product of decays may have left the range of numbers where the state itself has not
-        known = _finite(like, q, carry_out)
-        if known:
-            _set(flag_out)
-        if backward:
-            _copy(like, q.width, (end, carry_in))
-            _backward_tile(like, q, b, 0, q.width, k, end, scratch)
-            after = end
-        else:
-            after = _forward_span(like, q, b, 0, q.width, t0, t1, carry_in, scratch)
-        if not known or past == 0 or past == q.tiles:
-            _copy(like, q.width, (carry_out, after))
-        if not known:
-            _set(flag_out)
+        cut = _forward_summary(like, q, b, t0, t1, end, product, scratch + row)
+        known = _carry_on(like, q, cut, past, product, end, into, _flag(q, b, k), _flag(q, b, k + 1))
+        after = _forward_span(like, q, b, 0, q.width, t0, t1, into, scratch)
+        if not known or k == q.tiles - 1:
+            _copy(like, q.width, (past, after))
+            _set(_flag(q, b, k + 1))
 
 
 @_compile
-def _work(like, q, backward, worker, workers):
-    if q.share_time:
-        _by_time(like, q, backward, worker)
+def _backward_work(like, q, worker, workers):
+    _apart()
+    row = q.width * q.item
+    scratch = q.rows + worker * 4 * row
+    mu, product = scratch + 2 * row, scratch + 3 * row
+    if not q.share_time:
+        blocks = (q.width + q.block - 1) // q.block
+        units = q.batch * blocks
+        for unit in range(units * worker // workers, units * (worker + 1) // workers):
+            b, start = unit // blocks, unit % blocks * q.block
+            n, first = min(q.block, q.width - start), start * q.item
+            _copy(like, n, (mu, _slot(q, b, q.tiles) + first))
+            for k in range(q.tiles - 1, -1, -1):
+                _backward_span(like, q, b, start, n, k, mu, scratch)
+            _copy(like, n, (_slot(q, b, 0) + first, mu))
+        return
+    while True:
+        unit = _claim(_flag(q, q.batch, 0))
+        if unit >= q.batch * q.tiles:
+            return
+        b, k = unit % q.batch, q.tiles - 1 - unit // q.batch
+        into, past = _slot(q, b, k + 1), _slot(q, b, k)
+        cut = _backward_summary(like, q, b, k, mu, product, scratch + row)
+        known = _carry_on(like, q, cut, past, product, mu, into, _flag(q, b, k + 1), _flag(q, b, k))
+        _copy(like, q.width, (mu, into))
+        _backward_span(like, q, b, 0, q.width, k, mu, scratch)
+        if not known or k == 0:
+            _copy(like, q.width, (past, mu))
+            _set(_flag(q, b, k))
+
+
+@_compile
+def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
+    """Wait for the carry into a tile and publish the one past it. False if that is only known once the tile is done."""
+    _apart()
+    while _is_set(flag_into) == 0:
+        _yield()
+    if cut:
+        _copy(like, q.width, (past, end))
     else:
-        _by_channels(like, q, backward, worker, workers)
+        _recur(like, q.width, (past, product, into, end))
+    # the product of decays may leave the range of numbers where the state itself does not
+    known = _finite(like, q, past)
+    if known:
+        _set(flag_past)
+    return known
 
 
 @numba.njit(nogil=True, cache=True, parallel=True)
-def _work_together(like, q, backward, workers):
+def _forward_together(like, q, workers):
     for worker in numba.prange(workers):
-        _work(like, q, backward, worker, workers)
+        _forward_work(like, q, np.int64(worker), workers)
+
+
+@numba.njit(nogil=True, cache=True, parallel=True)
+def _backward_together(like, q, workers):
+    for worker in numba.prange(workers):
+        _backward_work(like, q, np.int64(worker), workers)
 
 
 _one_at_a_time = threading.Lock()
@@ -464,14 +515,12 @@ def _workers(elements: int) -> int:
 
 def _run(like: Any, q: _Problem, backward: bool, workers: int) -> None:
     if workers == 1:
-        _work(like, q, backward, 0, 1)
+        (_backward_work if backward else _forward_work)(like, q, 0, 1)
         return
+    together = _backward_together if backward else _forward_together
     numba.set_num_threads(workers)  # of this Python thread
-    if _many_callers():
-        _work_together(like, q, backward, workers)
-    else:
-        with _one_at_a_time:
-            _work_together(like, q, backward, workers)
+    with contextlib.nullcontext() if _many_callers() else _one_at_a_time:
+        together(like, q, workers)
 
 
 def _many_callers() -> bool:
