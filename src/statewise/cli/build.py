@@ -15,7 +15,7 @@ from ..models import Stack
 from ..tasks import Task, tasks
 from ..training import Experiment
 from .memory import free_memory
-from .settings import dict_once, put_text
+from .settings import dict_once, put_texts
 
 
 def experiment(
@@ -29,13 +29,8 @@ def experiment(
     given = dict_once(settings)
     chosen = {path: str(value) for path, value in SETTINGS.get(task, {}).items() if path not in given} | given
     inside = {path.removeprefix("task."): text for path, text in chosen.items() if path.startswith("task.")}
-    made: Any = Experiment(
-        task=make_task(task, data, inside), model=Stack(layer=layer, width=width, depth=depth), seed=seed
-    )
-    for path, text in chosen.items():
-        if not path.startswith("task."):
-            made = put_text(made, path, text)
-    return made
+    made = Experiment(make_task(task, data, inside), Stack(layer=layer, width=width, depth=depth), seed=seed)
+    return put_texts(made, {path: text for path, text in chosen.items() if not path.startswith("task.")})
 
 
 def make_task(name: str, data: Path | None, settings: Mapping[str, str]) -> Task:
@@ -48,13 +43,7 @@ def make_task(name: str, data: Path | None, settings: Mapping[str, str]) -> Task
     if takes_path and data is None and "path" not in settings:
         raise UsageError(f"task {name!r} reads your own file: name it with --data FILE")
     given = {"path": str(data)} if data is not None else {}
-    try:
-        made: Any = cls(**given)
-        for path, text in settings.items():
-            made = put_text(made, path, text, shown=f"task.{path}")
-    except TypeError as error:
-        raise UsageError(f"task {name!r}: {error}") from None
-    return made
+    return put_texts(cls(**given), settings, "task.")
 
 
 def build(made: Experiment) -> RecurrentLayer[Any]:
@@ -63,9 +52,10 @@ def build(made: Experiment) -> RecurrentLayer[Any]:
     Raises UsageError for arguments the layer does not take, ResourceError for a model larger than free memory.
     """
     task = made.task
+    widths = {"x_width": task.x_width, "x_vocab": task.x_vocab, "y_width": task.y_width}  # may read the data
     try:
         with torch.device("meta"):
-            model = made.model.build(x_width=task.x_width, x_vocab=task.x_vocab, y_width=task.y_width)
+            model = made.model.build(**widths)
     except (TypeError, ValueError) as error:
         raise UsageError(f"model {made.model.layer!r}: {error}") from None
     except RuntimeError as error:

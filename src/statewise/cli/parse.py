@@ -33,7 +33,8 @@ def parse(verb: str, options: type[O], args: Sequence[str]) -> O | None:
         for arg in args:
             flag = arg.split("=")[0]
             if flag.startswith("--") and flag not in known:
-                raise Wrong(f"unknown flag {flag!r}; {nearest(flag, known)}")
+                hint = f"; fields go in --set, as in --set train.{flag[2:]}=VALUE" if "--set" in known else ""
+                raise Wrong(f"unknown flag {flag!r}; {nearest(flag, known)}{hint}")
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
-from ..core import UsageError, put
+from ..core import UsageError, near
+
+C = TypeVar("C")
 
 LETTERS = 200  # of a user's text repeated in an error
 
@@ -25,15 +28,29 @@ def dict_once(settings: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def put_text(config: Any, path: str, text: str, shown: str = "") -> Any:
-    """put, with the text read as what the field holds now."""
-    shown = shown or path
+def put_texts(config: C, texts: Mapping[str, str], inside: str = "") -> C:
+    """A copy of config with the fields at dotted paths changed, all at once, each text read as what the field holds.
+
+    Raises UsageError for a name that is not there and for a value that does not fit. inside: how the config is called.
+    """
+    here = {path: text for path, text in texts.items() if "." not in path}
+    heads = dict.fromkeys(path.partition(".")[0] for path in texts)
+    below = {h: {p.partition(".")[2]: t for p, t in texts.items() if p.startswith(f"{h}.")} for h in heads}
+    changes: dict[str, Any] = {}
+    for head in heads:
+        now = _get(config, head, inside)
+        if below[head]:
+            changes[head] = put_texts(now, below[head], f"{inside}{head}.")
+        if head in here:
+            try:
+                changes[head] = _typed(now, here[head])
+            except UsageError as error:
+                raise UsageError(f"--set {inside}{head}={here[head][:LETTERS]}: {error}") from None
     try:
-        return put(config, path, _typed(_get(config, path), shown, text))
-    except UsageError as error:
-        raise UsageError(f"--set {shown}={text[:LETTERS]}: {error}") from None
+        return {**config, **changes} if isinstance(config, Mapping) else replace(config, **changes)  # type: ignore
     except (ValueError, TypeError) as error:
-        raise UsageError(f"--set {shown}={text[:LETTERS]}: {error}") from None
+        given = " ".join(f"{inside}{path}={text[:LETTERS]}" for path, text in here.items())
+        raise UsageError(f"--set {given}: {error}" if given else str(error)) from None
 
 
 def free(text: str) -> Any:
@@ -45,13 +62,16 @@ def free(text: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _get(config: Any, path: str) -> Any:
-    for key in path.split("."):
-        config = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-    return config
+def _get(config: Any, name: str, inside: str) -> Any:
+    if isinstance(config, Mapping):
+        return config.get(name)
+    known = [field.name for field in fields(config) if field.init] if is_dataclass(config) else []
+    if name not in known:
+        raise UsageError(f"--set: unknown field {inside}{name}; {near(name, known)}")
+    return getattr(config, name)
 
 
-def _typed(now: Any, path: str, text: str) -> Any:
+def _typed(now: Any, text: str) -> Any:
     if isinstance(now, bool):
         if text.lower() not in ("true", "false"):
             raise UsageError("expected true or false")
@@ -71,5 +91,5 @@ def _typed(now: Any, path: str, text: str) -> Any:
     if isinstance(now, tuple):
         return tuple(free(part) for part in text.split(",") if part)
     if isinstance(now, Mapping):
-        raise UsageError(f"is a group; name an entry: {path}.NAME=VALUE")
+        raise UsageError("it is a group; name an entry of it, .NAME=VALUE")
     return free(text)

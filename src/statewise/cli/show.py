@@ -12,7 +12,7 @@ from rich.table import Table
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # noqa: PLE0704  called while the error is handled; rich would exit with status 1
+        raise  # the error being handled; rich would exit with status 1
 
 
 def console() -> Console:
