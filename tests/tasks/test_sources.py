@@ -225,7 +225,7 @@ def test_pip_that_fails_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         get(made(wheel(DATA))[0])
     assert "\n" not in str(error.value)
     assert "pip could not download nothing-of-this-name 1 (ERROR: No matching distribution found)" in str(error.value)
-    assert str(error.value).endswith("check the network and run again: statewise data get toy")
+    assert str(error.value).endswith("check the network, then again: statewise data get toy")
 
 
 def test_no_apt_get(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,18 +112,23 @@ class Classify(Finite):
     metric = "accuracy"
 
     def chance(self) -> float:
-        """The share of the commonest training class in the test set."""
-        train, test = self.rows("train").y, self.rows("test").y
-        return float((test == train.bincount().argmax()).float().mean())
+        return majority(self)
 
     def baseline(self) -> float:
-        """Accuracy of a ridge classifier: on all steps where lengths are equal and D T <= 1024, else on mean,
-        spread, first and last step of each channel and the length. Its strength is chosen on the validation set."""
-        return _ridge(self)
+        return linear_rule(self)
+
+
+def majority(task: Finite) -> float:
+    """The share of the commonest training class in the test set."""
+    train, test = task.rows("train").y, task.rows("test").y
+    return float((test == train.bincount().argmax()).float().mean())
 
 
 @lru_cache(maxsize=8)
-def _ridge(task: Classify) -> float:
+def linear_rule(task: Finite) -> float:
+    """Test accuracy of a ridge classifier: on all steps where lengths are equal and D T <= 1024, else on mean,
+    spread, first and last step of each channel and the length. Its strength is chosen on the validation set."""
+
     def features(rows: Sequences) -> Tensor:
         parts = []
         for some in torch.arange(len(rows)).split(2048):

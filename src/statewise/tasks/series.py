@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..core import DataError, UsageError
 from .base import Batch, Split, register_task
-from .finite import Classify, Finite, Sequences, stratified, three
+from .finite import Finite, Sequences, linear_rule, majority, stratified, three
 from .series_files import Names, is_number, read
-from .windows import Regress, Track, ahead, carried, windows
+from .windows import Track, ahead, carried, constant, random_answer, windows, with_skill
 
 FEWEST = 10  # series, where whole series are shared out among the splits
 SPAN = 32  # steps over which a forecast's input is compared with its own mean
@@ -95,19 +95,14 @@ class Series(Finite):
         return _ready(self).rows
 
     def chance(self) -> float:
-        return self._like.chance(self)  # type: ignore[arg-type]
+        return majority(self) if self.classes else random_answer(self)
 
     def baseline(self) -> float:
-        return self._like.baseline(self)  # type: ignore[arg-type]
+        return linear_rule(self) if self.classes else constant(self)
 
     def metrics(self, out: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
-        if self.kind == "classification":
-            return super().metrics(out, batch)
-        return Regress.metrics(self, out, batch)  # type: ignore[arg-type]
-
-    @property
-    def _like(self) -> type[Classify] | type[Regress]:
-        return Classify if self.kind == "classification" else Regress
+        found = super().metrics(out, batch)
+        return found if self.classes else with_skill(self, found, batch)
 
 
 @lru_cache(maxsize=4)

@@ -113,7 +113,7 @@ def _groups(table: Table, series: str | None, time: str | None) -> list[np.ndarr
 def _moments(table: Table, time: str) -> np.ndarray:
     """(rows,) float64: a column of numbers, or of dates as ISO 8601 writes them."""
     texts = table.texts(time)
-    if isinstance(table.columns[time], np.ndarray) or all(is_number(text) for text in texts):
+    if isinstance(table.columns[time], np.ndarray) or is_number(texts[0]):
         moment = table.numbers(time)
         if np.isnan(moment).any():
             raise DataError(f"{table.at(int(np.isnan(moment).argmax()))}: column {time!r} is missing")

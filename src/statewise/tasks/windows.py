@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import DataError
-from .base import SPLITS, Batch, Split
+from .base import SPLITS, Batch, Split, Task
 from .finite import Finite, Sequences
 
 
@@ -122,20 +122,20 @@ class Regress(Finite):
     higher_is_better = False
 
     def chance(self) -> float:
-        """The mean squared error of a training answer drawn at random."""
-        train, test = answers(self, "train"), answers(self, "test")
-        return float(train.var(0, correction=0).mean() + (test - train.mean(0)).square().mean())
+        return random_answer(self)
 
     def baseline(self) -> float:
-        """The mean squared error of the training mean or of 0, whichever is less on the test set."""
         return constant(self)
 
     def metrics(self, out: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
-        """Adds skill: the share of the squared error of answering 0 that is gone; 1 is perfect, 0 no better."""
-        found = super().metrics(out, batch)
-        loss, count = found["loss"]
-        zero = float(self.loss(torch.zeros_like(batch.y), batch)) * count
-        return {**found, "skill": (zero - loss, zero)}
+        return with_skill(self, super().metrics(out, batch), batch)
+
+
+def with_skill(task: Task, found: dict[str, tuple[float, float]], batch: Batch) -> dict[str, tuple[float, float]]:
+    """Adds skill: the share of the squared error of answering 0 that is gone; 1 is perfect, 0 no better."""
+    loss, count = found["loss"]
+    zero = float(task.loss(torch.zeros_like(batch.y), batch)) * count
+    return {**found, "skill": (zero - loss, zero)}
 
 
 def answers(task: Finite, split: Split) -> Tensor:
@@ -143,6 +143,13 @@ def answers(task: Finite, split: Split) -> Tensor:
     return torch.cat([batch.y[batch.weight > 0] for batch in task.batches(split)])
 
 
+def random_answer(task: Finite) -> float:
+    """The mean squared error on the test set of a training answer drawn at random."""
+    train, test = answers(task, "train"), answers(task, "test")
+    return float(train.var(0, correction=0).mean() + (test - train.mean(0)).square().mean())
+
+
 def constant(task: Finite) -> float:
+    """The mean squared error on the test set of the training mean or of 0, whichever is less."""
     train, test = answers(task, "train"), answers(task, "test")
     return min(float(test.square().mean()), float((test - train.mean(0)).square().mean()))
