@@ -1,4 +1,4 @@
-"""Echo state network (Jaeger 2001, GMD report 148) of leaky units (Jaeger et al. 2007, 10.1016/j.neunet.2007.04.016)."""
+"""Echo state network of leaky units (Jaeger et al. 2007, doi:10.1016/j.neunet.2007.04.016)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Reservoir(Cell[Tensor]):
     and on one random cycle through all units so that it is never nilpotent, scaled to `spectral_radius`; W_in is
     uniform in +-input_scale. With a seed they are the same for everyone, else they come from torch's generator.
 
-    W_out is trained by gradient like any parameter, or in closed form by `fit_readout`. Radii above 1 are legal: whether
-    the echo dies out depends on the input too. State h (B, N), float32 or wider.
+    W_out is trained by gradient like any parameter, or in closed form by `fit_readout`. Radii above 1 are legal:
+    whether the echo dies out depends on the input too. State h (B, N), float32 or wider.
     """
 
     def __init__(
