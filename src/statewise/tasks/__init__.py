@@ -6,6 +6,7 @@ from .copy import Copy, SelectiveCopy
 from .digits import Digits
 from .fashion_mnist import FashionMnistPixels, FashionMnistRows
 from .forecast import Forecast
+from .generated import Generated
 from .japanese_vowels import JapaneseVowels
 from .mnist import MnistPixels, MnistRows
 from .parity import Parity
@@ -16,6 +17,6 @@ from .text_file import TextFile
 
 __all__ = [
     "SPLITS", "Adding", "Batch", "Copy", "Digits", "FashionMnistPixels", "FashionMnistRows", "Forecast",
-    "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Series", "Split", "SpokenDigits", "Task",
+    "Generated", "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Series", "Split", "SpokenDigits", "Task",
     "TaskInfo", "Text", "TextFile", "register_task", "tasks",
 ]  # fmt: skip
