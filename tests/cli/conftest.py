@@ -41,7 +41,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     text = place / "some.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     table = place / "some.csv"
-    rows = [f"{i},{t},{i % 2 + t / 10},{i % 2 * 5 + 100},{'dog' if i % 2 else 'cat'}" for i in range(20) for t in range(6)]
+    rows = [
+        f"{i},{t},{i % 2 + t / 10},{i % 2 * 5 + 100},{'dog' if i % 2 else 'cat'}" for i in range(20) for t in range(6)
+    ]
     table.write_text("series,time,a,b,label\n" + "\n".join(rows) + "\n")
     asked = {
         "adding": ["adding", "--set", "task.length=6"],

@@ -59,11 +59,12 @@ def build(made: Experiment) -> RecurrentLayer[Any]:
     except (TypeError, ValueError) as error:
         raise UsageError(f"model {made.model.layer!r}: {error}") from None
     except RuntimeError as error:
-        if "overflow" in str(error) or "too large" in str(error).lower():
-            raise ResourceError(
-                f"model {made.model.layer!r}: {str(error).splitlines()[0]}; try a smaller width"
-            ) from None
-        raise
+        if "overflow" not in str(error):
+            raise
+        raise ResourceError(
+            f"model {made.model.layer!r} of width {made.model.width} takes more memory than can be counted: "
+            "try a smaller width"
+        ) from None
     need = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # weights, gradients, two moments
     have = free_memory()
     if have is not None and need > have:

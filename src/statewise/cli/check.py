@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .parse import Positional, Repeated
 
@@ -27,7 +29,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from ..core import UsageError, layers
+    from ..core import layers
     from ..testing import check_layer
     from .settings import dict_once, free
 
@@ -40,10 +42,7 @@ def run(options: Options) -> int:
         cls, examples = info.cls, [given] if given else [dict(example) for example in info.examples]
     ok = True
     for example in examples:
-        try:
-            inspect.signature(cls).bind(**example)
-        except TypeError as error:
-            raise UsageError(f"{options.layer}: {error}; give constructor arguments with --args NAME=VALUE") from None
+        check_arguments(options.layer, cls, example)
         shown = ", ".join(f"{name}={value!r}" for name, value in example.items())
         report = check_layer(cls, example, name=f"{options.layer}({shown})", slow=options.slow)
         print(report, flush=True)
@@ -51,10 +50,23 @@ def run(options: Options) -> int:
     return 0 if ok else 1
 
 
+def check_arguments(name: str, cls: type, given: Mapping[str, Any]) -> None:
+    """Raise UsageError where the constructor would not take them."""
+    from ..core import UsageError, near
+
+    known = inspect.signature(cls).parameters
+    for argument in given:
+        if argument not in known:
+            raise UsageError(f"{name} has no argument {argument!r}; {near(argument, known)}")
+    try:
+        inspect.signature(cls).bind(**given)
+    except TypeError as error:
+        raise UsageError(f"{name}: {error}; give it with --args NAME=VALUE") from None
+
+
 def load(place: str) -> type:
     """The class at module:Class, looked for from the current directory as `python -m` would."""
-    from ..core import RecurrentLayer, UsageError
-    from ..core.registry import near
+    from ..core import RecurrentLayer, UsageError, near
 
     module_name, _, name = place.partition(":")
     if "" not in sys.path and "." not in sys.path:

@@ -144,13 +144,15 @@ def show_layer(
 
     from ..core import UsageError, nbytes
     from ..report import show_bytes, show_count
+    from .check import check_arguments
     from .settings import dict_once, free
 
     given = {name: free(text) for name, text in dict_once(options.args).items()} or info.sized(shape[-1])
+    check_arguments(info.name, info.cls, given)
     try:
         layer: RecurrentLayer[Any] = info.cls(**given).to(device=device, dtype=dtype)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{info.name}: {error}; give constructor arguments with --args NAME=VALUE") from None
+        raise UsageError(f"{info.name}: {error}") from None
     parameters = sum(p.numel() for p in layer.parameters())
     print(f"{info.name} ({info.paper}): {info.summary}")
     print(f"  arguments   {', '.join(f'{k}={v}' for k, v in given.items())}")

@@ -14,6 +14,12 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 WIDTH = 80  # columns of --help
+PLAIN = {  # words of Python and tyro in words for people
+    r"^Error parsing ": "",
+    r"invalid literal for int\(\) with base 10: ": "expected a whole number, got ",
+    r"could not convert string to float: ": "expected a number, got ",
+    r"Expected 1 values": "expected one",
+}
 
 O = TypeVar("O")
 T = TypeVar("T")
@@ -74,13 +80,16 @@ def _dashes(arg: str) -> str:
 
 
 def _one_line(box: str) -> str:
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip(" │|") for line in text.splitlines()]
+    """The message in tyro's box: below the title, above the rule under which the help text stands."""
     kept: list[str] = []
-    for line in lines:
-        if line.startswith(("╭", "╰")):
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:
+        line = line.strip(" │|")
+        if not line.strip("─-"):
+            if kept:
+                break
             continue
-        if set(line) <= set("─-") and kept:
-            break  # below the first rule stands the help text
         kept.append(line)
-    return " ".join(" ".join(kept).split())[:300]
+    text = " ".join(" ".join(kept).split())[:300].rstrip(".")
+    for theirs, ours in PLAIN.items():
+        text = re.sub(theirs, ours, text)
+    return text

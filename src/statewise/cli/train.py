@@ -61,8 +61,10 @@ def run(options: Options) -> int:
     made = described(options)
     build(made)
     place = options.run or Path("runs") / f"{made.task.name}-{made.model.layer}-{made.key[:8]}"
+    beside = {"baseline": made.task.baseline(), "chance": made.task.chance()}  # reads the data before a folder is made
     if options.fresh:
         move_aside(place)
+    refuse_other(place, made)
     if (place / "result.json").is_file():
         print(f"{place} holds a finished run; --fresh trains anew")
     try:
@@ -71,14 +73,13 @@ def run(options: Options) -> int:
     finally:  # a stopped run streams too
         if (place / "experiment.json").is_file():
             write_units(place, made.task)
-    show(made, result, place)
+    show(made, result, beside, place)
     return 0
 
 
 def described(options: Options) -> Experiment:
     """The experiment that the options ask for."""
-    from ..core import UsageError
-    from ..core.files import read_json
+    from ..core import UsageError, read_json
     from ..training import Experiment
     from .build import experiment
 
@@ -107,6 +108,22 @@ def move_aside(place: Path) -> None:
     aside = place.with_name(f"{place.name}.old{number}")
     place.rename(aside)
     print(f"the earlier run is now {aside}")
+
+
+def refuse_other(place: Path, made: Experiment) -> None:
+    """Raise UsageError where the folder holds a run of another configuration."""
+    from ..core import UsageError, read_json
+    from ..training.experiment import differences
+
+    if not (place / "experiment.json").exists():
+        return
+    found = list(differences(read_json(place / "experiment.json"), made.record()))
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UsageError(
+            f"{str(place)!r} is a run of another configuration: {', '.join(found[:3])}{more}; "
+            "name another place with --run, or start anew with --fresh"
+        )
 
 
 @contextmanager
@@ -168,14 +185,14 @@ def words(event: Event) -> str:
     return ""
 
 
-def show(made: Experiment, result: Result, place: Path) -> None:
+def show(made: Experiment, result: Result, beside: dict[str, float], place: Path) -> None:
     """The result beside chance and baseline."""
     from ..report import show_bytes, show_count, show_score, show_time
 
     task, metric = made.task, made.task.metric
     better = "higher" if task.higher_is_better else "lower"
     print(f"{task.name}, {made.model.layer}: {metric} on test ({better} is better)")
-    rows = [(made.model.layer, result.score), ("baseline", task.baseline()), ("chance", task.chance())]
+    rows = [(made.model.layer, result.score), *beside.items()]
     for name, score in sorted(rows, key=lambda row: row[1], reverse=task.higher_is_better):
         print(f"  {name:<18}{show_score(score, metric)}")
     early = " (stopped early)" if result.stopped == "early" else ""
