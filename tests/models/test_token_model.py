@@ -26,7 +26,9 @@ def test_tied_logits_are_products_with_the_embedding():
 
 
 def test_logits_start_near_uniform():
-    loss = torch.nn.functional.cross_entropy(make()(torch.randint(11, (8, 50)))[0].flatten(0, 1), torch.randint(11, (400,)))
+    loss = torch.nn.functional.cross_entropy(
+        make()(torch.randint(11, (8, 50)))[0].flatten(0, 1), torch.randint(11, (400,))
+    )
     assert loss < 1.5 * torch.tensor(11.0).log()
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import RecurrentLayer, UsageError, check_input, clear_past_end, register_layer, wide
+from ..core import RecurrentLayer, UsageError, check_input, check_sizes, clear_past_end, register_layer, wide
 from ..nn import positions, rotate, tail
 
 QUERIES = 128  # at least so many at a time, so that a narrow window does not make tiny products
@@ -54,10 +54,9 @@ class Attention(RecurrentLayer[AttentionState]):
 
     def __init__(self, width: int, *, heads: int, window: int):
         super().__init__()
-        if heads < 1 or width % heads:
+        check_sizes("Attention", width=width, heads=heads, window=window)
+        if width % heads:
             raise UsageError(f"Attention: width {width} is not a multiple of heads {heads}")
-        if window < 1:
-            raise UsageError(f"Attention: window {window}; expected at least 1")
         self.width = self.out_width = width
         self.heads, self.window = heads, window
         self.qkv = nn.Linear(width, 3 * width)

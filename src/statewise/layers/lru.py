@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Cell, Traits, register_layer, wide
+from ..core import Cell, Traits, check_sizes, register_layer, wide
 from ..nn import ring
 from ..ops import linear_scan
 
@@ -33,6 +33,7 @@ class LRU(Cell[Tensor]):
         self, width: int, hidden: int, *, r_min: float = 0.9, r_max: float = 0.999, max_phase: float = 2 * math.pi
     ):
         super().__init__()
+        check_sizes("LRU", width=width, hidden=hidden)
         self.width = self.out_width = width
         dtype = torch.get_default_dtype()
         nu, theta = ring(hidden, r_min=r_min, r_max=r_max, max_phase=max_phase)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import Cell, UsageError, register_layer, wide
+from ..core import Cell, UsageError, check_sizes, register_layer, wide
 from ..ops import linear_scan
 
 Candidate = Literal["linear", "positive"]
@@ -44,6 +44,7 @@ class MinGRU(Cell[Tensor]):
 
     def __init__(self, width: int, hidden: int, *, candidate: Candidate = "linear"):
         super().__init__()
+        check_sizes("MinGRU", width=width, hidden=hidden)
         check_candidate("MinGRU", candidate)
         self.width, self.out_width = width, hidden
         self.candidate = candidate

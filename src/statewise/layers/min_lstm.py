@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Cell, register_layer, wide
+from ..core import Cell, check_sizes, register_layer, wide
 from ..ops import linear_scan
 from .min_gru import Candidate, Gated, candidate_values, check_candidate
 
@@ -26,6 +26,7 @@ class MinLSTM(Cell[Tensor]):
 
     def __init__(self, width: int, hidden: int, *, candidate: Candidate = "linear"):
         super().__init__()
+        check_sizes("MinLSTM", width=width, hidden=hidden)
         check_candidate("MinLSTM", candidate)
         self.width, self.out_width = width, hidden
         self.candidate = candidate

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Cell, NumericError, UsageError, clear_past_end, past_end, register_layer, wide
+from ..core import Cell, NumericError, UsageError, check_sizes, clear_past_end, past_end, register_layer, wide
 
 
 @register_layer(
@@ -42,6 +42,7 @@ class Reservoir(Cell[Tensor]):
         seed: int | None = None,
     ):
         super().__init__()
+        check_sizes("Reservoir", width=width, hidden=hidden, out=out)
         if not 0 < leak <= 1:
             raise UsageError(f"Reservoir: leak {leak}; expected more than 0 and at most 1")
         if not 0 <= density <= 1:

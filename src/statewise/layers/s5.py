@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Cell, Traits, UsageError, register_layer, wide
+from ..core import Cell, Traits, UsageError, check_sizes, register_layer, wide
 from ..nn import legs_normal, log_uniform
 from ..ops import linear_scan
 
@@ -33,7 +33,8 @@ class S5(Cell[Tensor]):
 
     def __init__(self, width: int, states: int, *, blocks: int = 1, dt_min: float = 0.001, dt_max: float = 0.1):
         super().__init__()
-        if blocks < 1 or states < 2 or states % (2 * blocks):
+        check_sizes("S5", width=width, states=states, blocks=blocks)
+        if states % (2 * blocks):
             raise UsageError(f"S5: states {states}, blocks {blocks}; expected states to be a multiple of 2 * blocks")
         self.width = self.out_width = width
         dtype = torch.get_default_dtype()

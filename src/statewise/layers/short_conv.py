@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..core import Cell, Traits, UsageError, register_layer, wide
+from ..core import Cell, Traits, check_sizes, register_layer, wide
 from ..nn import tail
 
 
@@ -26,8 +26,7 @@ class ShortConv(Cell[Tensor]):
 
     def __init__(self, width: int, *, taps: int = 4):
         super().__init__()
-        if taps < 1:
-            raise UsageError(f"ShortConv: taps {taps}; expected at least 1")
+        check_sizes("ShortConv", width=width, taps=taps)
         self.width = self.out_width = width
         self.taps = taps
         self.weight = nn.Parameter(torch.randn(taps, width) / taps**0.5)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import RecurrentLayer, Traits, clear_past_end, wide
+from ..core import RecurrentLayer, Traits, check_input, clear_past_end, wide
 from ..nn import positions, tail
 from ..ops import linear_scan
 
@@ -46,6 +46,7 @@ class Classifier(RecurrentLayer[ClassifierState]):
         reset: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, ClassifierState]:
+        check_input(self, x, state, reset, lengths)
         inner, mean, seen = self.initial_state(len(x)) if state is None else state
         y, inner = self.model(x, None if state is None else inner, reset=reset, lengths=lengths)
         if lengths is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import RecurrentLayer, Traits, UsageError, clear_past_end
+from ..core import RecurrentLayer, Traits, UsageError, check_input, clear_past_end
 from .stack import Stack
 
 
@@ -48,6 +48,7 @@ class Forecaster(RecurrentLayer[Any]):
     def forward(
         self, x: Tensor, state: Any = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Any]:
+        check_input(self, x, state, reset, lengths)
         y, state = self.model(x, state, reset=reset, lengths=lengths)
         y = y + x.repeat(1, 1, self.horizon)
         return (y if lengths is None else clear_past_end(y, lengths.to(x.device))), state

@@ -137,7 +137,7 @@ class Block(RecurrentLayer[Any]):
 
 
 class Residual(RecurrentLayer[tuple[Any, ...]]):
-    """embed -> blocks -> head, where embed and head act on each time alone. A model is a layer.
+    """y_t = head(block_n(... block_1(embed(x))))_t, where embed and head act on each time alone. A model is a layer.
 
     The state is the tuple of the blocks' states. Under autocast the sum that runs through the blocks stays in the
     dtype of the parameters. y has the dtype of x, or of the parameters where x is ids.

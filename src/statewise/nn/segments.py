@@ -24,11 +24,13 @@ def positions(seen: Tensor, steps: int, reset: Tensor | None) -> Tensor:
 def tail(seen: Tensor, size: int, lengths: Tensor | None) -> Tensor:
     """The last `size` entries of rows that end at size + lengths[b]: seen (B, size + T, ...) -> (B, size, ...).
 
+    A copy, so that a state does not keep the sequence it came from in memory.
+
     >>> tail(torch.tensor([[1, 2, 3, 4, 5]]), 2, torch.tensor([1])).tolist()
     [[2, 3]]
     """
     if lengths is None:
-        return seen[:, seen.shape[1] - size :]
+        return seen[:, seen.shape[1] - size :].clone()
     at = lengths[:, None] + torch.arange(size, device=seen.device)
     at = at.view(*at.shape, *[1] * (seen.ndim - 2)).expand(-1, -1, *seen.shape[2:])
     return seen.gather(1, at)

@@ -26,6 +26,8 @@ def normal(
 
 def at_lengths(h: Tensor, h0: Tensor, lengths: Tensor) -> Tensor:
     """The state at each row's end: h0 where the row is empty."""
+    if h.shape[1] == 0:
+        return h0
     lengths = lengths.to(h.device)
     end = h[torch.arange(len(h), device=h.device), (lengths - 1).clamp(min=0)]
     return torch.where((lengths == 0).view(-1, *[1] * (h0.ndim - 1)), h0, end.to(h0.dtype))
