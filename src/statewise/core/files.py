@@ -181,7 +181,7 @@ def tensor_chunks(
 
 def _bytes(t: Tensor) -> memoryview:
     flat = t.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _digest(code: str, shape: Iterable[int], body: memoryview) -> str:
@@ -433,7 +433,7 @@ def _read_tensor(file: BinaryIO, code: str, shape: list[int], where: str) -> Ten
     t = torch.empty(shape, dtype=DTYPES[code])
     if not t.numel():
         return t
-    view = memoryview(t.reshape(-1).view(torch.uint8).numpy())
+    view = t.reshape(-1).view(torch.uint8).numpy().data
     while len(view):
         got = file.readinto(view)  # type: ignore[attr-defined]
         if not got:

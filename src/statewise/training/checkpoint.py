@@ -15,13 +15,14 @@ import contextlib
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import DataError, RecurrentLayer, StatewiseError, UsageError, read_json, read_tensors
 from ..core.files import (
@@ -94,7 +95,7 @@ def save(run: Path, step: int, content: Checkpoint, *, keep: int = KEEP) -> Path
 def newest(run: Path, *, allow_nonfinite: bool = False) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose manifest verifies, or None, and why newer ones were skipped.
 
-    Raises DataError for a checkpoint of a newer format, which an older one must not silently replace.
+    Raises DataError for what an older one must not silently replace: a newer format, weights that are not finite.
     """
     skipped: list[str] = []
     folder = run / "checkpoints"
@@ -103,11 +104,12 @@ def newest(run: Path, *, allow_nonfinite: bool = False) -> tuple[Checkpoint | No
     for _, path in _found(folder):
         try:
             verify(path)
-            return _read(path, allow_nonfinite), skipped
         except NewerFormat:
             raise
         except (DataError, UsageError) as error:
             skipped.append(f"{path.name}: {error}")
+        else:
+            return _read(path, allow_nonfinite), skipped
     return None, skipped
 
 
@@ -153,13 +155,18 @@ def read_experiment(run: str | os.PathLike[str]) -> Experiment:
 def load(run: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> tuple[RecurrentLayer[Any], Experiment]:
     """The model of a run, with the best weights of its newest whole checkpoint, in evaluation mode; and its experiment.
 
-    Raises DataError: no run, no checkpoint that verifies (each with its reason), weights that do not fit the model.
+    Warns of each checkpoint that it skipped because it is damaged.
+
+    Raises DataError: no run, no checkpoint that verifies (each with its reason), weights that do not fit the model or
+    are not finite.
     """
     experiment = read_experiment(run)
     found, skipped = newest(Path(run), allow_nonfinite=allow_nonfinite)
     if found is None:
         reasons = f": {'; '.join(skipped)}" if skipped else ""
         raise DataError(f"{shown(run)} has no usable checkpoint{reasons}")
+    for reason in skipped:
+        warnings.warn(f"skipped {reason}", stacklevel=2)
     with torch.random.fork_rng(devices=[]):  # building draws first weights; the caller's generator is not ours to move
         model = build(experiment)
     load_weights(model, found.model, shown(found.path or run))
@@ -173,7 +180,7 @@ def build(experiment: Experiment) -> RecurrentLayer[Any]:
     return made
 
 
-def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy tensors into parameters and buffers. Raises DataError with what is missing, extra or of another shape."""
     own = model.state_dict()
     faults = [f"missing {name} {list(own[name].shape)}" for name in own if name not in tensors]
@@ -250,7 +257,7 @@ def locked(run: Path) -> Iterator[None]:
 # ---- optimiser state without pickle
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
     """Every moment and counter as a tensor named optimizer.PARAMETER.KEY."""
     return {
         f"optimizer.{names[parameter]}.{key}": value
@@ -261,7 +268,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor], where: str
+    optimizer: torch.optim.Optimizer, names: Mapping[Any, str], tensors: Mapping[str, Tensor], where: str
 ) -> None:
     """Put `optimizer_tensors` back. Raises DataError where they are of another model."""
     parameters = {name: parameter for parameter, name in names.items()}

@@ -160,7 +160,10 @@ def _described(model: Any, where: str) -> dict[str, Any]:
     """A model description as its name in `statewise.models.descriptions` and its fields."""
     name = next((name for name, cls in descriptions.items() if type(model) is cls), None)
     if name is None:
-        raise UsageError(f"{where} is a {type(model).__name__}; a record takes {', '.join(descriptions)}")
+        raise UsageError(
+            f"{where} is a {type(model).__name__}; a record takes {', '.join(descriptions)}; "
+            "put your own into statewise.models.descriptions"
+        )
     return {"type": name, **_plain_fields(model, where)}
 
 
@@ -248,7 +251,7 @@ def _choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         hint = near(str(value), allowed)
         raise UsageError(
-            f"{_where(config)}{name} is {value!r}; takes {', '.join(allowed)}" + f" ({hint})" * ("near" in hint)
+            f"{_where(config)}{name} is {value!r}; takes {', '.join(allowed)}" + f" ({hint})" * hint.startswith("near")
         )
 
 

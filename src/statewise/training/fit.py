@@ -147,14 +147,12 @@ class Training:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.model, train)
         self.average = Average(self.model, train.ema) if train.ema else None
-        found, skipped = checkpoint.newest(self.run) if self.run else (None, [])
+        found, skipped = checkpoint.newest(self.run, allow_nonfinite=True) if self.run else (None, [])
         if found is not None:
             self._restore(found)
         self.first, self.clock = self.step, Clock(self.step)
         size = sum(p.numel() for p in self.model.parameters())
-        self.events.send(
-            "start", self.step, steps=train.steps, parameters=size, key=self.experiment.key, skipped=skipped
-        )
+        self.events.send("start", self.step, steps=train.steps, parameters=size, skipped=skipped)
 
     def train(self) -> Result:
         """Steps, evaluations and checkpoints, each where it is due, until the end, the patience or a signal."""
@@ -322,8 +320,10 @@ class Training:
         if self.device.type == "cuda":
             optim["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         state = {name: getattr(self, name) for name in _COUNTERS}
-        state |= {"batches": self.step * self.experiment.train.accumulate, "key": self.experiment.key,
-                  "lr": learning_rate(self.experiment.train, self.step), "threads": torch.get_num_threads()}  # fmt: skip
+        train = self.experiment.train
+        state["batches"] = self.step * train.accumulate  # where the sampler stands: batches are functions of the index
+        state["lr"], state["threads"] = learning_rate(train, self.step), torch.get_num_threads()
+        state["key"] = self.experiment.key
         return Checkpoint(self.best or self._weights(), optim, state)
 
     def _restore(self, found: Checkpoint) -> None:
