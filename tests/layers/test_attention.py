@@ -87,5 +87,5 @@ def test_one_implementation_two_names():
 
 @pytest.mark.parametrize("bad", [{"heads": 3}, {"heads": 0}, {"window": 0}])
 def test_it_refuses(bad: dict[str, int]):
-    with pytest.raises(UsageError, match="multiple|at least"):
+    with pytest.raises(UsageError, match=r"multiple|at least"):
         Attention(4, **{"heads": 2, "window": 4, **bad})

@@ -38,5 +38,5 @@ def test_it_holds_half_of_the_states():
 
 @pytest.mark.parametrize("states, blocks", [(7, 1), (0, 1), (8, 3), (8, 0)])
 def test_it_refuses_states_that_do_not_pair_up(states: int, blocks: int):
-    with pytest.raises(UsageError, match="multiple|at least 1"):
+    with pytest.raises(UsageError, match=r"multiple|at least 1"):
         S5(2, states, blocks=blocks)

@@ -14,10 +14,10 @@ from statewise.nn import legs_normal, log_uniform, ring
 def test_ring_is_uniform_by_area():
     nu, theta = ring(20_000, r_min=0.4, r_max=0.9, max_phase=2.0)
     radius = torch.exp(-nu.exp())
-    assert 0.4 <= radius.min() and radius.max() <= 0.9
+    assert radius.min() >= 0.4 and radius.max() <= 0.9
     share = (radius < 0.7).double().mean().item()
     assert share == pytest.approx((0.7**2 - 0.4**2) / (0.9**2 - 0.4**2), abs=0.02)
-    assert 0 < theta.exp().min() and theta.exp().max() <= 2.0
+    assert theta.exp().min() > 0 and theta.exp().max() <= 2.0
     assert theta.exp().mean().item() == pytest.approx(1.0, abs=0.02)
 
 
@@ -46,7 +46,7 @@ def test_legs_normal_rebuilds_hippo(states: int):
 
 def test_log_uniform_covers_its_decades():
     x = log_uniform(10_000, 1e-3, 1e-1).exp()
-    assert 1e-3 <= x.min() and x.max() <= 1e-1
+    assert x.min() >= 1e-3 and x.max() <= 1e-1
     assert (x < 1e-2).double().mean().item() == pytest.approx(0.5, abs=0.02)
     with pytest.raises(UsageError, match="expected"):
         log_uniform(3, 0.0, 1.0)
