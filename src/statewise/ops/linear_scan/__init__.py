@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import UsageError, clear_past_end, wide
+from ...core import UsageError, clear_past_end, past_end, wide
 from ..dispatch import Backend, op
 
 _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -36,25 +36,54 @@ def _check(a: Tensor, x: Tensor, h0: Tensor, *, reset: Tensor | None = None, len
         )
     if lengths is not None and lengths.shape != x.shape[:1]:
         raise UsageError(f"linear_scan: lengths has shape {tuple(lengths.shape)}; expected ({len(x)},)")
+    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
+        bad = ((lengths < 0) | (lengths > x.shape[1])).nonzero()[:, 0].tolist()
+        if bad:
+            end = int(lengths[bad[0]])
+            raise UsageError(f"linear_scan: lengths[{bad[0]}] is {end}; expected 0 to T = {x.shape[1]}")
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     rng, state = torch.Generator(device).manual_seed(0), wide(dtype)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=rng, device=device, dtype=torch.float64).to(dtype)
+        kind = torch.complex128 if dtype.is_complex else torch.float64
+        return torch.randn(*shape, generator=rng, device=device, dtype=kind).to(dtype)
 
-    def gate(*shape: int) -> Tensor:
-        size = torch.rand(*shape, generator=rng, device=device, dtype=torch.float64)
+    def decay(*shape: int) -> Tensor:
+        size = torch.rand(shape, generator=rng, device=device, dtype=torch.float64)
         return (torch.polar(size, 6 * size) if state.is_complex else size).to(state)
 
-    def inputs(batch: int, steps: int, *n: int, a: Tensor | None = None, **more: Any) -> dict[str, Any]:
-        a = gate(batch, steps, *n) if a is None else a
+    def inputs(batch: int, steps: int, *n: int, a: Tensor | None = None, **more: Tensor) -> dict[str, Any]:
+        a = decay(batch, steps, *n) if a is None else a
         return {"a": a, "x": normal(batch, steps, *n), "h0": normal(batch, *n, dtype=state), **more}
+
+    def coin(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=rng, device=device) < 0.3
+
+    def ends(*lengths: int) -> Tensor:
+        return torch.tensor(lengths, device=device)
 
     yield inputs(2, 5, 3)
     yield inputs(1, 1, 1)
     yield inputs(2, 0, 3)
+    yield inputs(0, 4, 3)
+    yield inputs(2, 4, 0)
+    yield inputs(2, 6)  # no channel axis
+    yield inputs(3, 37, 21)  # no power of two, no whole vectors
+    yield inputs(2, 130, 2, 9)  # two channel axes
+    for constant in (0.0, 1.0, -1.0, 1e-30, 1e-42, 1.5):
+        yield inputs(2, 9, 17, a=torch.full((2, 9, 17), constant, device=device, dtype=state))
+    for shape in ((3,), (1,), (), (7, 1), (7, 3), (2, 1, 3), (1, 7, 3), (2, 7, 1), (2, 1, 1)):
+        yield inputs(2, 7, 3, a=decay(*shape))
+    yield inputs(2, 7, 3, 4, a=decay(3, 1))  # one decay per head
+    yield inputs(2, 7, 3, a=decay(3).expand(2, 7, 3))
+    yield inputs(2, 7, 3, a=decay(7, 2, 3).transpose(0, 1))
+    yield inputs(4, 11, 18, reset=coin(4, 11))
+    yield inputs(4, 11, 3, a=decay(3), reset=coin(4, 11))
+    yield inputs(2, 5, 3, reset=torch.ones(2, 5, dtype=torch.bool, device=device))
+    yield inputs(4, 6, 3, lengths=ends(0, 1, 5, 6))
+    yield inputs(4, 6, 3, a=decay(3), lengths=ends(6, 0, 3, 0), reset=coin(4, 6))
 
 
 @op(
@@ -94,15 +123,18 @@ def linear_scan(
     >>> linear_scan(one, one, torch.zeros(1, 1))[0].flatten().tolist()
     [1.0, 2.0, 3.0]
     """
-    h, hs = h0, []
-    a, one = a.expand(x.shape), [1] * (h0.ndim - 1)
+    h, hs, one = h0, [], [1] * (h0.ndim - 1)
+    a = a.expand(x.shape)
+    if lengths is not None:  # from its end on a row rests
+        ended = past_end(lengths, x.shape[1])
+        a, x = a.masked_fill(ended.view(*ended.shape, *one), 1), clear_past_end(x, lengths)
+        reset = None if reset is None else reset & ~ended
     for t in range(x.shape[1]):
-        a_t, before = a[:, t], h
+        a_t = a[:, t]
         if reset is not None:
             cut = reset[:, t].view(-1, *one)
-            a_t, before = a_t.masked_fill(cut, 0), h.masked_fill(cut, 0)
-        new = a_t * before + x[:, t]
-        hs.append(new.to(x.dtype))
-        h = new if lengths is None else torch.where((t < lengths).view(-1, *one), new, h)
+            a_t, h = a_t.masked_fill(cut, 0), h.masked_fill(cut, 0)
+        h = a_t * h + x[:, t]
+        hs.append(h.to(x.dtype))
     out = torch.stack(hs, 1) if hs else x
     return (out if lengths is None else clear_past_end(out, lengths)), h

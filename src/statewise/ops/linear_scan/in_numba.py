@@ -39,6 +39,7 @@ from .edges import at_lengths, normal
 TILE = 1 << 18  # bytes of a and x in a tile of time: they stay in the second-level cache between its two passes
 BLOCK = 4096  # channels in a row: a, x and two rows of h fit the first-level cache
 NARROW = 512  # channels below which a part of a row is read far slower than the whole
+SHORTEST = 64  # steps in a tile, at least
 SMALL = 1 << 15  # elements below which a second thread costs more than it brings
 
 
@@ -542,7 +543,7 @@ def _solve(
         blocks += 1
     share_time = batch * blocks < workers
     sum_da = backward and a.shape[1] == 1
-    tile = max(64, TILE // (2 * width * item)) if share_time or sum_da else steps
+    tile = max(SHORTEST, TILE // (2 * width * item)) if share_time or sum_da else steps
     tiles = -(-steps // tile)
     workers = max(1, min(workers, batch * (tiles if share_time else blocks)))
 

@@ -1,4 +1,8 @@
-"""Odd-even reduction in plain torch: about 2 T multiply-adds in log2 T rounds, on any device, differentiable anyhow."""
+"""Odd-even reduction in plain torch: about 2 T multiply-adds in log2 T rounds, on any device, differentiable anyhow.
+
+Products of neighbouring decays are formed, so decays whose products leave the range of numbers give NaN here where the
+other backends, which take one step at a time, may not. Decays of at most 1 are safe.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ def _scan(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> Tensor:
     r1, r2 = (None, None) if reset is None else _halves(reset, pairs)
     # two steps are one step of a2 a1 with input a2 x1 + x2, which a reset in either cuts from the past
     cut = None if r1 is None else r1 | r2
-    second = _scan(a2 * a1, x2 + a2 * _cleared(x1, r2), h0, cut)
+    second = _scan(_cleared(a2 * a1, cut), x2 + a2 * _cleared(x1, r2), h0, cut)
     before = torch.cat([h0[:, None], second[:, :-1]], 1)
     first = x1 + a1 * _cleared(before, r1)
     h = torch.stack([first, second], 2).flatten(1, 2)

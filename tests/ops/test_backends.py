@@ -1,0 +1,79 @@
+"""Every op x backend x dtype x sample: values and gradients, through every output.
+
+A backend may be as wrong as a small multiple of the reference in the same dtype, both measured against float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from statewise.core import leaves, wide
+from statewise.ops import Op, ops
+
+CASES = [
+    pytest.param(op, name, dtype, id=f"{op.name}-{name}-{str(dtype).removeprefix('torch.')}")
+    for op in ops.values()
+    for name, backend in op.backends.items()
+    if "cpu" in backend.devices
+    for dtype in backend.dtypes
+]
+
+
+def test_cases_were_found():
+    assert len([case for case in CASES if case.values[0].name == "linear_scan"]) == 12
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if _numeric(value) else value
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _outcome(run: Any, sample: dict[str, Any]) -> list[Tensor]:
+    """The outputs and the gradients of every floating input, each output weighted by fixed random numbers."""
+    inputs = {k: v.detach().requires_grad_() if _numeric(v) else v for k, v in sample.items()}
+    wanted = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+    outs = leaves(run(**inputs))
+    rng = torch.Generator().manual_seed(1)
+    weights = [torch.randn(out.shape, generator=rng, dtype=torch.float64) for out in outs]
+    loss = sum((out * w).abs().sum() + (out * w).real.sum() for out, w in zip(outs, weights, strict=True))
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [*(o.detach() for o in outs), *(torch.zeros_like(v) if g is None else g for v, g in zip(wanted, grads))]
+
+
+@pytest.mark.parametrize("op, backend, dtype", CASES)
+def test_equals_the_reference(op: Op, backend: str, dtype: torch.dtype):
+    exact_dtype = torch.complex128 if dtype.is_complex else torch.float64
+    found = 0
+    for number, sample in enumerate(op.samples("cpu", dtype)):
+        exact = _outcome(op.reference, {k: _cast(v, exact_dtype) for k, v in sample.items()})
+        usual = _outcome(op.reference, sample)
+        got = _outcome(lambda **inputs: op(**inputs, backend=backend), sample)
+        for k, (mine, reference, truth) in enumerate(zip(got, usual, exact, strict=True)):
+            assert mine.dtype == reference.dtype and mine.shape == reference.shape, (number, k)
+            if not mine.numel():
+                continue
+            scale = float(truth.abs().max()) + 1e-30
+            allowed = 4 * float((reference - truth).abs().max()) + 256 * torch.finfo(wide(dtype)).eps * scale
+            error = float((mine - truth).abs().max())
+            assert error <= allowed, f"sample {number}, result {k}: error {error:.3g}, allowed {allowed:.3g}"
+        found += 1
+    assert found >= 5
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in ops.values()])
+def test_doctest(op: Op):
+    import doctest
+    import sys
+
+    module = sys.modules[op.reference.__module__]
+    tests = doctest.DocTestFinder(recurse=False).find(op.reference, op.name, globs=vars(module) | {op.name: op})
+    runner = doctest.DocTestRunner()
+    results = [runner.run(test) for test in tests]
+    assert sum(r.attempted for r in results) > 0 and sum(r.failed for r in results) == 0
