@@ -51,8 +51,9 @@ def examples_of(cls: type) -> list[dict[str, Any]]:
 
 # Small, unequal where they may be, so that a mistaken axis shows, and multiples where they must be.
 GUESSES = {
-    "width": 4, "hidden": 6, "state": 6, "heads": 2, "out": 3, "out_width": 3, "vocab": 5, "taps": 3, "window": 3,
-    "depth": 2, "layers": 2, "rank": 2, "key": 3, "value": 3, "size": 4, "dim": 4, "input_size": 4, "hidden_size": 6,
+    "width": 4, "hidden": 6, "state": 6, "states": 8, "blocks": 2, "heads": 2, "out": 3, "out_width": 3, "vocab": 5,
+    "taps": 3, "window": 3, "depth": 2, "layers": 2, "rank": 2, "key": 3, "value": 3, "size": 4, "dim": 4,
+    "input_size": 4, "hidden_size": 6,
 }  # fmt: skip
 
 

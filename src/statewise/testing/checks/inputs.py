@@ -48,7 +48,8 @@ def check_refuses_state_of_another_layer(layer: Layer) -> None:
         return
     longer = tree_map(lambda s: s.new_zeros(*s.shape, 2), first)
     refuses("a state with an axis too many", ["state"], lambda: layer(x, longer))
-    other = tree_map(lambda s: s.float() if s.is_floating_point() else s.to(torch.int8), first)
+    narrow = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+    other = tree_map(lambda s: s.to(narrow.get(s.dtype, torch.int8)), first)
     refuses("a state of another dtype", ["state"], lambda: layer(x, other))
 
 
