@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Cell, check_sizes, register_layer, wide
-from ..ops.gated_loop import jordan_step
+from ..ops.gated_loop import jordan_loop, jordan_step
 
 
 @register_layer(
@@ -35,8 +35,14 @@ class Jordan(Cell[Tensor]):
         return self.feedback.new_zeros(batch, self.out_width, dtype=wide(self.feedback.dtype))
 
     def transition(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        y = jordan_step(u, state, self.inp.weight, self.feedback, self.out.weight, self.inp.bias, self.out.bias)
+        y = jordan_step(u, state, *self._weights())
         return y, self.decay * state + y
+
+    def scan(self, u: Tensor, state: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        return jordan_loop(u, state, *self._weights(), decay=self.decay, reset=reset, lengths=lengths)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
         return o.to(x.dtype)
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        return self.inp.weight, self.feedback, self.out.weight, self.inp.bias, self.out.bias

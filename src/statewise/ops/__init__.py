@@ -1,7 +1,9 @@
 """Operations with several backends each; `ops` holds them by name."""
 
 from .dispatch import Backend, Op, op, ops, use_backend
-from .gated_loop import elman_loop, gru_loop, lstm_loop
+from .gated_loop import elman_loop, gru_loop, jordan_loop, lstm_loop
 from .linear_scan import linear_scan
 
-__all__ = ["Backend", "Op", "elman_loop", "gru_loop", "linear_scan", "lstm_loop", "op", "ops", "use_backend"]
+__all__ = [
+    "Backend", "Op", "elman_loop", "gru_loop", "jordan_loop", "linear_scan", "lstm_loop", "op", "ops", "use_backend",
+]  # fmt: skip

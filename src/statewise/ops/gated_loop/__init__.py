@@ -17,13 +17,13 @@ from ..dispatch import Backend, op
 from . import in_aten
 from .cells import elman_step, gru_step, jordan_step, lstm_step
 
-__all__ = ["elman_loop", "elman_step", "gru_loop", "gru_step", "jordan_step", "lstm_loop", "lstm_step"]
+__all__ = ["elman_loop", "elman_step", "gru_loop", "gru_step", "jordan_loop", "jordan_step", "lstm_loop", "lstm_step"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _aten(target: Callable[..., Any]) -> Backend:
-    return Backend("aten", target, devices=("cpu", "cuda"), dtypes=_FLOATS)
+def _aten(target: Callable[..., Any], limits: Callable[..., str | None] | None = None) -> Backend:
+    return Backend("aten", target, devices=("cpu", "cuda"), dtypes=_FLOATS, limits=limits)
 
 
 def _unroll(
@@ -125,6 +125,43 @@ def _check_elman(
         raise UsageError(f"elman_loop: nonlinearity {nonlinearity!r}; expected 'tanh' or 'relu'")
 
 
+def _check_jordan(
+    x: Tensor,
+    s0: Tensor,
+    w_ih: Tensor,
+    w_sh: Tensor,
+    w_hy: Tensor,
+    *biases: Tensor | None,
+    decay: float = 0.0,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    **named: Tensor | None,
+) -> None:
+    hidden = s0.new_empty(len(x), len(w_ih))
+    _check("jordan_loop", x, (s0, hidden), (w_ih, w_sh), 1, reset, lengths)
+    if w_hy.shape != w_sh.T.shape:
+        raise UsageError(f"jordan_loop: w_hy is {tuple(w_hy.shape)}; expected {tuple(w_sh.T.shape)}")
+
+
+def _jordan_samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    rng = torch.Generator(device).manual_seed(0)
+    for call in _samples(1)(device, dtype):
+        if call.pop("nonlinearity", "tanh") == "tanh":
+            n, out, state = len(call.pop("w_hh")), 2, wide(dtype)
+
+            def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.randn(*shape, generator=rng, device=device, dtype=torch.float64).to(dtype)
+
+            call |= {"s0": normal(len(call.pop("h0")), out, dtype=state), "w_sh": normal(n, out)}
+            call |= {"w_hy": normal(out, n), "b_hy": None if call.pop("b_hh", None) is None else normal(out)}
+            yield call
+            yield call | {"decay": 0.5}
+
+
+def _no_decay(*args: Any, decay: float = 0.0, **named: Any) -> str | None:
+    return None if decay == 0 else f"decay {decay} (only 0)"
+
+
 def _check_gru(
     x: Tensor,
     h0: Tensor,
@@ -184,6 +221,39 @@ def elman_loop(
 
     h, (last,) = _unroll(step, x, (h0,), reset, lengths)
     return h, last
+
+
+@op(_aten(in_aten.jordan, _no_decay), samples=_jordan_samples, check=_check_jordan)
+def jordan_loop(
+    x: Tensor,
+    s0: Tensor,
+    w_ih: Tensor,
+    w_sh: Tensor,
+    w_hy: Tensor,
+    b_ih: Tensor | None = None,
+    b_hy: Tensor | None = None,
+    *,
+    decay: float = 0.0,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y_t = V tanh(W x_t + U s_{t-1} + a) + b,  s_t = decay s_{t-1} + y_t.
+
+    x (B, T, D); s0 (B, E); w_ih (N, D), w_sh = U (N, E), w_hy = V (E, N), b_ih = a (N,), b_hy = b (E,).
+    Returns y (B, T, E) in the dtype of x and the last s (B, E). The rest is as for `elman_loop`.
+
+    >>> one = torch.ones(1, 1)
+    >>> jordan_loop(torch.zeros(1, 3, 1), one, one, torch.zeros(1, 1), one, decay=0.5)[1].tolist()
+    [[0.125]]
+    """
+
+    def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        s = state[1]
+        y = jordan_step(x_t, s, w_ih, w_sh, w_hy, b_ih, b_hy)
+        return y, decay * s + y
+
+    y, (_, last) = _unroll(step, x, (torch.zeros_like(s0), s0), reset, lengths)
+    return y, last
 
 
 @op(_aten(in_aten.gru), samples=_samples(3), check=_check_gru)
