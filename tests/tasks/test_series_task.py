@@ -206,6 +206,15 @@ def test_forecasting_where_nothing_is_asked(tmp_path: Path) -> None:
     assert torch.equal(two.batch(0, 4, seed=0).y, task.batch(0, 4, seed=0).y)
 
 
+def test_an_npy_is_one_series(tmp_path: Path) -> None:
+    values = RNG.normal(size=(300, 2))
+    np.save(tmp_path / "own.npy", values)
+    np.save(tmp_path / "one.npy", values[:, 0])
+    both, one = (Series(path=str(tmp_path / name), length=32) for name in ("own.npy", "one.npy"))
+    assert (both.x_width, both.y_width, one.x_width, one.y_width) == (4, 2, 2, 1)
+    assert torch.equal(both.rows("train").y[:, :1], one.rows("train").y)
+
+
 def test_names_of_columns_can_be_chosen(tmp_path: Path) -> None:
     path = labelled_csv(tmp_path / "own.csv")
     path.write_text(path.read_text().replace("series,time,a,b,label", "who,t,a,b,state", 1))

@@ -16,7 +16,7 @@ from .text import Text
 from .text_file import TextFile
 
 __all__ = [
-    "SPLITS", "Adding", "Batch", "Copy", "Digits", "FashionMnistPixels", "FashionMnistRows", "Forecast",
-    "Generated", "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Series", "Split", "SpokenDigits", "Task",
+    "SPLITS", "Adding", "Batch", "Copy", "Digits", "FashionMnistPixels", "FashionMnistRows", "Forecast", "Generated",
+    "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Series", "Split", "SpokenDigits", "Task",
     "TaskInfo", "Text", "TextFile", "register_task", "tasks",
 ]  # fmt: skip

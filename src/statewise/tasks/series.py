@@ -49,8 +49,9 @@ class Series(Finite):
     series apart (absent: one series), `time` orders the steps (absent: as they stand); all other columns are input.
 
     An NPZ holds X (N, T, D), (N, T) or (steps, D) with `lengths` (N,), and y (N,) of classes (integers or texts) or
-    y (N,), (N, E), (N, T, E) of floats. A folder holds one folder of CSV or NPY files per class; or files beside a
-    labels.csv with the columns file and label (or target); or CSV files, one series each.
+    y (N,), (N, E), (N, T, E) of floats. An NPY is one series (T, D) or (T,). A folder holds one folder of CSV or NPY
+    files per class; or files beside a labels.csv with the columns file and label (or target); or CSV or NPY files,
+    one series each.
 
     Series with a label, or one target, are shared out 70 : 15 : 15; else each series is cut in time, the last 15 %
     being the test. Inputs and targets are standardised by the training part. A missing input is carried forward, a

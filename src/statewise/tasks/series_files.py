@@ -48,8 +48,10 @@ def is_number(text: str) -> bool:
 
 
 def _file(path: Path, names: Names) -> Found:
-    if path.suffix.lower() in (".npz", ".npy"):
+    if path.suffix.lower() == ".npz":
         return _packed(path, arrays(path))
+    if path.suffix.lower() == ".npy":
+        return Found([_one(path, names)])
     if path.suffix.lower() not in (".csv", ".txt", ".parquet", ".pq"):
         regular(path)  # a missing file is the better thing to say
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; expected .csv, .parquet, .npz or .npy")
