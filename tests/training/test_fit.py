@@ -6,6 +6,8 @@ import itertools
 import math
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from statewise.tasks.base import tasks
 from statewise.training import Experiment, Train, choose_device, fit, load, read_log, read_result
 from statewise.training.checkpoint import newest
 from statewise.training.fit import Training
-from statewise.training.optimise import Average, decays, learning_rate, make_optimizer
+from statewise.training.optimise import Average, Optimizer, decays, learning_rate
 
 
 def trained(experiment: Experiment, tmp_path: Path) -> dict[str, torch.Tensor]:
@@ -79,12 +81,7 @@ def test_one_step_is_the_step_of_torch(tmp_path: Path, optimizer: str) -> None:
     assert nn.utils.clip_grad_norm_(model.parameters(), 0.05) > 0.05
     matrices, vectors = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    make: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adamw": torch.optim.AdamW,
-        "adam": torch.optim.Adam,
-        "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),
-    }
-    make[optimizer](groups, lr=0.01).step()
+    OF_TORCH[optimizer](groups, lr=0.01, weight_decay=0.1).step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(got[name], p.detach(), rtol=1e-6, atol=1e-7)
 
@@ -161,16 +158,41 @@ def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Embedding(4, 3))
     model[2].weight._no_weight_decay = True  # type: ignore[union-attr]
     assert [name for name, p in model.named_parameters() if decays(p)] == ["0.weight"]
-    groups = make_optimizer(model, Train(weight_decay=0.3)).param_groups
-    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.3), (4, 0.0)]
+    groups = Optimizer(model, Train(weight_decay=0.3)).groups
+    assert [(decay, len(group)) for decay, group in groups] == [(0.3, 1), (0.0, 4)]
 
 
-def test_complex_parameters_train() -> None:
-    model = nn.ParameterDict({"lam": nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))})
-    optimizer = make_optimizer(model, Train(lr=0.1))
-    model["lam"].abs().pow(2).sum().backward()
-    optimizer.step()
-    assert (model["lam"].detach().abs() < 1).all()
+OF_TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay),
+}
+
+
+@pytest.mark.parametrize("kind", OF_TORCH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_many_steps_are_those_of_torch(kind: Any, dtype: torch.dtype) -> None:
+    ours, theirs = (nn.ParameterDict({"w": nn.Parameter(torch.ones(3, 2, dtype=dtype))}) for _ in range(2))
+    optimizer = Optimizer(ours, Train(optimizer=kind, weight_decay=0.1))
+    reference = OF_TORCH[kind](theirs.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(50):
+        target = torch.full((3, 2), math.sin(step), dtype=dtype)
+        for model in (ours, theirs):
+            model.zero_grad()
+            (model["w"] - target).abs().pow(2).sum().backward()
+        optimizer.step(0.01)
+        reference.step()
+    torch.testing.assert_close(ours["w"], theirs["w"], rtol=1e-5, atol=1e-6)
+
+
+def test_training_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys; from statewise.models import Stack; from statewise.tasks.base import tasks;"
+        "import statewise.training as t;"
+        "t.fit(t.Experiment(tasks['adding'].cls(length=4), Stack('gru', width=4), t.Train(steps=2)));"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -17,6 +17,7 @@ from toys import in_child, litter, toy
 from statewise.core import DataError, UsageError, read_tensors
 from statewise.training import Experiment, Stopped, fit, load, read_log
 from statewise.training.checkpoint import newest
+from statewise.training.optimise import Optimizer
 
 # accumulation, dropout, averaged weights, carried state, warm-up and clipping at once; evaluations in the middle
 HARD = dict(steps=60, accumulate=2, ema=0.9, warmup=10, clip=0.5, evaluate_every=19, dropout=0.3)
@@ -241,20 +242,21 @@ def test_the_state_of_another_model_is_named(tmp_path: Path) -> None:
 
 
 def test_optimiser_state_of_another_model_is_named(tmp_path: Path) -> None:
-    from statewise.training.checkpoint import optimizer_tensors, restore_optimizer
-    from statewise.training.optimise import make_optimizer
-
     model, train = toy().model.build(x_width=2, y_width=1), toy().train
-    names = {p: name for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, train)
+    optimizer = Optimizer(model, train)
     sum(p.sum() for p in model.parameters()).backward()
-    optimizer.step()
-    good = optimizer_tensors(optimizer, names)
-    restore_optimizer(optimizer, names, good, "here")
-    assert optimizer_tensors(optimizer, names).keys() == good.keys()
-    for bad in ({"optimizer.nobody.exp_avg": torch.zeros(3)}, {"optimizer.decay.exp_avg": torch.zeros(3)}):
+    optimizer.step(0.1)
+    good = optimizer.tensors()
+    assert len(good) == 3 * 5
+    optimizer.restore(good, "here")
+    assert optimizer.tensors().keys() == good.keys()
+    for bad in (
+        {"nobody.exp_avg": torch.zeros(3)},
+        {"decay.exp_avg": torch.zeros(3)},
+        {"decay.exp_avg": torch.zeros(())},
+    ):
         with pytest.raises(DataError, match=r"optimiser state .*load\(run\) takes the weights alone"):
-            restore_optimizer(optimizer, names, bad, "here")
+            optimizer.restore({name: torch.zeros(shape)}, "here")
 
 
 def test_weights_file_is_plain_safetensors(tmp_path: Path) -> None:

@@ -252,36 +252,3 @@ def locked(run: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-# ---- optimiser state without pickle
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """Every moment and counter as a tensor named optimizer.PARAMETER.KEY."""
-    return {
-        f"optimizer.{names[parameter]}.{key}": value
-        for parameter, entry in optimizer.state.items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Any, str], tensors: Mapping[str, Tensor], where: str
-) -> None:
-    """Put `optimizer_tensors` back. Raises DataError where they are of another model."""
-    parameters = {name: parameter for parameter, name in names.items()}
-    optimizer.state.clear()
-    for full, value in tensors.items():
-        if not full.startswith("optimizer."):
-            continue
-        name, _, key = full.removeprefix("optimizer.").rpartition(".")
-        parameter = parameters.get(name)
-        if parameter is None or (value.ndim and value.shape != parameter.shape):
-            found = "no such parameter" if parameter is None else f"the parameter is {list(parameter.shape)}"
-            raise DataError(
-                f"{where}: optimiser state {full!r} {list(value.shape)}: {found}: it is another model's; "
-                "statewise.training.load(run) takes the weights alone"
-            )
-        optimizer.state[parameter][key] = value.to(parameter.device)

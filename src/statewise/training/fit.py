@@ -35,7 +35,7 @@ from . import checkpoint
 from .checkpoint import Checkpoint
 from .experiment import Experiment, differences
 from .log import Log, TensorBoard
-from .optimise import Average, gradient_norm, learning_rate, make_optimizer, refuse_nonfinite
+from .optimise import Average, Optimizer, gradient_norm, learning_rate, refuse_nonfinite
 from .signals import Stop, Stopped
 
 Event = dict[str, Any]
@@ -143,9 +143,8 @@ class Training:
         train = self.experiment.train
         torch.manual_seed(self.experiment.seed)
         self.model: RecurrentLayer[Any] = checkpoint.build(self.experiment).to(self.device)
-        self.names = {p: name for name, p in self.model.named_parameters()}
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.model, train)
+        self.optimizer = Optimizer(self.model, train)
         self.average = Average(self.model, train.ema) if train.ema else None
         found, skipped = checkpoint.newest(self.run, allow_nonfinite=True) if self.run else (None, [])
         if found is not None:
@@ -188,17 +187,15 @@ class Training:
     def _step(self) -> None:
         train, began = self.experiment.train, time.perf_counter()
         rate = learning_rate(train, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss = sum(self._backward(self.step * train.accumulate + i) for i in range(train.accumulate))
         norm = gradient_norm(self.trained, train.clip)
         loss_now, norm_now = torch.stack([torch.as_tensor(loss), norm.float()]).tolist()  # the one wait for the device
         kept = f"step-{self.saved[0]} is kept" if self.saved[0] >= 0 else "no checkpoint yet"
         advice = f"checkpoint: {kept}; try a lower train.lr, a smaller train.clip or a longer train.warmup"
         refuse_nonfinite(loss_now, norm_now, self.model, self.step, advice)
-        self.optimizer.step()
+        self.optimizer.step(rate)
         if self.average:
             self.average.update(self.model, self.step)
         self.step += 1
@@ -311,7 +308,7 @@ class Training:
 
     def _content(self) -> Checkpoint:
         optim = {f"parameter.{name}": t for name, t in self.model.state_dict().items()}
-        optim |= checkpoint.optimizer_tensors(self.optimizer, self.names)
+        optim |= {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
         if self.average:
             optim |= {f"average.{name}": t for name, t in self.average.tensors.items()}
         if self.carried is not None:
@@ -333,13 +330,19 @@ class Training:
             raise DataError(f"{where}/state.json: no entry {missing[0]!r}; the checkpoint is of another version")
         for name in _COUNTERS:
             setattr(self, name, found.state[name])
-        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "average": {}, "carried": {}, "rng": {}}
+        parts: dict[str, dict[str, Tensor]] = {
+            "parameter": {},
+            "optimizer": {},
+            "average": {},
+            "carried": {},
+            "rng": {},
+        }
         for full, t in found.optim.items():
             part, _, name = full.partition(".")
             if part in parts:
                 parts[part][name] = t
         checkpoint.load_weights(self.model, parts["parameter"], where)
-        checkpoint.restore_optimizer(self.optimizer, self.names, found.optim, where)
+        self.optimizer.restore(parts["optimizer"], where)
         if self.best_score is not None:
             self.best = {name: t.to(self.device) for name, t in found.model.items()}
         if self.average and parts["average"]:
