@@ -30,6 +30,7 @@ def main() -> int:
     from ..core import StatewiseError
     from ..training import Experiment, fit
 
+    sys.modules["tensorboard"] = None  # type: ignore[assignment]  # slow to import; the log has everything
     torch.set_num_threads(options.threads)
     if options.memory:
         import resource
