@@ -250,11 +250,7 @@ def test_optimiser_state_of_another_model_is_named(tmp_path: Path) -> None:
     assert len(good) == 3 * 5
     optimizer.restore(good, "here")
     assert optimizer.tensors().keys() == good.keys()
-    for bad in (
-        {"nobody.exp_avg": torch.zeros(3)},
-        {"decay.exp_avg": torch.zeros(3)},
-        {"decay.exp_avg": torch.zeros(())},
-    ):
+    for name, shape in (("nobody.exp_avg", (3,)), ("decay.exp_avg", (3,)), ("decay.exp_avg", ())):
         with pytest.raises(DataError, match=r"optimiser state .*load\(run\) takes the weights alone"):
             optimizer.restore({name: torch.zeros(shape)}, "here")
 
