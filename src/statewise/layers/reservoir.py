@@ -29,6 +29,9 @@ class Reservoir(Cell[Tensor]):
     whether the echo dies out depends on the input too. State h (B, N), float32 or wider.
     """
 
+    w: Tensor  # (N, N)
+    w_in: Tensor  # (N, 1 + D)
+
     def __init__(
         self,
         width: int,
@@ -54,8 +57,8 @@ class Reservoir(Cell[Tensor]):
         rng = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         dtype = torch.get_default_dtype()
         inp = input_scale * (2 * torch.rand(hidden, width + 1, generator=rng, dtype=torch.float64) - 1)
-        self.register_buffer("w_in", inp.to(dtype))  # (N, 1 + D)
-        self.register_buffer("w", _recurrent(hidden, density, spectral_radius, rng).to(dtype))  # (N, N)
+        self.register_buffer("w_in", inp.to(dtype))
+        self.register_buffer("w", _recurrent(hidden, density, spectral_radius, rng).to(dtype))
         self.readout = nn.Linear(width + hidden, out)
 
     def initial_state(self, batch: int) -> Tensor:

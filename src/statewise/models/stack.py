@@ -49,7 +49,8 @@ class Stack:
         self.check()
         if self.pool not in ("none", "mean"):
             raise UsageError(f"Stack: pool {self.pool!r}; expected 'none' or 'mean'")
-        model = Residual(embedding(self.width, x_width, x_vocab), self.blocks(), self.final(y_width))
+        embed, head = embedding(self.width, x_width, x_vocab), nn.Linear(self.width, y_width)
+        model = Residual(embed, self.blocks(), self.last_norm(), head)
         return Classifier(model) if self.pool == "mean" else model
 
     def check(self) -> None:
@@ -68,9 +69,9 @@ class Stack:
         """depth blocks of the described layer."""
         return [self._block() for _ in range(self.depth)]
 
-    def final(self, y_width: int) -> nn.Module:
-        """The last norm and the linear head."""
-        return nn.Sequential(NORMS[self.norm](self.width), nn.Linear(self.width, y_width))
+    def last_norm(self) -> nn.Module:
+        """The norm in front of the head."""
+        return NORMS[self.norm](self.width)
 
     def _block(self) -> Block:
         layer = layers[self.layer].cls(**self._arguments())
@@ -137,20 +138,21 @@ class Block(RecurrentLayer[Any]):
 
 
 class Residual(RecurrentLayer[tuple[Any, ...]]):
-    """y_t = head(block_n(... block_1(embed(x))))_t, where embed and head act on each time alone. A model is a layer.
+    """y_t = head(norm(block_n(... block_1(embed(x)))))_t; all but the blocks act on each time alone. A model is a layer.
 
-    The state is the tuple of the blocks' states. Under autocast the sum that runs through the blocks stays in the
+    Without a head y is what the norm gives. The state is the tuple of the blocks' states. Under autocast the sum that runs through the blocks stays in the
     dtype of the parameters. y has the dtype of x, or of the parameters where x is ids.
     """
 
-    def __init__(self, embed: nn.Linear | nn.Embedding, blocks: list[Block], head: nn.Module):
+    def __init__(self, embed: nn.Linear | nn.Embedding, blocks: list[Block], norm: nn.Module, head: nn.Linear | None):
         super().__init__()
-        self.vocab = embed.num_embeddings if isinstance(embed, nn.Embedding) else None
-        self.width = self.vocab or embed.in_features
+        if isinstance(embed, nn.Embedding):
+            self.vocab = self.width = embed.num_embeddings
+        else:
+            self.width = embed.in_features
+        self.out_width = blocks[-1].width if head is None else head.out_features
         self.traits = Traits(resets=all(block.traits.resets for block in blocks))
-        self.embed, self.blocks, self.head = embed, nn.ModuleList(blocks), head
-        last = [m for m in head.modules() if isinstance(m, nn.Linear)]
-        self.out_width = last[-1].out_features if last else blocks[-1].width
+        self.embed, self.blocks, self.norm, self.head = embed, nn.ModuleList(blocks), norm, head
 
     def initial_state(self, batch: int) -> tuple[Any, ...]:
         return tuple(block.initial_state(batch) for block in self.blocks)
@@ -178,7 +180,7 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
     def step(self, x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         h, after = self._embed(x), []
         for block, before in zip(self.blocks, state, strict=True):
-            h, new = block.step(h, before)
+            h, new = block.step(h, before)  # type: ignore[operator]
             after.append(new)
         return self._head(h, x), tuple(after)
 
@@ -186,15 +188,17 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
         return self.embed(x).to(self.embed.weight.dtype)
 
     def _head(self, h: Tensor, x: Tensor) -> Tensor:
-        return self.head(h).to(x.dtype if x.is_floating_point() else h.dtype)
+        y = self.norm(h) if self.head is None else self.head(self.norm(h))
+        return y.to(x.dtype if x.is_floating_point() else h.dtype)
 
 
 def embedding(width: int, x_width: int | None, x_vocab: int | None) -> nn.Linear | nn.Embedding:
     """What brings x to `width`: a linear map of numbers or a table of ids, Gaussian with variance 1 / width."""
     if (x_width is None) == (x_vocab is None):
         raise UsageError(f"build: x_width {x_width} and x_vocab {x_vocab}; expected exactly one of them")
-    if x_vocab is None:
+    if x_width is not None:
         return nn.Linear(x_width, width)
+    assert x_vocab is not None
     table = nn.Embedding(x_vocab, width)
     nn.init.normal_(table.weight, std=width**-0.5)  # so that a tied head starts with logits of order one
     return table

@@ -29,9 +29,9 @@ class LanguageModel:
         self.stack.check()
         if self.stack.pool != "none":
             raise UsageError(f"LanguageModel: pool {self.stack.pool!r}; expected 'none'")
-        norm, head = self.stack.final(x_vocab)
-        body = Residual(embedding(self.stack.width, None, x_vocab), self.stack.blocks(), norm)
-        return TokenModel(body, None if self.tied else head)
+        table = embedding(self.stack.width, None, x_vocab)
+        body = Residual(table, self.stack.blocks(), self.stack.last_norm(), None)
+        return TokenModel(body, None if self.tied else nn.Linear(self.stack.width, x_vocab))
 
 
 class TokenModel(RecurrentLayer[Any]):
