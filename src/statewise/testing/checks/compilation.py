@@ -88,6 +88,7 @@ def check_step_exports_to_onnx(layer: Layer) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(Step(layer).eval(), (x, *leaves(first)), dynamo=True, verbose=False)
+    assert program is not None
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     given = {i.name: t.numpy() for i, t in zip(session.get_inputs(), (x, *leaves(first)), strict=False)}
     y, *after = (torch.from_numpy(a) for a in session.run(None, given))

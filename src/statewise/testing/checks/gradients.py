@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from ...core import chunked, leaves, names, unroll
 from ..check import Skipped, check, no_numbers, no_resets
-from ..sample import STEPS, Layer, close, inputs, mask, trainable, warm
+from ..sample import STEPS, Layer, close, close_gradients, inputs, mask, trainable, warm
 
 Run = Callable[[Tensor, Any], tuple[Tensor, Any]]
-TOLERANCE = 1e-8
 
 
 @check("gradients")
@@ -93,9 +94,10 @@ def check_gradients_not_contiguous(layer: Layer) -> None:
 def check_gradcheck(layer: Layer) -> None:
     """Gradients are the slopes that finite differences measure: atol 1e-8, rtol 1e-6."""
     x, first = inputs(layer, 3, 2), trainable(warm(layer, 2))
-    parameters = {n: p for n, p in layer.named_parameters() if p.requires_grad}
-    floating = [s for s in leaves(first) if s.requires_grad]
-    wrt = [*([] if layer.vocab else [x.requires_grad_()]), *floating, *parameters.values()]
+    named = {} if layer.vocab else {"x": x.requires_grad_()}
+    named |= {n: s for n, s in zip(_names(first), leaves(first), strict=True) if s.requires_grad}
+    named |= {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    wrt = list(named.values())
     if not wrt:
         raise Skipped("nothing takes a gradient")
 
@@ -107,9 +109,12 @@ def check_gradcheck(layer: Layer) -> None:
     probe = inputs(layer, 1, 2, seed=6)
     fast = sum(w.numel() for w in wrt) > 300  # all columns where that is quick, else random combinations of them
     try:
-        torch.autograd.gradcheck(run, wrt, eps=1e-6, atol=1e-8, rtol=1e-6, nondet_tol=0.0, fast_mode=fast)
-    except torch.autograd.gradcheck.GradcheckError as error:
-        raise AssertionError(f"gradients are not the measured slopes: {str(error).strip()[:400]}") from None
+        gradcheck(run, wrt, eps=1e-6, atol=1e-8, rtol=1e-6, nondet_tol=0.0, fast_mode=fast)
+    except GradcheckError as error:
+        told = str(error).strip().split("\n")[0]
+        at = re.search(r"input (\d+)", told)
+        where = f"to {[*named][int(at[1])]}" if at else told
+        raise AssertionError(f"the gradient {where} is not the slope that finite differences measure") from None
 
 
 @check("gradients")
@@ -177,7 +182,7 @@ def check_trains(layer: Layer) -> None:
     with torch.no_grad():
         for p in parameters:
             if p.grad is not None:
-                p -= 0.1 * p.grad
+                p.sub_(0.1 * p.grad)
     layer.eval()
     after = layer(x)[0]
     assert after.isfinite().all(), "after one step of gradient descent the output is not finite"
@@ -204,12 +209,8 @@ def _same_gradients(layer: Layer, got: Run, want: Run, *, through: str, steps: i
 
     first_way, second_way = grads(got), grads(want)
     for name, w in second_way.items():
-        g = first_way[name]
-        if g is None and w is None:
-            continue
-        zero = torch.zeros_like(w if g is None else g)  # type: ignore[arg-type]
         what = f"through the {through}, the gradient to {name} is not that of the other way to run"
-        close(zero if g is None else g, zero if w is None else w, what, TOLERANCE)
+        close_gradients(first_way[name], w, what)
 
 
 def _names(state: Any) -> list[str]:
