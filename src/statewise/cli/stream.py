@@ -38,7 +38,9 @@ class Options:
     """
 
     run: Positional[Path]
-    """A run of `statewise train`."""
+    """A run of `statewise train`; or silero_vad, a published detector of speech."""
+    audio: Positional[Path | None] = None
+    """For silero_vad: a WAV file, 16 kHz mono 16 bit. Without one, standard input is raw samples of that kind."""
     format: Literal["auto", "numbers", "ids", "text", "json"] = "auto"
     """Of the lines. json: a list of numbers or ids, or a string for text; the answers are JSON objects."""
     load_state: Path | None = None
@@ -125,6 +127,38 @@ class Streamer:
 
 
 def run(options: Options) -> int:
+    from ..core import UsageError
+    from .speech import NAME
+
+    if str(options.run) == NAME and not options.run.exists():
+        return run_speech(options)
+    if options.audio is not None:
+        raise UsageError(f"{str(options.audio)!r}: only {NAME} takes a file; a run reads standard input")
+    return run_lines(options)
+
+
+def run_speech(options: Options) -> int:
+    """A line for every 32 ms: the seconds at its start and the probability of speech."""
+    import torch
+
+    from ..core import load_state, save_state
+    from .speech import RATE, detector, frames
+
+    model = detector()
+    state = load_state(options.load_state, model) if options.load_state else model.initial_state(1)
+    try:
+        with torch.inference_mode(), stopped_by_sigterm():
+            for number, frame in enumerate(frames(options.audio)):
+                y, state = model.step(frame, state)
+                print(f"{number * model.width / RATE:.3f} {float(y):.4f}", flush=True)
+    finally:
+        if options.save_state is not None:
+            save_state(options.save_state, model, state, weights=True)
+    return 0
+
+
+def run_lines(options: Options) -> int:
+    """A line for every line of standard input."""
     import torch
 
     from ..core import DataError, load_state, save_state
@@ -139,7 +173,6 @@ def run(options: Options) -> int:
         streamer.state = load_state(options.load_state, model)
         notes = json.loads(read_tensors(options.load_state, allow_nonfinite=True)[1].get("extra", "{}"))
         streamer.ahead = torch.tensor([notes[AHEAD]]) if notes.get(AHEAD) else None
-    status = 0
     try:
         with torch.inference_mode(), stopped_by_sigterm():
             for number, line in enumerate(lines(), 1):
@@ -159,7 +192,7 @@ def run(options: Options) -> int:
         if options.save_state is not None:
             ahead = streamer.ahead[0].tolist() if streamer.bytes and streamer.ahead is not None else None
             save_state(options.save_state, model, streamer.state, weights=True, **{AHEAD: ahead})
-    return status
+    return 0
 
 
 def lines() -> Iterator[bytes]:

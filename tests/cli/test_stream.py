@@ -1,0 +1,114 @@
+"""stream answers line by line, like the model's forward, and goes on from a saved state as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from statewise.tasks import Series
+from statewise.training import load
+
+NUMBERS = torch.rand(7, 2, generator=torch.Generator().manual_seed(0))
+LINES = b"".join(f"{a:.6f},{b:.6f}\n".encode() for a, b in NUMBERS.tolist())
+
+
+def values(out: str) -> torch.Tensor:
+    return torch.tensor([[float(v) for v in line.split(",")] for line in out.splitlines()])
+
+
+def test_the_answers_are_those_of_forward(runs, call):
+    model, _ = load(runs["adding"])
+    said = call("stream", runs["adding"], stdin=LINES)
+    assert said.code == 0
+    torch.testing.assert_close(values(said.out), model(NUMBERS[None])[0][0].detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("written", [b"1, 0.5\n", b"1 0.5\n", b"1;0.5\r\n", b"  1\t0.5  \n", b"1,0.5"])
+def test_ways_to_write_numbers(runs, call, written):
+    assert call("stream", runs["adding"], stdin=written).out == call("stream", runs["adding"], stdin=b"1,0.5\n").out
+
+
+def test_json_lines(runs, call):
+    plain = call("stream", runs["adding"], stdin=b"1,0.5\n0,2\n")
+    said = call("stream", runs["adding"], "--format", "json", stdin=b'[1, 0.5]\n{"x": [0, 2]}\n')
+    found = [json.loads(line)["y"] for line in said.out.splitlines()]
+    torch.testing.assert_close(torch.tensor(found), values(plain.out))
+
+
+@pytest.mark.parametrize(
+    ("run", "first", "rest"),
+    [
+        ("adding", b"0.3,1\n0.2,0\n", b"0.9,1\n0.1,1\n"),
+        ("copy", b"1 2 3\n4\n", b"5 6\n"),
+        ("text", b"the quick\nbrown ", b"fox\njumps\n"),
+        ("classes", b"0.1,100\n", b"0.2,105\n"),
+    ],
+)
+def test_a_saved_state_goes_on(runs, call, tmp_path, run, first, rest):
+    whole = call("stream", runs[run], stdin=first + (b"" if run != "text" else b"\n") + rest)
+    one = call("stream", runs[run], "--save-state", tmp_path / "s", stdin=first + (b"" if run != "text" else b"\n"))
+    two = call("stream", runs[run], "--load-state", tmp_path / "s", stdin=rest)
+    assert (whole.code, one.code, two.code) == (0, 0, 0)
+    assert one.out + two.out == whole.out
+
+
+def test_an_empty_line_starts_anew(runs, call):
+    said = call("stream", runs["adding"], stdin=b"1,0.5\n0,2\n\n1,0.5\n")
+    lines = said.out.split("\n")
+    assert lines[2] == "" and lines[0] == lines[3] != lines[1]
+
+
+def test_classes_have_their_names_and_inputs_their_units(runs, call):
+    model, experiment = load(runs["classes"])
+    assert isinstance(experiment.task, Series)
+    rows = experiment.task.rows("train")
+    x = (torch.tensor([[0.1, 100.0]]) - rows.shift) * rows.scale
+    p = model.step(x, model.initial_state(1))[0].softmax(-1)[0]
+    said = call("stream", runs["classes"], stdin=b"0.1,100\n")
+    name, probability = said.out.split()
+    assert name == experiment.task.classes[int(p.argmax())]
+    assert abs(float(probability) - float(p.max())) < 1e-4
+
+
+def test_bytes_cost_what_the_model_says(runs, call):
+    model, _ = load(runs["text"])
+    line = b"a lazy dog\n"
+    logits = model(torch.tensor([list(line)]))[0][0]
+    bits = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(list(line[1:]))) / torch.log(torch.tensor(2.0))
+    said = call("stream", runs["text"], stdin=line)
+    _, probability, cost = said.out.rsplit(maxsplit=2)
+    assert abs(float(cost) - float(bits)) < 1e-3
+    assert abs(float(probability) - float(logits[-1].softmax(-1).max())) < 1e-3
+
+
+def test_bad_lines_can_be_skipped(runs, call):
+    said = call("stream", runs["adding"], "--skip-bad", stdin=b"1,0.5\nnan,1\nx\n0,2\n")
+    good = call("stream", runs["adding"], stdin=b"1,0.5\n0,2\n")
+    assert said.code == 0 and said.out == good.out
+    assert [line.split(":")[0] for line in said.err.splitlines()] == [f"skipped line {n} of the input" for n in (2, 3)]
+
+
+def test_a_bad_line_keeps_what_came_before(runs, call, tmp_path):
+    assert call("stream", runs["adding"], "--save-state", tmp_path / "s", stdin=b"1,0.5\nbad\n").code == 3
+    rest = call("stream", runs["adding"], "--load-state", tmp_path / "s", stdin=b"0,2\n")
+    assert rest.out == call("stream", runs["adding"], stdin=b"1,0.5\n0,2\n").out.splitlines(keepends=True)[1]
+
+
+def test_every_line_is_answered_at_once_and_sigterm_saves(runs, tmp_path):
+    words = [sys.executable, "-m", "statewise", "stream", str(runs["adding"]), "--save-state", str(tmp_path / "s")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as process:
+        for line in (b"1,0.5\n", b"0,2\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert process.stdout.readline()  # would block for ever if answers were held back
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+        assert process.stderr.read().count(b"\n") == 1
+    assert (tmp_path / "s").is_file()
