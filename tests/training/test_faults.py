@@ -42,6 +42,7 @@ def assert_whole(found: Checkpoint | None) -> int:
 def kill_saves(run: Path, rounds: int, seed: int, keep: Callable[..., Path] = save) -> tuple[int, int]:
     """Kill a process that saves all the time, after 0 to 50 ms, again and again; returns kills in a save and losses."""
     rng, torn, lost, step = random.Random(seed), 0, 0, 1
+    (run / "experiment.json").touch()
     save(run, step, content(step))
     for _ in range(rounds):
         reader, writer = os.pipe()
@@ -139,6 +140,7 @@ def cut_everywhere(run: Path, step: int, *, sync: bool = True) -> tuple[int, int
     for limit in range(500):
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()
+        (run / "experiment.json").touch()
         save(run, 1, content(1, 100))
         save(run, 2, content(2, 100))
 

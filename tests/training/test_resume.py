@@ -197,6 +197,29 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert events[0]["step"] == 0
 
 
+def test_what_is_not_ours_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mine").write_text("work of a year")
+    (tmp_path / ".tmp-notes").write_text("mine too")
+    with pytest.raises(UsageError, match="something that is not a run"):
+        fit(toy(), tmp_path, resume=False)
+    fit(toy(), tmp_path)
+    fit(toy(), tmp_path)
+    assert (tmp_path / "checkpoints" / "mine").exists() and (tmp_path / ".tmp-notes").exists()
+
+
+def test_litter_of_a_kill_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    fit(toy(), tmp_path)
+    (tmp_path / "result.json").unlink()
+    for name in ("checkpoints/step-5.tmp-77", "checkpoints/step-1.gone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    (tmp_path / ".tmp-77-0123abcd").write_text("half")
+    assert len(litter(tmp_path)) == 3
+    fit(toy(), tmp_path)
+    assert not litter(tmp_path)
+
+
 def test_a_changed_configuration_is_shown(tmp_path: Path) -> None:
     fit(toy(), tmp_path)
     with pytest.raises(UsageError, match=r"train\.steps: 20 -> 30; train\.lr: 0\.003 -> 0\.01") as refused:

@@ -197,13 +197,15 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def clean(run: Path) -> None:
-    """Remove what a killed save left behind. Call it holding the lock of the run."""
-    folder = run / "checkpoints"
-    for path in [*folder.glob("step-*.tmp-*"), *folder.glob("*.gone")]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed save left behind in a run directory. Call it holding the lock of the run."""
+    if not (run / "experiment.json").exists():
+        return
+    for path in (run / "checkpoints").glob("step-*"):
+        if re.fullmatch(r"step-\d+(\.old)?(\.tmp-\d+|\.gone)", path.name):
+            shutil.rmtree(path, ignore_errors=True)
     for path in run.glob(".tmp-*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if re.fullmatch(r"\.tmp-\d+-[0-9a-f]{8}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _found(folder: Path) -> list[tuple[tuple[int, bool], Path]]:

@@ -458,6 +458,8 @@ def _settle(folder: Path, experiment: Experiment, *, resume: bool, force: bool) 
     path, result = folder / "experiment.json", folder / "result.json"
     record = experiment.record()
     if not resume:
+        if not path.exists() and ((folder / "checkpoints").exists() or result.exists()):
+            raise UsageError(f"{shown(folder)} holds something that is not a run; choose another run directory")
         for old in (result, folder / "log.jsonl", path):
             old.unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
