@@ -138,10 +138,11 @@ class Block(RecurrentLayer[Any]):
 
 
 class Residual(RecurrentLayer[tuple[Any, ...]]):
-    """y_t = head(norm(block_n(... block_1(embed(x)))))_t; all but the blocks act on each time alone. A model is a layer.
+    """y_t = head(norm(block_n(... block_1(embed(x)))))_t, where all but the blocks act on each time alone.
 
-    Without a head y is what the norm gives. The state is the tuple of the blocks' states. Under autocast the sum that runs through the blocks stays in the
-    dtype of the parameters. y has the dtype of x, or of the parameters where x is ids.
+    Without a head y is what the norm gives. The state is the tuple of the blocks' states. Under autocast the sum that
+    runs through the blocks stays in the dtype of the parameters. y has the dtype of x, or of the parameters where x is
+    ids.
     """
 
     def __init__(self, embed: nn.Linear | nn.Embedding, blocks: list[Block], norm: nn.Module, head: nn.Linear | None):
@@ -155,7 +156,7 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
         self.embed, self.blocks, self.norm, self.head = embed, nn.ModuleList(blocks), norm, head
 
     def initial_state(self, batch: int) -> tuple[Any, ...]:
-        return tuple(block.initial_state(batch) for block in self.blocks)
+        return tuple(block.initial_state(batch) for block in self.blocks)  # type: ignore[operator]
 
     def forward(
         self,
