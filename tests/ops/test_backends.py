@@ -18,7 +18,7 @@ CASES = [
     pytest.param(op, name, dtype, id=f"{op.name}-{name}-{str(dtype).removeprefix('torch.')}")
     for op in ops.values()
     for name, backend in op.backends.items()
-    if "cpu" in backend.devices
+    if "cpu" in backend.devices and "triton" not in backend.requires  # test_triton.py
     for dtype in backend.dtypes
 ]
 
@@ -49,6 +49,11 @@ def _outcome(run: Any, sample: dict[str, Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize("op, backend, dtype", CASES)
 def test_equals_the_reference(op: Op, backend: str, dtype: torch.dtype):
+    assert check(op, backend, dtype) >= 5
+
+
+def check(op: Op, backend: str, dtype: torch.dtype) -> int:
+    """Try every sample and return how many there were."""
     exact_dtype = torch.complex128 if dtype.is_complex else torch.float64
     found = 0
     for number, sample in enumerate(op.samples("cpu", dtype)):
@@ -64,7 +69,7 @@ def test_equals_the_reference(op: Op, backend: str, dtype: torch.dtype):
             error = float((mine - truth).abs().max())
             assert error <= allowed, f"sample {number}, result {k}: error {error:.3g}, allowed {allowed:.3g}"
         found += 1
-    assert found >= 5
+    return found
 
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in ops.values()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,7 +87,21 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield inputs(4, 6, 3, a=decay(3), lengths=ends(6, 0, 3, 0), reset=coin(4, 6))
 
 
+def _needs_a_gpu(a: Tensor, x: Tensor, h0: Tensor, **_: Any) -> str | None:
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "device cpu (takes cuda, or cpu with TRITON_INTERPRET=1)"
+    return None
+
+
 @op(
+    Backend(
+        "triton",
+        "statewise.ops.linear_scan.in_triton:scan",
+        devices=("cuda", "xpu", "cpu"),
+        dtypes=(*_WIDE, *_HALF),
+        requires=("triton",),
+        limits=_needs_a_gpu,
+    ),
     Backend(
         "numba",
         "statewise.ops.linear_scan.in_numba:scan",

@@ -14,18 +14,18 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
-def differentiable(name: str, device: str, forward: Forward, backward: Backward) -> Forward:
+def differentiable(name: str, devices: str | tuple[str, ...], forward: Forward, backward: Backward) -> Forward:
     """A custom op `statewise::name` made of two kernels.
 
     forward(a, x, h0, reset) -> h, last.
     backward(g, g_last, a, h, h0, reset) -> da in the shape of a, dx, dh0.
     """
 
-    @torch.library.custom_op(f"statewise::{name}", mutates_args=(), device_types=device)
+    @torch.library.custom_op(f"statewise::{name}", mutates_args=(), device_types=devices)
     def run(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         return forward(a, x, h0, reset)
 
-    @torch.library.custom_op(f"statewise::{name}_backward", mutates_args=(), device_types=device)
+    @torch.library.custom_op(f"statewise::{name}_backward", mutates_args=(), device_types=devices)
     def adjoint(
         g: Tensor, g_last: Tensor, a: Tensor, h: Tensor, h0: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
