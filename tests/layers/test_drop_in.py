@@ -15,6 +15,7 @@ import statewise
 from statewise import chunked, unroll
 from statewise.core import UsageError
 from statewise.layers.drop_in import StackState, TorchLayer
+from statewise.testing import check_layer
 
 KINDS = {
     "rnn_tanh": ("RNN", {}),
@@ -260,6 +261,23 @@ def test_full_graph_compilation_works_where_torchs_modules_refuse_it(kind: str) 
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
     with pytest.raises(Exception):  # noqa: B017  (RuntimeError in some versions, a dynamo error in others)
         torch.compile(theirs, fullgraph=True, backend="aot_eager")(x)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm_proj"])
+def test_layer_conforms(kind: str) -> None:
+    name, args = KINDS[kind]
+    report = check_layer(getattr(statewise, name)(3, 4, num_layers=2, **args).layer())
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exports_with_any_length_and_batch_where_torchs_modules_refuse(kind: str) -> None:
+    ours, _ = pair(kind, num_layers=2, batch_first=True, bidirectional=True)
+    dims = ({0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("steps", min=2)},)
+    program = torch.export.export(ours, (torch.randn(2, 5, 3, dtype=torch.float64),), dynamic_shapes=dims)
+    x = torch.randn(4, 11, 3, dtype=torch.float64)
+    for a, b in zip(flat(program.module()(x)), flat(ours(x)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 def test_a_step_exports_with_any_batch() -> None:

@@ -13,6 +13,7 @@ from statewise import chunked, stream, unroll
 from statewise.core import DataError, ResourceError, leaves, read_tensors, write_tensors
 from statewise.models.silero import FRAME, SileroVAD, frames
 from statewise.tasks.sources import SILERO_VAD, SPEECH, Source, get
+from statewise.testing import check_layer
 
 # The weights in the safetensors file are of another training than those in the JIT and ONNX files: the networks
 # are the same, so each runtime is compared on its own weights, and the JIT one on the safetensors' too.
@@ -141,6 +142,12 @@ def test_gradients_are_finite_in_silence() -> None:
     x = torch.zeros(1, 3, FRAME, requires_grad=True)
     SileroVAD()(x)[0].sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.slow
+def test_conforms() -> None:
+    report = check_layer(SileroVAD())
+    assert report.ok, str(report)
 
 
 @pytest.fixture(params=["a missing tensor", "a wrong shape", "an unknown tensor"])

@@ -44,11 +44,11 @@ class Bidirectional(nn.Module):
         y = self(x, lengths=lengths)
         parts = self.forward_layer.out_width
         if y.shape[1] == 0:
-            return y.new_zeros(len(y), self.out_width)
+            return y.new_zeros(y.shape[0], self.out_width)
         if lengths is None:
             return torch.cat([y[:, -1, :parts], y[:, 0, parts:]], -1)
         last = (lengths.to(x.device) - 1).clamp(min=0)
-        return torch.cat([y[torch.arange(len(y), device=x.device), last, :parts], y[:, 0, parts:]], -1)
+        return torch.cat([y[torch.arange(y.shape[0], device=x.device), last, :parts], y[:, 0, parts:]], -1)
 
 
 def backward_in_time(x: Tensor, lengths: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ class _DropIn(nn.Module, abc.ABC):
     """What the three share: parameters, layouts, layers and directions. The recurrence is the subclass's."""
 
     gates: int
+    weight_ih_l0: nn.Parameter  # and so on: torch.nn's names
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class _DropIn(nn.Module, abc.ABC):
 
     def _first_state(self, x: Tensor, hx: Any, unbatched: int | None) -> list[State]:
         """Check x (B, T, D) and hx, and cut hx into layers and directions."""
-        name, weight = type(self).__name__, self.get_parameter("weight_ih_l0")
+        name, weight = type(self).__name__, self.weight_ih_l0
         if x.shape[-1] != self.input_size:
             raise InputError(
                 f"{name}: input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
@@ -189,11 +190,11 @@ class _DropIn(nn.Module, abc.ABC):
             raise InputError(f"{name}: input is {x.dtype}, the weights {weight.dtype}; convert one of them")
         count = self.num_layers * (2 if self.bidirectional else 1)
         if hx is None:
-            zeros = [x.new_zeros(len(x), size, dtype=wide(x.dtype)) for size in self._sizes()]
+            zeros = [x.new_zeros(x.shape[0], size, dtype=wide(x.dtype)) for size in self._sizes()]
             return [tuple(zeros)] * count
         parts = []
         for i, (part, size) in enumerate(zip(self._parts(hx), self._sizes(), strict=True)):
-            want = (count, size) if unbatched else (count, len(x), size)
+            want = (count, size) if unbatched else (count, x.shape[0], size)
             if tuple(part.shape) != want:
                 which = f"hidden[{i}]" if len(self._sizes()) > 1 else "hidden"
                 raise InputError(f"{name}: Expected {which} size {want}, got {list(part.shape)}")
@@ -336,7 +337,7 @@ class TorchLayer(RecurrentLayer[Any]):
         self.width, self.out_width = drop_in.input_size, drop_in.proj_size or drop_in.hidden_size
 
     def initial_state(self, batch: int) -> Any:
-        weight, cell = self.drop_in.get_parameter("weight_ih_l0"), self.drop_in
+        weight, cell = self.drop_in.weight_ih_l0, self.drop_in
         shapes = [(batch, cell.num_layers, size) for size in cell._sizes()]
         return _packed_up([weight.new_zeros(shape, dtype=wide(weight.dtype)) for shape in shapes])
 
@@ -345,7 +346,7 @@ class TorchLayer(RecurrentLayer[Any]):
     ) -> tuple[Tensor, Any]:
         check_input(self, x, state, reset, lengths)
         x = x if lengths is None else clear_past_end(x, lengths.to(x.device))
-        state = self.initial_state(len(x)) if state is None else state
+        state = self.initial_state(x.shape[0]) if state is None else state
         y, last = self.drop_in._run(x, self._by_layer(state), reset, lengths)
         return y, _packed_up([torch.stack(part, 1) for part in zip(*last, strict=True)])
 
@@ -361,7 +362,7 @@ class TorchLayer(RecurrentLayer[Any]):
     def to_torch(self, state: Any) -> Any:
         """The state as torch.nn's hx: h_n (L, B, N), for an LSTM (h_n, c_n)."""
         parts = [part.transpose(0, 1).contiguous() for part in self._parts(state)]
-        return self.drop_in._hidden(parts, self.drop_in.get_parameter("weight_ih_l0").dtype)
+        return self.drop_in._hidden(parts, self.drop_in.weight_ih_l0.dtype)
 
     def from_torch(self, hx: Any) -> Any:
         """torch.nn's hx as a state."""

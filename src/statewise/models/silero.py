@@ -78,9 +78,9 @@ class SileroVAD(RecurrentLayer[SileroState]):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, SileroState]:
         check_input(self, x, state, reset, lengths)
-        state = self.initial_state(len(x)) if state is None else state
+        state = self.initial_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
-            return x.new_zeros(len(x), 0, 1), state
+            return x.new_zeros(x.shape[0], 0, 1), state
         if lengths is not None:
             lengths = lengths.to(x.device)
             x = clear_past_end(x, lengths)
@@ -90,13 +90,13 @@ class SileroVAD(RecurrentLayer[SileroState]):
         h, lstm = self.lstm(features, state.lstm, reset=reset, lengths=lengths)
         y = self._answer(h)
         if lengths is None:
-            return y, SileroState(tails[:, -1], lstm)
-        context = tails[torch.arange(len(x), device=x.device), lengths]
+            return y, SileroState(tails[:, -1].clone(), lstm)  # a view would keep all frames in memory
+        context = tails[torch.arange(x.shape[0], device=x.device), lengths]
         return clear_past_end(y, lengths), SileroState(context, lstm)
 
     def step(self, x: Tensor, state: SileroState) -> tuple[Tensor, SileroState]:
         h, lstm = self.lstm.step(self._features(state.context.to(x.dtype), x), state.lstm)
-        return self._answer(h), SileroState(x[:, -CONTEXT:].to(state.context.dtype), lstm)
+        return self._answer(h), SileroState(x[:, -CONTEXT:].to(state.context.dtype, copy=True), lstm)
 
     def _features(self, context: Tensor, x: Tensor) -> Tensor:
         """(N, 64) and (N, 512) -> (N, 128)."""

@@ -94,7 +94,7 @@ def _check(
     lengths: Tensor | None,
 ) -> None:
     h0, n = state[0], state[-1].shape[-1]
-    if x.ndim != 3 or any(s.ndim != 2 or len(s) != len(x) for s in state):
+    if x.ndim != 3 or any(s.ndim != 2 or s.shape[0] != x.shape[0] for s in state):
         shapes = " and ".join(str(tuple(s.shape)) for s in state)
         raise UsageError(f"{name}: x is {tuple(x.shape)}, the first state {shapes}; expected (B, T, D) and (B, N)")
     if any(s.dtype != wide(s.dtype) or torch.promote_types(x.dtype, s.dtype) != s.dtype for s in state):
@@ -137,7 +137,7 @@ def _check_jordan(
     lengths: Tensor | None = None,
     **named: Tensor | None,
 ) -> None:
-    hidden = s0.new_empty(len(x), len(w_ih))
+    hidden = s0.new_empty(x.shape[0], len(w_ih))
     _check("jordan_loop", x, (s0, hidden), (w_ih, w_sh), 1, reset, lengths)
     if w_hy.shape != w_sh.T.shape:
         raise UsageError(f"jordan_loop: w_hy is {tuple(w_hy.shape)}; expected {tuple(w_sh.T.shape)}")
