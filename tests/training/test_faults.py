@@ -273,9 +273,26 @@ def test_a_linked_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c" / "checkpoints").symlink_to(tmp_path / "a" / "checkpoints")
     with pytest.raises(DataError, match="is a link"):
         newest(tmp_path / "c")
+    (tmp_path / "elsewhere").write_text("mine")
+    for name in ("lock", "log.jsonl"):
+        run = tmp_path / f"e-{name}"
+        run.mkdir()
+        (run / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(DataError, match=f"cannot write .*{name}"):
+            fit(toy(), run)
+    assert (tmp_path / "elsewhere").read_text() == "mine"
     (tmp_path / "d").symlink_to("d")
     with pytest.raises(DataError, match="link"):
         fit(toy(), tmp_path / "d")
+
+
+def test_checkpoints_of_every_format_are_read() -> None:
+    """F11: what a release has written is read forever. Add a folder when the format changes, remove none."""
+    folders = sorted((Path(__file__).parent / "formats").iterdir())
+    assert [f.name for f in folders] == [f"format-{i + 1}" for i in range(module.FORMAT)]
+    for folder in folders:
+        found, skipped = newest(folder)
+        assert assert_whole(found) == 2 and not skipped
 
 
 def test_a_newer_format_is_named(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,8 @@ NAME_LIMIT = 256
 JSON_LIMIT = 1_000_000  # bytes of a configuration
 DEPTH_LIMIT = 32
 STATE_FORMAT = 1
+FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # refuse a symbolic link as the last part of a path
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -66,7 +69,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
     """Create a file that must not exist, write, fsync; returns its size and SHA-256. The mode follows the umask."""
     digest, size = hashlib.sha256(), 0
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FLAGS | NO_LINK, 0o666)
     try:
         for chunk in chunks:
             digest.update(chunk)
@@ -82,7 +85,9 @@ def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int,
 
 def sync_directory(path: Path) -> None:
     """Make renames inside a directory survive a power cut."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if os.name == "nt":  # no such call there
+        return
+    fd = os.open(path, os.O_RDONLY | FLAGS)
     try:
         os.fsync(fd)
     finally:
@@ -132,8 +137,7 @@ def write_error(path: Path, error: OSError, size: int = 0) -> StatewiseError:
         return DataError(f"cannot write {shown(path)}: {error.strerror}; working directory {shown(os.getcwd())}")
     free = "unknown"
     with contextlib.suppress(OSError):
-        disk = os.statvfs(path.parent)
-        free = f"{disk.f_bavail * disk.f_frsize:,}"
+        free = f"{shutil.disk_usage(path.parent).free:,}"
     needed = f"{size:,} bytes needed, " if size else ""
     return ResourceError(
         f"cannot write {shown(path)}: {error.strerror}; {needed}{free} bytes free; what was there is intact"
@@ -219,7 +223,7 @@ def open_checked(path: str | os.PathLike[str], *, follow: bool = True) -> Iterat
         kind = os.stat(path, follow_symlinks=follow).st_mode
         if not stat.S_ISREG(kind):
             raise DataError(f"{shown(path)} is {_kind(kind)}; expected a file")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+        fd = os.open(path, os.O_RDONLY | FLAGS | getattr(os, "O_NONBLOCK", 0) | (0 if follow else NO_LINK))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise error if isinstance(error, DataError) else read_error(path, error) from error
     with open(fd, "rb", buffering=0) as file:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from ..core import DataError, RecurrentLayer, StatewiseError, UsageError, read_json, read_tensors
 from ..core.files import (
+    FLAGS,
+    NO_LINK,
     check_format,
     hash_file,
     json_bytes,
@@ -232,7 +234,7 @@ def _version() -> str:
 def locked(run: Path) -> Iterator[None]:
     """Hold the run directory alone. The system lets go of the lock when the process ends, however it ends.
 
-    Raises UsageError naming the process that holds it.
+    Raises UsageError naming the process that holds it, DataError where the directory cannot be written.
     """
     try:
         import fcntl
@@ -240,7 +242,10 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     path = run / "lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | FLAGS | NO_LINK, 0o666)
+    except OSError as error:
+        raise write_error(path, error) from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

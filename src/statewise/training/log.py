@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..core.files import open_checked, write_error
+from ..core.files import FLAGS, NO_LINK, open_checked, write_error
 
 
 class Log:
@@ -20,9 +20,11 @@ class Log:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            size = os.fstat(self._fd).st_size
-            if size and os.pread(self._fd, 1, size - 1) != b"\n":  # torn by a kill: the next record must not join it
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | FLAGS | NO_LINK, 0o666)
+            size = os.lseek(self._fd, 0, os.SEEK_END)
+            if (
+                size and os.lseek(self._fd, -1, os.SEEK_END) and os.read(self._fd, 1) != b"\n"
+            ):  # torn by a kill: the next record must not join it
                 os.write(self._fd, b"\n")
         except OSError as error:
             raise write_error(path, error) from error
