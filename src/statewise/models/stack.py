@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers as _register_all  # noqa: F401
-from ..core import RecurrentLayer, Traits, UsageError, check_input, clear_past_end, layers, near
+from ..core import RecurrentLayer, Traits, UsageError, check_input, check_sizes, clear_past_end, layers, near
 from ..nn import GLU, GatedMLP, RMSNorm
 from .classifier import Classifier
 
@@ -55,12 +55,11 @@ class Stack:
 
     def check(self) -> None:
         """Raise UsageError unless every field is in range."""
-        for name, low in (("width", 1), ("depth", 1), ("mlp", 0)):
+        check_sizes("Stack", width=self.width, depth=self.depth)
+        for name, end in (("mlp", math.inf), ("dropout", 1)):
             value = getattr(self, name)
-            if not low <= value < math.inf:
-                raise UsageError(f"Stack: {name} {value}; expected at least {low}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"Stack: dropout {self.dropout}; expected at least 0 and below 1")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < end:
+                raise UsageError(f"Stack: {name} is {value!r}; expected a number from 0 to below {end}")
         if self.norm not in NORMS:
             raise UsageError(f"Stack: unknown norm {self.norm!r}; {near(self.norm, NORMS)}")
         self._arguments()
@@ -74,7 +73,11 @@ class Stack:
         return NORMS[self.norm](self.width)
 
     def _block(self) -> Block:
-        layer = layers[self.layer].cls(**self._arguments())
+        arguments = self._arguments()
+        try:
+            layer = layers[self.layer].cls(**arguments)
+        except TypeError as error:
+            raise UsageError(f"Stack: {self.layer} does not take {arguments}: {error}") from error
         mlp = GatedMLP(self.width, round(self.width * self.mlp)) if self.mlp else None
         norms = [NORMS[self.norm](self.width) for _ in range(1 if mlp is None else 2)]
         block = Block(layer, norms, mlp, dropout=self.dropout)
