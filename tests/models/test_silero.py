@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import wave
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from statewise.core import DataError, ResourceError, leaves, read_tensors, write
 from statewise.models.silero import FRAME, SileroVAD, frames
 from statewise.tasks.sources import SILERO_VAD, SPEECH, Source, get
 from statewise.testing import check_layer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "voice_activity.py"
 
 # The weights in the safetensors file are of another training than those in the JIT and ONNX files: the networks
 # are the same, so each runtime is compared on its own weights, and the JIT one on the safetensors' too.
@@ -113,6 +116,14 @@ def test_equals_its_own_onnx_runtime(current: SileroVAD, speech: list[Tensor]) -
             answers.append(torch.from_numpy(y))
             context = window[:, -64:]
         assert (by_step(current, x) - torch.stack(answers, 1)).abs().max() < 1e-5
+
+
+def test_the_example_prints_every_frame(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = files(SPEECH)["sense_and_sensibility_01_austen_64kb-0880.wav"]
+    runpy.run_path(str(EXAMPLE))["main"](str(path))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 93  # whole frames
+    assert lines[0].split()[2] == "0.106" and max(float(line.split()[2]) for line in lines) > 0.99
 
 
 def test_streaming_chunks_and_batch_give_the_same(weights: Path, speech: list[Tensor]) -> None:
