@@ -17,6 +17,7 @@ except where time was shared out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import os
@@ -281,7 +282,12 @@ class _Problem(NamedTuple):
     rows: int  # per thread, four rows of `width`
 
 
-_compile = numba.njit(nogil=True, cache=True, error_model="numpy")
+def _compile(function: Callable[..., Any], **options: Any) -> Any:
+    """numba.njit, cached beside this file, else in the user's cache directory, else not at all."""
+    try:
+        return numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+    except RuntimeError:  # no directory can be written
+        return numba.njit(nogil=True, error_model="numpy", **options)(function)
 
 
 @_compile
@@ -484,13 +490,13 @@ def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
     return known
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
+@functools.partial(_compile, parallel=True)
 def _forward_together(like, q, workers):
     for worker in numba.prange(workers):
         _forward_work(like, q, np.int64(worker), workers)
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
+@functools.partial(_compile, parallel=True)
 def _backward_together(like, q, workers):
     for worker in numba.prange(workers):
         _backward_work(like, q, np.int64(worker), workers)

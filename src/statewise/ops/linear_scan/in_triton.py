@@ -116,6 +116,11 @@ def _reals(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
+def _flags(reset: Tensor | None, other: Tensor) -> Tensor:
+    """Bytes; where there is no reset, any address will do."""
+    return _reals(other) if reset is None else reset.contiguous().view(torch.uint8)
+
+
 def _decays(a: Tensor, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """a, and its strides over batch, time and channels, in channels."""
     one = math.prod(a.shape[2:]) == 1
@@ -134,9 +139,17 @@ def _forward(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Te
     x, h0 = x.resolve_conj().contiguous(), h0.resolve_conj().contiguous()
     (a, strides), width, last = _decays(a, x), math.prod(x.shape[2:]), torch.empty_like(h0)
     _forward_kernel[len(x), triton.cdiv(width, BLOCK)](
-        *map(_reals, (a, x, h0)), x if reset is None else reset.contiguous().view(torch.uint8), _reals(h), _reals(last),
-        x.shape[1], width, *strides, HAS_RESET=reset is not None, COMPLEX=x.is_complex(), BLOCK=BLOCK,
-    )  # fmt: skip
+        *map(_reals, (a, x, h0)),
+        _flags(reset, x),
+        _reals(h),
+        _reals(last),
+        x.shape[1],
+        width,
+        *strides,
+        HAS_RESET=reset is not None,
+        COMPLEX=x.is_complex(),
+        BLOCK=BLOCK,
+    )
     return h, last
 
 
@@ -150,10 +163,17 @@ def _backward(
     (decay, strides), width, sum_da = _decays(a, h), math.prod(h.shape[2:]), a.shape[1] == 1
     da = h.new_empty(len(h), 1 if sum_da else h.shape[1], *h.shape[2:])
     _backward_kernel[len(h), triton.cdiv(width, BLOCK)](
-        *map(_reals, (g, g_last, decay, h, h0)), h if reset is None else reset.contiguous().view(torch.uint8),
-        *map(_reals, (da, dx, d_h0)), h.shape[1], width, *strides,
-        HAS_RESET=reset is not None, SUM=sum_da, COMPLEX=h.is_complex(), BLOCK=BLOCK,
-    )  # fmt: skip
+        *map(_reals, (g, g_last, decay, h, h0)),
+        _flags(reset, h),
+        *map(_reals, (da, dx, d_h0)),
+        h.shape[1],
+        width,
+        *strides,
+        HAS_RESET=reset is not None,
+        SUM=sum_da,
+        COMPLEX=h.is_complex(),
+        BLOCK=BLOCK,
+    )
     return da.sum_to_size(a.shape).contiguous(), dx, d_h0
 
 
