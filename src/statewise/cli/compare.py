@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from .parse import Positional, Repeated
 
 if TYPE_CHECKING:
     from ..comparing import Plan
+    from .board import Progress
 
 DEFAULT_LAYERS = "gru,lstm,min_gru,lru,s5"
 
@@ -25,7 +25,7 @@ class Options:
     """
 
     task: Positional[str] = ""
-    """A name from `statewise list tasks`; series and text_file read your own data."""
+    """A name from `statewise list tasks`; with --data alone it is text_file for .txt and series for all else."""
     layers: str = DEFAULT_LAYERS
     """Names from `statewise list layers` with commas, or all."""
     seeds: int = 3
@@ -86,7 +86,7 @@ def run(options: Options) -> int:
         seconds = time.monotonic() - began
         found = collect(
             plan, rows, out, command=command_of(options), workers=workers, threads=options.threads, device=device,
-            seconds=_total(out, seconds, progress.trained),
+            seconds=_total(out, seconds, progress),
         )  # fmt: skip
         written = write_all(found, out)
     print_leaderboard(found)
@@ -102,7 +102,8 @@ def plan_of(options: Options) -> Plan:
     from .build import build, experiment
     from .settings import dict_once
 
-    if not options.task:
+    task = options.task or (options.data and ("text_file" if options.data.suffix == ".txt" else "series"))
+    if not task:
         raise UsageError("which task? statewise compare TASK; see statewise list tasks")
     import statewise.layers  # noqa: F401  registers them
 
@@ -110,7 +111,7 @@ def plan_of(options: Options) -> Plan:
     for name in names:
         layers[name]
     base = experiment(
-        options.task, names[0] if names else "gru", width=options.width, depth=options.depth, seed=0,
+        task, names[0] if names else "gru", width=options.width, depth=options.depth, seed=0,
         data=options.data, settings=options.set,
     )  # fmt: skip
     given = dict_once(options.set)
@@ -169,15 +170,15 @@ def write_all(found: dict[str, Any], out: Path) -> list[str]:
 
 def command_of(options: Options) -> str:
     """The command line that asks for these options."""
-    words = ["statewise", "compare", options.task]
+    words = ["statewise", "compare", *filter(None, [options.task])]
     for f in fields(options):
         value = getattr(options, f.name)
         if f.name == "task" or value == (f.default if f.default is not MISSING else None):
             continue
         for part in value if isinstance(value, tuple) else (value,):
             words += [f"--{f.name}", str(part)]
-    if "--layers" not in words:
-        words[3:3] = ["--layers", options.layers]
+    if "--layers" not in words:  # said though it is the default, which may change
+        words += ["--layers", options.layers]
     return shlex.join(words)
 
 
@@ -212,18 +213,14 @@ def _often(steps: int) -> int:
     return max(1, steps // 10)
 
 
-def _total(out: Path, seconds: float, trained: int) -> float:
-    """The time the whole comparison took; where runs were kept from before, what the first call noted."""
+def _total(out: Path, seconds: float, progress: Progress) -> float | None:
+    """The time the whole comparison took; None where a part of it was done by an earlier call that did not end."""
     from ..core import read_json
 
     path = out / "comparison.json"
-    if trained or not path.exists():
+    if not progress.kept:
         return seconds
-    try:
-        return float(read_json(path)["seconds"])
-    except Exception:
-        return seconds
-
-
-if __name__ == "__main__":
-    sys.exit("run it as: statewise compare")
+    if progress.trained or not path.exists():
+        return None
+    found = read_json(path).get("seconds")
+    return float(found) if found is not None else None

@@ -32,7 +32,7 @@ def collect(
     workers: int,
     threads: int,
     device: str,
-    seconds: float,
+    seconds: float | None,
 ) -> dict[str, Any]:
     """Everything that was found. Times the streaming step of each layer now, so nothing else should be running."""
     chosen = plan.chosen(rows)

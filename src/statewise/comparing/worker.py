@@ -29,8 +29,10 @@ def main() -> int:
 
     from ..core import StatewiseError
     from ..training import Experiment, fit
+    from .quick_start import leave_out_compiler
 
     sys.modules["tensorboard"] = None  # type: ignore[assignment]  # slow to import; the log has everything
+    leave_out_compiler()
     torch.set_num_threads(options.threads)
     if options.memory:
         import resource

@@ -97,7 +97,7 @@ def curves(
     x = Axis(min(xs, default=0), _above(xs), left, width - right)
     y = Axis(*_padded(values, log), height - bottom, top, log)
     if stretch and max(seen, default=0) > 0.9:
-        y = Axis(max(min(values) - 0.05, 0), 1 - max(1 - max(seen), 1e-3) / 1.25, height - bottom, top, errors=True)
+        y = Axis(1 - 1.2 * (1 - min(values)), 1 - max(1 - max(seen), 1e-3) / 1.25, height - bottom, top, errors=True)
     parts = [_frame(x, y, show_x, show_y, x_label, y_label, width, height, bottom)]
     parts += [_guide(g, x, y) for g in guides]
     for c in lines:
@@ -139,7 +139,7 @@ def plane(
     low, high = _padded(values, False)
     low -= (high - low) / 9 * any(g.value < low for g in guides)  # room for the words at the edge
     high += (high - low) / 9 * any(g.value > high for g in guides)
-    x = Axis(*_widened([d.x for d in dots]), left, width - right, log=True, bytes=binary)
+    x = Axis(*_widened([d.x for d in dots], 2.1 if binary else 1.35), left, width - right, log=True, bytes=binary)
     y = Axis(low, high, height - bottom, top)
     parts = [_frame(x, y, show_x, show_y, x_label, y_label, width, height, bottom)]
     inside = [g for g in guides if low <= g.value <= high]
@@ -205,7 +205,7 @@ def marker(index: int, x: float, y: float, size: float = 5) -> str:
             f'<rect class="mark" x="{x - s + 0.5:.1f}" y="{y - s + 0.5:.1f}" width="{2 * s - 1}" height="{2 * s - 1}"/>'
         )
     if kind == 2:
-        corners = ((0, -s - 1), (s + 0.6, s - 1), (-s - 0.6, s - 1))
+        corners: tuple[tuple[float, float], ...] = ((0, -s - 1), (s + 0.6, s - 1), (-s - 0.6, s - 1))
     else:
         corners = ((0, -s - 1.4), (s + 1.4, 0), (0, s + 1.4), (-s - 1.4, 0))
     return f'<polygon class="mark" points="{" ".join(f"{x + u:.1f},{y + v:.1f}" for u, v in corners)}"/>'
@@ -279,10 +279,10 @@ def _padded(values: Sequence[float], log: bool) -> tuple[float, float]:
     return low - room if low < 0 or low - room > 0 else 0.0, high + room
 
 
-def _widened(values: Sequence[float]) -> tuple[float, float]:
-    """A logarithmic range around positive values, at least a factor of four wide."""
+def _widened(values: Sequence[float], least: float) -> tuple[float, float]:
+    """A logarithmic range around positive values, `least` wider at both ends, and at least a factor of four."""
     low, high = min(values), max(values)
-    room = max(1.35, 2 * math.sqrt(low / high))
+    room = max(least, 2 * math.sqrt(low / high))
     return low / room, high * room
 
 

@@ -142,7 +142,7 @@ def _words(comparison: Comparison) -> dict[str, Any]:
             ("Layers", str(layers)),
             ("Seeds", str(len(seeds))),
             ("Steps each", f"{comparison['train'].get('steps', '–')}"),
-            ("Whole comparison", show_time(comparison.get("seconds"))),
+            ("Whole comparison", show_time(comparison["seconds"]) if comparison["seconds"] else "in several parts"),
             ("Workers", f"{env.get('workers', '–')} × {env.get('threads', '–')} thread"),
             ("Processor", str(env.get("cpu", "–"))),
         ],
