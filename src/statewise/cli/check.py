@@ -30,18 +30,17 @@ class Options:
 
 def run(options: Options) -> int:
     from ..core import layers
-    from ..testing import check_layer
+    from ..testing import check_layer, examples_of
     from .settings import dict_once, free
 
     importlib.import_module("statewise.layers")
     given = {name: free(text) for name, text in dict_once(options.args).items()}
     if ":" in options.layer:
-        cls, examples = load(options.layer), [given]
+        cls = load(options.layer)
     else:
-        info = layers[options.layer]
-        cls, examples = info.cls, [given] if given else [dict(example) for example in info.examples]
+        cls = layers[options.layer].cls
     ok = True
-    for example in examples:
+    for example in [given] if given else examples_of(cls):
         check_arguments(options.layer, cls, example)
         shown = ", ".join(f"{name}={value!r}" for name, value in example.items())
         report = check_layer(cls, example, name=f"{options.layer}({shown})", slow=options.slow)

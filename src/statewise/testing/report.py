@@ -114,7 +114,7 @@ def check_layer(
     cls = layer if isinstance(layer, type) else type(layer)
     arguments: Mapping[str, Any] = {}
     if isinstance(layer, type):
-        arguments = examples_of(layer)[0] if example is None else example
+        arguments = example or examples_of(layer)[0]
         try:
             build(layer, arguments)
         except Exception as error:

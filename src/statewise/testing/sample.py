@@ -65,7 +65,7 @@ def _inferred(cls: type) -> dict[str, Any]:
         if p.name not in GUESSES:
             raise UsageError(
                 f"{cls.__name__}: no tiny value is known for the argument {p.name!r}; "
-                f"give the class an attribute `examples`, a list of constructor arguments"
+                f"give example={{...}} (--args NAME=VALUE), or the class an attribute `examples`, a list of arguments"
             )
         guessed[p.name] = GUESSES[p.name]
     return guessed

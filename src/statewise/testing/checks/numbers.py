@@ -84,7 +84,9 @@ def check_autocast_keeps_state_wide(layer: Layer) -> None:
         after = {"forward": layer(x)[1], "step": layer.step(x[:, 0], first)[1]}
     for name, state in after.items():
         for leaf, a, b in zip(names(first), leaves(first), leaves(state), strict=True):
-            assert a.dtype == b.dtype, f"under autocast {name} turns leaf {leaf!r} from {a.dtype} into {b.dtype}"
+            assert a.dtype == b.dtype, (
+                f"under autocast {name} turns leaf {leaf!r} from {a.dtype} into {b.dtype}: cast to core.wide"
+            )
 
 
 @check("numbers")
@@ -276,7 +278,9 @@ def _has_dtypes(layer: Layer, dtype: torch.dtype) -> None:
         assert y.dtype == dtype, f"{name}: y is {y.dtype}, expected {dtype}"
         for leaf, s in zip(names(state), leaves(state), strict=True):
             if s.is_floating_point() or s.is_complex():
-                assert s.dtype.to_real() == torch.float32, f"{name}: leaf {leaf!r} is {s.dtype}, expected float32"
+                assert s.dtype.to_real() == torch.float32, (
+                    f"{name}: leaf {leaf!r} is {s.dtype}, expected float32: use core.wide"
+                )
 
 
 def _where(mask: Tensor) -> str:
