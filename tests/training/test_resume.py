@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import in_child, litter, toy
+from toys import Trail, in_child, litter, toy
 
 from statewise.core import DataError, UsageError, read_tensors
 from statewise.training import Experiment, Stopped, fit, load, read_log
@@ -195,6 +195,17 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert events == []
     assert fit(toy(), tmp_path, resume=False, on_event=events.append).score == first.score
     assert events[0]["step"] == 0
+
+
+def test_changed_data_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 58: the file that a task reads may change between two runs, though the configuration does not."""
+    with pytest.raises(Stopped):
+        fit(toy(), tmp_path, signals=True, on_event=stop_at(8))
+    batch = Trail.batch
+    monkeypatch.setattr(Trail, "batch", lambda self, *a, **k: batch(self, *a, **k)._replace(y=torch.zeros(3, 5, 1)))
+    with pytest.raises(UsageError, match="the data of task 'trail' are not those that this run began with"):
+        fit(toy(), tmp_path)
+    assert fit(toy(), tmp_path, force=True).steps == 20
 
 
 def test_what_is_not_ours_is_not_removed(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -90,7 +92,7 @@ def fit(
                 return done
         events = stack.enter_context(Events(folder, on_event))
         stop = stack.enter_context(Stop()) if signals else Stop()
-        training = Training(experiment, place, folder, events, stop)
+        training = Training(experiment, place, folder, events, stop, force)
         try:
             with _memory_named(training):
                 training.begin()
@@ -126,6 +128,7 @@ class Training:
     run: Path | None
     events: Events
     stop: Stop
+    force: bool = False
 
     step: int = 0
     evaluated: int = -1  # the step of the last finished evaluation
@@ -147,9 +150,15 @@ class Training:
         self.optimizer = Optimizer(self.model, train)
         self.average = Average(self.model, train.ema) if train.ema else None
         found, skipped = checkpoint.newest(self.run, allow_nonfinite=True) if self.run else (None, [])
+        self.data = data_hash(self.experiment) if self.run else ""
         if found is not None:
+            if found.state.get("data", self.data) != self.data and not self.force:
+                raise UsageError(
+                    f"{shown(self.run or '')}: the data of task {self.experiment.task.name!r} are not those that this "
+                    "run began with; put them back, choose another run directory, or go on with force=True"
+                )
             self._restore(found)
-        self.first, self.clock = self.step, Clock(self.step)
+        self.clock = Clock(self.step)
         size = sum(p.numel() for p in self.model.parameters())
         self.events.send("start", self.step, steps=train.steps, parameters=size, skipped=skipped)
 
@@ -206,7 +215,7 @@ class Training:
         """Gradients of one batch, added to those there are; returns its share of the loss."""
         task, train = self.experiment.task, self.experiment.train
         batch = task.batch(index, train.batch, seed=self.experiment.seed, split="train")
-        self.tokens += _tokens(batch)
+        self.tokens += batch.tokens
         batch = batch.to(self.device)
         out, state = self._run(batch, self.carried)
         loss = task.loss(out, batch) / train.accumulate
@@ -320,7 +329,7 @@ class Training:
         train = self.experiment.train
         state["batches"] = self.step * train.accumulate  # where the sampler stands: batches are functions of the index
         state["lr"], state["threads"] = learning_rate(train, self.step), torch.get_num_threads()
-        state["key"] = self.experiment.key
+        state["key"], state["data"] = self.experiment.key, self.data
         return Checkpoint(self.best or self._weights(), optim, state)
 
     def _restore(self, found: Checkpoint) -> None:
@@ -414,6 +423,17 @@ class Events:
             self._board.close()
 
 
+def data_hash(experiment: Experiment) -> str:
+    """Of the first training batch and the first of the validation split: enough to tell other data from the same."""
+    task, digest = experiment.task, hashlib.sha256()
+    first = task.batch(0, experiment.train.batch, seed=experiment.seed, split="train")
+    for batch in (first, *itertools.islice(task.batches("validation"), 1)):
+        for leaf in leaves(batch):
+            digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
+            digest.update(leaf.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def choose_device(name: str) -> torch.device:
     """The device of a name. Raises UsageError for a GPU that is not there: never a silent CPU."""
     if name == "auto":
@@ -475,10 +495,6 @@ def _settle(folder: Path, experiment: Experiment, *, resume: bool, force: bool) 
         result.unlink(missing_ok=True)
     write_json(path, record)
     return None
-
-
-def _tokens(batch: Batch) -> int:
-    return int(batch.x.shape[0] * batch.x.shape[1]) if batch.lengths is None else int(batch.lengths.sum())
 
 
 @torch.no_grad()
