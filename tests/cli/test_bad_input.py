@@ -170,7 +170,7 @@ ROWS = [
     ("explain: no such op", ["explain", "linear_scna"], 2, ["near: linear_scan"]),
     ("explain: an argument", ["explain", "gru", "--args", "hiden=3"], 2, ["hiden", "near: hidden"]),
     ("bench: no such layer", ["bench", "layers", "--layers", "gruu"], 2, ["near: gru"]),
-    ("bench: nothing to repeat", ["bench", "layers", "--repeats", "0"], 2, ["repeats"]),
+    ("bench: nothing to repeat", ["bench", "layers", "--repeats", "-1"], 2, ["repeats"]),
 ]  # fmt: skip
 
 

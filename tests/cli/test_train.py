@@ -19,7 +19,7 @@ SHORT = [*WORDS, "--set", "task.length=6", "--set", "train.steps=4"]
 
 
 def test_the_words_become_the_experiment(runs, call, tmp_path):
-    words = ["--set", "train.lr=1e-4", "--set", "model.mlp=0", "--set", "model.args.hidden=3", "--seed", "5"]
+    words = ["--set", "train.lr=1e-4", "model.mlp=0", "--set", "model.args.hidden=3", "--seed", "5"]
     said = call(*SHORT, *words, "--run", tmp_path / "run")
     assert said.code == 0, said
     record = json.loads((tmp_path / "run" / "experiment.json").read_text())

@@ -24,10 +24,10 @@ class Options:
     """Names with commas, for layers and streaming; all of them if empty."""
     shape: Repeated[str] = ()
     """B,T,D as often as needed."""
-    repeats: int = 5
-    """Rounds; medians are printed."""
+    repeats: int = 0
+    """Rounds, of which medians are printed; 0 leaves it to the measurement."""
     device: str = "cpu"
-    """For layers."""
+    """cpu, cuda, cuda:1; for linear_scan and layers."""
     threads: int = 0
     """Threads that torch may use; 0 leaves it to torch."""
     json: Path | None = None
@@ -59,10 +59,11 @@ def measure_layers(options: Options) -> list[Row]:
 
     device, rows = choose_device(options.device), []
     for shape in map(read_shape, options.shape or ("8,256,64",)):
-        found = layers.run(names(options.layers), shape=shape[:3], repeats=options.repeats, device=device)
+        repeats = options.repeats or 5
+        found = layers.run(names(options.layers), shape=shape[:3], repeats=repeats, device=device)  # type: ignore[arg-type]
         rows += found
         columns = ("layer", "way", "forward", "training", "step", "first call", "peak", "state")
-        title = f"x (B, T, D) = {shape[:3]}, float32, {device}: medians of {options.repeats}"
+        title = f"x (B, T, D) = {shape[:3]}, float32, {device}: medians of {repeats}"
         table(columns, map(cells, found), right=columns[2:], title=title)
     return rows
 
@@ -87,10 +88,37 @@ def measure_streaming(options: Options) -> list[Row]:
 
 def measure_linear_scan(options: Options) -> list[Row]:
     from ..bench import linear_scan
+    from ..training import choose_device
+    from .explain import read_shape
+    from .show import table
 
-    rows = linear_scan.run()
-    generic(rows)
+    shapes = [read_shape(text) for text in options.shape] or None
+    rows = linear_scan.run(shapes, repeats=options.repeats or 15, device=choose_device(options.device))
+    columns = ("way", "forward", "x floor", "training", "x floor", "error", "peak")
+    for shape in dict.fromkeys(row.get("shape") for row in rows):
+        title = f"x (B, T, N) = {shape}, float32, {options.device}" if shape else "in a fresh process"
+        table(columns, [scan_cells(row) for row in rows if row.get("shape") == shape], right=columns[1:], title=title)
     return rows
+
+
+def scan_cells(row: Row) -> list[str]:
+    if "failed" in row:
+        return [row["way"], row["failed"], *[""] * 5]
+    found = [row["way"]]
+    for name in ("forward", "training"):
+        found += [milliseconds(row.get(name)), times(row.get(f"{name}_floor"))]
+    error, peak = row.get("error"), row.get("peak_mb")
+    return [*found, "" if error is None else f"{error:.1e}", "" if peak is None else f"{peak:.0f} MiB"]
+
+
+def milliseconds(value: float | None) -> str:
+    from ..report import show_time
+
+    return "" if value is None else show_time(value / 1e3)
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.conf import Positional as Positional
 
 WIDTH = 80  # columns of --help
 PLAIN = {  # words of Python and tyro in words for people
@@ -25,7 +26,6 @@ O = TypeVar("O")
 T = TypeVar("T")
 
 Repeated = Annotated[tuple[T, ...], tyro.conf.UseAppendAction]  # --set a=1 --set b=2
-Positional = tyro.conf.Positional
 
 
 class Wrong(Exception):
@@ -47,7 +47,7 @@ def parse(verb: str, options: type[O], args: Sequence[str]) -> O | None:
             return tyro.cli(
                 options,
                 prog=f"statewise {verb}",
-                args=[_dashes(arg) for arg in args],
+                args=_spread([_dashes(arg) for arg in args], _flags(options, "Repeated")),
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as end:
@@ -68,10 +68,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"near: {', '.join(close)}" if close else f"known: {', '.join(names)}"
 
 
-def _flags(options: Any) -> list[str]:
-    """Every flag that Options takes. A positional field takes none."""
-    positional = [f.name for f in fields(options) if "Positional" in str(f.type)]
-    return [f"--{f.name.replace('_', '-').strip('-')}" for f in fields(options) if f.name not in positional]
+def _flags(options: Any, kind: str = "") -> list[str]:
+    """Every flag that Options takes, or those of one kind. A positional field takes none."""
+    found = [f.name for f in fields(options) if "Positional" not in str(f.type) and kind in str(f.type)]
+    return [f"--{name.replace('_', '-')}" for name in found]
+
+
+def _spread(args: list[str], repeated: list[str]) -> list[str]:
+    """--set a=1 b=2 as --set a=1 --set b=2."""
+    found: list[str] = []
+    last = ""
+    for arg in args:
+        if arg.startswith("--"):
+            last = arg
+        elif "=" in arg and last in repeated and found[-1] != last:
+            found.append(last)
+        found.append(arg)
+    return found
 
 
 def _dashes(arg: str) -> str:
