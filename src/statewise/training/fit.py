@@ -71,7 +71,7 @@ def fit(
 
     run: a directory for the log, the checkpoints and the result. With `resume` a stopped run goes on where its newest
     whole checkpoint is, on a CPU with the same bits as if it had never stopped, and a finished run gives its result at
-    once; without, what is in the directory is removed. force: go on though the configuration differs.
+    once; without, what an earlier run left there is removed. force: go on though configuration or data differ.
     device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
     signals: SIGTERM and Ctrl-C finish the step, save and raise `Stopped` (main thread only).
     on_event: called with every event of the log: dicts with "event", "step", and what belongs to it.
@@ -145,7 +145,7 @@ class Training:
         """Build the model and the optimiser, and go back to the newest checkpoint if there is one."""
         train = self.experiment.train
         torch.manual_seed(self.experiment.seed)
-        self.model: RecurrentLayer[Any] = checkpoint.build(self.experiment).to(self.device)
+        self.model: RecurrentLayer[Any] = checkpoint.build(self.experiment).to(self.device).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = Optimizer(self.model, train)
         self.average = Average(self.model, train.ema) if train.ema else None
@@ -196,7 +196,6 @@ class Training:
     def _step(self) -> None:
         train, began = self.experiment.train, time.perf_counter()
         rate = learning_rate(train, self.step)
-        self.model.train()
         self.model.zero_grad(set_to_none=True)
         loss = sum(self._backward(self.step * train.accumulate + i) for i in range(train.accumulate))
         norm = gradient_norm(self.trained, train.clip)
