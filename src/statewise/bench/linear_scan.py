@@ -99,7 +99,7 @@ PEERS: dict[str, tuple[str, Callable[[Any, tuple[int, ...]], Scan]]] = {
 
 def _rows(shape: tuple[int, ...], repeats: int, device: torch.device, peers: bool) -> Iterator[Row]:
     rng = torch.Generator(device).manual_seed(0)
-    make = {"generator": rng, "device": device}
+    make: dict[str, Any] = {"generator": rng, "device": device}
     a, x, g = torch.rand(shape, **make), torch.randn(shape, **make), torch.randn(shape, **make)
     h0 = torch.zeros(shape[0], *shape[2:], device=device)
     with torch.no_grad():
@@ -117,9 +117,9 @@ def _rows(shape: tuple[int, ...], repeats: int, device: torch.device, peers: boo
         row: Row = {"way": name, "shape": "x".join(map(str, shape))}
         leaves = [a.clone().requires_grad_(), x.clone().requires_grad_()]
 
-        @torch.no_grad()
         def forward(scan: Scan = scan) -> Tensor:
-            return scan(a, x, h0)
+            with torch.no_grad():
+                return scan(a, x, h0)
 
         def training(scan: Scan = scan, leaves: list[Tensor] = leaves) -> None:
             torch.autograd.grad(scan(*leaves, h0), leaves, g)
@@ -179,7 +179,7 @@ print(forward - began, time.perf_counter() - began)
 
 
 def _first_calls() -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as cache:
         for state in ("empty cache", "filled cache"):
             code = _FIRST.format(threads=torch.get_num_threads())
