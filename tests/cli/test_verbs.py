@@ -148,9 +148,21 @@ def test_bench_layers_measures_every_way(call, tmp_path):
 
 
 def test_bench_reports_a_contender_that_fails(monkeypatch):
-    monkeypatch.setitem(__import__("statewise.bench.layers", fromlist=["x"]).TORCH, "gru", lambda *a, **k: Fails())
+    monkeypatch.setattr("statewise.bench.layers.TORCH", {"gru": lambda *a, **k: Fails()})
     rows = bench_layers(["gru"], shape=(1, 3, 2), repeats=1, loop=False, peers=False)
     assert [row.get("failed") for row in rows] == [None, "not today"] and "forward" not in rows[1]
+
+
+def test_bench_reports_a_peer_that_cannot_be_made(monkeypatch):
+    def broken(width):
+        raise ImportError("no S5 in it")
+
+    peers = {"gru": ("json", broken)}  # a package that is there
+    monkeypatch.setattr("statewise.bench.layers.PEERS", peers)
+    rows = bench_layers(["gru"], shape=(1, 3, 2), repeats=1, loop=False)
+    assert [(row["way"], row.get("failed")) for row in rows][-1] == ("json", "no S5 in it")
+    peers["gru"] = ("json", lambda width: torch.nn.GRU(width, width, batch_first=True))
+    assert bench_layers(["gru"], shape=(1, 3, 2), repeats=1, loop=False)[-1]["training"] > 0
 
 
 class Fails(torch.nn.Module):

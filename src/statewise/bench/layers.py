@@ -82,9 +82,16 @@ def contenders(name: str, width: int, device: torch.device, *, peers: bool, loop
         yield Contender(name, "torch.nn", lambda x: theirs(x)[0], theirs)
     if peers and name in PEERS:
         package, make = PEERS[name]
-        if importlib.util.find_spec(package.replace("-", "_")) is not None:
-            peer = make(width).to(device)
-            yield Contender(name, package, lambda x: _tensor(peer(x)), peer)
+        if importlib.util.find_spec(package) is not None:
+            yield _peer(name, package, lambda: make(width).to(device))
+
+
+def _peer(name: str, package: str, make: Callable[[], nn.Module]) -> Contender:
+    try:
+        peer = make()
+    except (RuntimeError, ImportError, TypeError, ValueError) as error:
+        return Contender(name, package, _tensor, nn.Module(), failed=_first_line(error))
+    return Contender(name, package, lambda x: _tensor(peer(x)), peer)
 
 
 def _s5(width: int) -> nn.Module:
@@ -105,6 +112,10 @@ PEERS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
 }
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
 def _tensor(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
@@ -122,13 +133,15 @@ def _forward(one: Contender, x: Tensor) -> None:
 
 
 def _first(one: Contender, x: Tensor) -> None:
-    """Time of the first call, and the memory of the first training step after it."""
+    """Time of the first call, and the memory of a training step after the first."""
+    if one.failed is not None:
+        return
     try:
         one.first = _time(_forward, one, x)
         _training_step(one, x)
         one.peak = peak_memory(lambda: _training_step(one, x), x.device)
     except (RuntimeError, ImportError, TypeError, ValueError) as error:
-        one.failed = str(error).splitlines()[0][:100]
+        one.failed = _first_line(error)
 
 
 def _round(one: Contender, x: Tensor) -> None:

@@ -134,6 +134,7 @@ def progress(steps: int) -> Iterator[Callable[[Event], None]]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..report import show_count
     from .show import console
 
     columns = (
@@ -148,7 +149,7 @@ def progress(steps: int) -> Iterator[Callable[[Event], None]]:
 
         def show_event(event: Event) -> None:
             if event["event"] == "train":
-                speed = f"{event['tokens_per_second']:.3g} tokens/s"
+                speed = f"{show_count(event['tokens_per_second'])} tokens/s"
                 bar.update(task, completed=event["step"], loss=f"{event['loss']:.4g}", speed=speed)
             elif text := words(event):
                 bar.console.print(text)
