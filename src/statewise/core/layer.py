@@ -97,9 +97,9 @@ class Cell(RecurrentLayer[S]):
         self, x: Tensor, state: S | None = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, S]:
         check_input(self, x, state, reset, lengths)
-        state = self.initial_state(len(x)) if state is None else state
+        state = self.initial_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
-            return torch.zeros(len(x), 0, self.out_width, dtype=y_dtype(self, x), device=x.device), state
+            return torch.zeros(x.shape[0], 0, self.out_width, dtype=y_dtype(self, x), device=x.device), state
         if lengths is None:
             o, state = self.scan(self.encode(x), state, reset, None)
             return self.decode(o, x), state
@@ -122,13 +122,13 @@ def unroll(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, S]:
     """The definition of forward: step, T times (T >= 1)."""
-    state = layer.initial_state(len(x)) if state is None else state
+    state = layer.initial_state(x.shape[0]) if state is None else state
     if lengths is not None:
         lengths = lengths.to(x.device)
         x = clear_past_end(x, lengths)
     ys = []
     for t, x_t in enumerate(x.unbind(1)):
-        before = state if reset is None else where(reset[:, t], layer.initial_state(len(x)), state)
+        before = state if reset is None else where(reset[:, t], layer.initial_state(x.shape[0]), state)
         y, new = layer.step(x_t, before)
         state = new if lengths is None else where(t < lengths, new, state)
         ys.append(y)
@@ -151,7 +151,7 @@ def chunked(
     """
     if not sizes or min(sizes) < 0 or sum(sizes) != x.shape[1]:
         raise UsageError(f"chunks of {list(sizes)} steps; expected sizes of at least 0 with sum T = {x.shape[1]}")
-    state = layer.initial_state(len(x)) if state is None else state
+    state = layer.initial_state(x.shape[0]) if state is None else state
     ys, start = [], 0
     for size in sizes:
         span = slice(start, start + size)
@@ -169,7 +169,7 @@ def chunked(
 def stream(layer: RecurrentLayer[S], inputs: Iterable[Tensor], state: S | None = None) -> Iterator[tuple[Tensor, S]]:
     """Answer inputs (B, D) one by one in constant memory: yields (y (B, E), state after it)."""
     for x in inputs:
-        state = layer.initial_state(len(x)) if state is None else state
+        state = layer.initial_state(x.shape[0]) if state is None else state
         y, state = layer.step(x, state)
         yield y, state
 
@@ -187,12 +187,12 @@ def ragged(
     Costs one call of run per distinct length, and reads the lengths on the host.
     """
     lengths = lengths.to(x.device)
-    alive, pieces, start = torch.arange(len(x), device=x.device), [], 0
+    alive, pieces, start = torch.arange(x.shape[0], device=x.device), [], 0
     rows, states = [], []
     for end in sorted({0, *lengths.tolist(), x.shape[1]}):
         if end > start or x.shape[1] == 0:
             y, state = run(x[alive, start:end], state, None if reset is None else reset[alive, start:end])
-            pieces.append(y.new_zeros(len(x), *y.shape[1:]).index_copy(0, alive, y))
+            pieces.append(y.new_zeros(x.shape[0], *y.shape[1:]).index_copy(0, alive, y))
         done = lengths[alive] <= end
         rows.append(alive[done])
         states.append(select(state, done.nonzero()[:, 0]))
@@ -254,7 +254,7 @@ def check_input(
         if x.is_floating_point() and x.dtype != weight.dtype and not (autocast or weight.is_complex()):
             raise UsageError(f"{name}: x has dtype {x.dtype}, the parameters {weight.dtype}; convert one of them")
     if state is not None:
-        _check_state(name, layer, state, len(x))
+        _check_state(name, layer, state, x.shape[0])
     if reset is not None and (reset.dtype != torch.bool or reset.shape != x.shape[:2]):
         raise UsageError(f"{name}: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {tuple(x.shape[:2])}")
     if reset is not None and reset.device != x.device:
@@ -292,7 +292,7 @@ def _check_state(name: str, layer: RecurrentLayer[Any], state: Any, batch: int) 
 def _check_lengths(name: str, x: Tensor, lengths: Tensor) -> None:
     if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape != x.shape[:1]:
         shape = tuple(lengths.shape)
-        raise UsageError(f"{name}: lengths is {lengths.dtype} {shape}; expected integers of shape ({len(x)},)")
+        raise UsageError(f"{name}: lengths is {lengths.dtype} {shape}; expected integers of shape ({x.shape[0]},)")
     if torch.compiler.is_compiling() or lengths.is_meta:
         return
     bad = ((lengths < 0) | (lengths > x.shape[1])).nonzero()[:, 0].tolist()

@@ -78,7 +78,7 @@ class Attention(RecurrentLayer[AttentionState]):
     ) -> tuple[Tensor, AttentionState]:
         check_input(self, x, state, reset, lengths)
         if x.shape[1] == 0:
-            return x, self.initial_state(len(x)) if state is None else state
+            return x, self.initial_state(x.shape[0]) if state is None else state
         if lengths is None:
             return self._attend(x, state, reset, None)
         lengths = lengths.to(x.device)
@@ -94,7 +94,7 @@ class Attention(RecurrentLayer[AttentionState]):
     ) -> tuple[Tensor, AttentionState]:
         steps, past = x.shape[1], self.window - 1
         fresh = state is None
-        state = self.initial_state(len(x)) if state is None else state
+        state = self.initial_state(x.shape[0]) if state is None else state
         position = positions(state.seen, steps, reset)  # (B, T)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (B, T, H, K) each
         dtype, high = v.dtype, state.v.dtype

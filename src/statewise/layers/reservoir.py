@@ -99,7 +99,7 @@ class Reservoir(Cell[Tensor]):
             asked, x = asked & ~past_end(lengths, x.shape[1]), clear_past_end(x, lengths)
         if not asked.any():
             raise UsageError(f"fit_readout: washout {washout} leaves no step to fit in rows that long")
-        h, _ = self.scan(self.encode(x), self.initial_state(len(x)), None, lengths)
+        h, _ = self.scan(self.encode(x), self.initial_state(x.shape[0]), None, lengths)
         z = torch.cat([x.new_ones(*x.shape[:2], 1), x, h.to(x.dtype)], -1)[asked].double()  # (steps, 1 + D + N)
         gram = z.mT @ z + ridge * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
         w = torch.linalg.solve(gram, z.mT @ y[asked].double()).mT  # (E, 1 + D + N)

@@ -47,7 +47,7 @@ class Classifier(RecurrentLayer[ClassifierState]):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, ClassifierState]:
         check_input(self, x, state, reset, lengths)
-        inner, mean, seen = self.initial_state(len(x)) if state is None else state
+        inner, mean, seen = self.initial_state(x.shape[0]) if state is None else state
         y, inner = self.model(x, None if state is None else inner, reset=reset, lengths=lengths)
         if lengths is not None:
             lengths = lengths.to(x.device)
