@@ -60,12 +60,12 @@ class Options:
 
 def run(options: Options) -> int:
     from ..comparing import collect, fitting_workers, locked, run_cells
+    from ..training import choose_device
     from .board import Progress, print_leaderboard
-    from .device import find_device
 
     began = time.monotonic()
     _check(options)
-    device = str(find_device(options.device))
+    device = str(choose_device(options.device))
     plan = plan_of(options)
     out = options.out or Path("runs") / f"compare-{plan.base.task.name}"
     plan.base.task.baseline()  # reads the data: what is wrong with it is said before anything is trained
