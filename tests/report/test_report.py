@@ -313,3 +313,13 @@ def test_the_headline_says_when_the_first_two_overlap(tmp_path):
     write_page(made, tmp_path / "r.html")
     lead = re.search(r'<p class="lead">(.*?)</p>', Path(tmp_path / "r.html").read_text(), re.S).group(1)
     assert "cannot be told from <strong>lstm</strong>. " in lead
+
+
+def test_reports_are_made_again_from_a_folder(tmp_path, monkeypatch, capsys):
+    from statewise.report.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--picture", str(tmp_path / "a.svg")])
+    assert main() == 3 and capsys.readouterr().err.startswith("error[3]: ")
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison()))
+    assert main() == 0
+    assert {p.name for p in tmp_path.iterdir()} >= {"a.svg", "report.html", "results.csv", "leaderboard.md"}

@@ -42,4 +42,4 @@ def leave_out_compiler() -> None:
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if plain is not None:
-            setattr(plain, "__dynamo_disable", plain)  # noqa: B010  where the decorator keeps what it made
+            setattr(plain, "__dynamo_disable", plain)

@@ -89,7 +89,8 @@ def curves(
 
     stretch: for accuracies, give the last per cent before one the room of the first fifty.
     """
-    width, height, left, right, top, bottom = 480, 320, 68, 92, 14, 48
+    width, height, left, top, bottom = 480, 320, 68, 14, 48
+    right = 24 + min(max((len(c.name) for c in lines), default=0), 18) * 7.6  # room for the names at the line ends
     xs = [p[0] for c in lines for p in c.points]
     seen = [v for c in lines for p in c.points for v in p[1:]]
     values = [v for v in [*seen, *(g.value for g in guides)] if math.isfinite(v)]
