@@ -125,3 +125,24 @@ def test_info_in_the_c_locale_without_a_terminal(tmp_path: Path):
 
 def plain(**more: str) -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if not k.startswith(("FORCE_COLOR", "COLUMNS"))}, **more}
+
+
+@pytest.mark.slow
+def test_out_of_memory_is_exit_4(tmp_path: Path):
+    many = ["train.batch=60000", "train.steps=2", "task.length=200"]
+    words = [
+        "train",
+        "adding",
+        "--layer",
+        "elman",
+        "--width",
+        "512",
+        "--set",
+        *settings,
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    limited = ["bash", "-c", 'ulimit -v 6000000; exec "$@"', "limited", *PYTHON, *words, "--device", "cpu"]
+    done = subprocess.run(limited, capture_output=True, text=True, env=plain(OMP_NUM_THREADS="1"))
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error[4]: ") and "batch" in done.stderr
