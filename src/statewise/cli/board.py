@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..report import leaderboard, show_bytes, show_count, show_score, show_time
+from ..report import Row, leaderboard, show_bytes, show_count, show_score, show_time
 from ..report.summary import show_spread
 from .show import console
 
@@ -112,45 +113,58 @@ def print_leaderboard(comparison: dict[str, Any]) -> None:
     """Best first, with chance and baseline in their places; failures below the table."""
     task, metric = comparison["task"], comparison["task"]["metric"]
     better = "higher" if task["higher_is_better"] else "lower"
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-    made.add_column("#", justify="right")
-    made.add_column("layer", no_wrap=True)
-    for name in (
-        f"test {metric}",
-        "min to max",
-        "params",
-        "train\ntokens/s",
-        "step\nmedian",
-        "step\np95",
-        "state",
-        "peak\nmemory",
-    ):
-        made.add_column(name, justify="right", no_wrap=True)
     rows = leaderboard(comparison)
-    for row in rows:
-        score = f"{show_score(row.mean, metric)} {show_spread(row.sd, metric)}".strip()
-        if row.kind in ("chance", "baseline"):
-            made.add_row("", row.name, score, *[""] * 7, style="dim italic")
-        elif row.kind == "layer":
-            few = "" if len(row.scores) == len(row.cells) else "*"
-            low, high = show_score(min(row.scores), metric), show_score(max(row.scores), metric)
-            made.add_row(
-                str(row.rank), row.name + few, score, f"{low.removesuffix(' %')} to {high.removesuffix(' %')}",
-                show_count(row.parameters), show_count(row.tokens_per_second), show_time(row.latency),
-                show_time(row.latency_p95), show_bytes(row.state_bytes), show_bytes(row.peak_memory),
-                style="bold" if row.rank == 1 else "",
-            )  # fmt: skip
+    seeds = max((len(r.cells) for r in rows), default=0)
     screen = console()
     if not screen.is_terminal:
         screen = Console(highlight=False, emoji=False, markup=False, width=WIDTH)
-    seeds = max((len(r.cells) for r in rows), default=0)
     screen.print()
     over = f"; mean ± sd over {seeds} seeds" if seeds > 1 else ", one seed"
     screen.print(f"{task['name']}: {metric} on test, {better} is better{over}")
     screen.print()
-    screen.print(made)
+    screen.print(_fitting(rows, metric, seeds, screen))
     for row in rows:
         count = f" ({len(row.scores)} of {len(row.cells)} seeds finished)" if row.scores else ""
         for reason in row.reasons:
             screen.print(f"failed   {row.name}{count}: {reason}", soft_wrap=True, style="red")
     screen.print()
+
+
+def _fitting(rows: Sequence[Row], metric: str, seeds: int, screen: Console) -> Table:
+    """The table, without the columns that the report has as well where the screen is too narrow for all."""
+    spare = ["min to max", "step\np95", "peak\nmemory", "params"]
+    dropped = spare[:1] if seeds == 1 else []
+    while True:
+        made = _table(rows, metric, dropped)
+        if len(dropped) == len(spare) or screen.measure(made).minimum <= screen.width:
+            return made
+        dropped = spare[: len(dropped) + 1]
+
+
+def _table(rows: Sequence[Row], metric: str, dropped: Sequence[str]) -> Table:
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    made.add_column("#", justify="right", no_wrap=True)
+    made.add_column("layer", no_wrap=True)
+    made.add_column(f"test {metric}", justify="right", no_wrap=True)
+    lines = [(row, _cells(row, metric)) for row in rows if row.kind != "failed"]
+    names = [name for name in _cells(Row("", ""), metric) if name not in dropped]
+    for name in names:
+        made.add_column(name, justify="right", no_wrap=True)
+    for row, cells in lines:
+        score = f"{show_score(row.mean, metric)} {show_spread(row.sd, metric)}".strip()
+        few = "*" * (row.kind == "layer" and len(row.scores) < len(row.cells))
+        style = "dim italic" if row.kind != "layer" else "bold" if row.rank == 1 else ""
+        made.add_row(str(row.rank or ""), row.name + few, score, *(cells[name] for name in names), style=style)
+    return made
+
+
+def _cells(row: Row, metric: str) -> dict[str, str]:
+    """Column to text; empty for chance and baseline."""
+    low, high = (show_score(f(row.scores), metric).removesuffix(" %") if row.scores else "" for f in (min, max))
+    found = {
+        "min to max": f"{low} to {high}", "params": show_count(row.parameters),
+        "train\ntokens/s": show_count(row.tokens_per_second), "step\nmedian": show_time(row.latency),
+        "step\np95": show_time(row.latency_p95), "state": show_bytes(row.state_bytes),
+        "peak\nmemory": show_bytes(row.peak_memory),
+    }  # fmt: skip
+    return found if row.kind == "layer" else dict.fromkeys(found, "")
