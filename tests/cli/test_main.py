@@ -129,19 +129,8 @@ def plain(**more: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_out_of_memory_is_exit_4(tmp_path: Path):
-    many = ["train.batch=60000", "train.steps=2", "task.length=200"]
-    words = [
-        "train",
-        "adding",
-        "--layer",
-        "elman",
-        "--width",
-        "512",
-        "--set",
-        *settings,
-        "--run",
-        str(tmp_path / "run"),
-    ]
+    many = ["--set", "train.batch=60000", "train.steps=2", "task.length=200"]
+    words = ["train", "adding", "--layer", "elman", "--width", "512", "--run", str(tmp_path / "run"), *many]
     limited = ["bash", "-c", 'ulimit -v 6000000; exec "$@"', "limited", *PYTHON, *words, "--device", "cpu"]
     done = subprocess.run(limited, capture_output=True, text=True, env=plain(OMP_NUM_THREADS="1"))
     assert done.returncode == 4, done.stderr
