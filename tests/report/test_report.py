@@ -304,7 +304,27 @@ def test_numbers_as_words(shown, words):
     assert shown == words
 
 
-def test_the_headline_says_when_the_first_two_overlap(tmp_path):
+def test_the_headline_says_when_nothing_beats_the_baseline(tmp_path):
+    made = comparison()
+    write_page(made, tmp_path / "a.html")
+    made["task"]["baseline"] = 0.99
+    write_page(made, tmp_path / "b.html")
+    said = ["not better than the baseline" in (tmp_path / f"{n}.html").read_text() for n in "ab"]
+    assert said == [False, True]
+
+
+def test_no_tick_lies_above_a_perfect_score(tmp_path):
+    made = comparison(broken=None)
+    for entry in made["layers"]:
+        for cell in entry["cells"]:
+            cell["score"] = 1.0
+            for point in cell["curve"]:
+                point["score"] = 1.0
+    write_page(made, tmp_path / "r.html")
+    assert not re.search(r">1\d[1-9](\.\d)? %<|>10\d\.[1-9] %<", (tmp_path / "r.html").read_text())
+
+
+def test_the_headline_says_when_the_first_the_first_two_overlap(tmp_path):
     made = comparison(broken=None)
     scores = {"gru": (0.97, 0.98), "lstm": (0.975, 0.96), "lru": (0.9, 0.91), "s5": (0.8, 0.8), "min_gru": (0.7, 0.7)}
     for entry in made["layers"]:

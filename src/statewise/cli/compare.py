@@ -47,7 +47,7 @@ class Options:
     out: Path | None = None
     """Where to keep runs, results and report. Default: runs/compare-TASK."""
     workers: Literal["auto"] | int = "auto"
-    """Runs at a time; auto: as many as cores and free memory allow."""
+    """Runs at a time; auto: as many as cores and free memory allow, one on a GPU."""
     threads: int = 1
     """Threads of each run."""
     timeout: float = 0.0
@@ -69,7 +69,8 @@ def run(options: Options) -> int:
     plan = plan_of(options)
     out = options.out or Path("runs") / f"compare-{plan.base.task.name}"
     plan.base.task.baseline()  # reads the data: what is wrong with it is said before anything is trained
-    workers = fitting_workers(plan.count(), options.threads) if options.workers == "auto" else options.workers
+    fitting = fitting_workers(plan.count(), options.threads) if device == "cpu" else 1
+    workers = fitting if options.workers == "auto" else options.workers
     common: dict[str, Any] = {
         "workers": workers, "threads": options.threads, "device": device, "timeout": 60 * options.timeout,
         "memory": int(options.memory * 2**30),

@@ -26,6 +26,7 @@ class Axis:
     end: float
     log: bool = False
     bytes: bool = False  # ticks at powers of two
+    most: float = math.inf  # no tick above it: 1 for accuracies
     errors: bool = False  # equal distances are equal ratios of 1 - value
 
     def __call__(self, value: float) -> float:
@@ -41,7 +42,7 @@ class Axis:
             return [v for v in (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999) if self.low <= v <= self.high]
         if self.log:
             return _log_ticks(self.low, self.high, about, self.bytes)
-        return _ticks(self.low, self.high, about)
+        return [v for v in _ticks(self.low, self.high, about) if v <= self.most]
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def plane(
     show_x: Show,
     show_y: Show,
     binary: bool = False,
+    most: float = math.inf,
 ) -> str:
     """Score against a cost on a logarithmic axis; a guide outside the range of the scores is named at the edge."""
     width, height, left, right, top, bottom = 400, 310, 68, 16, 22, 48
@@ -141,7 +143,7 @@ def plane(
     low -= (high - low) / 9 * any(g.value < low for g in guides)  # room for the words at the edge
     high += (high - low) / 9 * any(g.value > high for g in guides)
     x = Axis(*_widened([d.x for d in dots], 2.1 if binary else 1.35), left, width - right, log=True, bytes=binary)
-    y = Axis(low, high, height - bottom, top)
+    y = Axis(low, high, height - bottom, top, most=most)
     parts = [_frame(x, y, show_x, show_y, x_label, y_label, width, height, bottom)]
     inside = [g for g in guides if low <= g.value <= high]
     parts += [_guide(g, x, y) for g in inside]

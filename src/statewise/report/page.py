@@ -83,6 +83,9 @@ def headline(comparison: Comparison) -> list[str | dict[str, str]]:
         f": {show_score(first.mean, metric)}{spread} on the test split, where the baseline has "
         f"{show_score(task['baseline'], metric)} and chance {show_score(task['chance'], metric)}. ",
     ]  # fmt: skip
+    sign = 1 if task["higher_is_better"] else -1
+    if sign * first.mean <= sign * task["baseline"]:
+        said.append("That is not better than the baseline. ")
     if len(rows) > 1:
         close = [r for r in rows[1:] if _overlap(first, r)]
         if close:
@@ -297,7 +300,7 @@ def _cost_charts(comparison: Comparison, safe: Any, show: charts.Show) -> list[d
         if dots:
             svg = charts.plane(
                 dots, guides_of(comparison), title=caption, x_label=x_label, y_label=label, show_x=show_x, show_y=show,
-                binary=cost == "state_bytes",
+                binary=cost == "state_bytes", most=1.0 if comparison["task"]["metric"] == "accuracy" else math.inf,
             )  # fmt: skip
             found.append({"svg": safe(svg), "caption": caption})
     return found

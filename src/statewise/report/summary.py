@@ -154,6 +154,8 @@ def show_time(seconds: float | None) -> str:
     """0.00012 -> 120 µs; 95 -> 1 min 35 s."""
     if seconds is None:
         return "–"
+    if seconds == 0:
+        return "0 s"
     if seconds < 1e-3:
         return f"{seconds * 1e6:.3g} µs" if seconds < 999e-6 else "1 ms"
     if seconds < 1:
