@@ -29,10 +29,14 @@ TORCH = "torch==2.13.0"
 DEMO = ["spoken_digits", "--layers", "gru,lstm,lru,s5,min_gru", "--out", "runs/demo"]
 
 
+# Bytecode is kept whatever the caller says: without it every process would compile torch anew, which takes seconds.
+ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+
+
 def call(*command: object, quiet: bool = False) -> int:
     """Run a command from the repository's root; returns its exit status."""
     line = [str(part) for part in command]
-    return subprocess.run(line, cwd=HERE, stdout=subprocess.DEVNULL if quiet else None).returncode
+    return subprocess.run(line, cwd=HERE, env=ENVIRONMENT, stdout=subprocess.DEVNULL if quiet else None).returncode
 
 
 def need(*command: object) -> None:
@@ -92,7 +96,7 @@ def main() -> int:
     parser.add_argument("verb", choices=["setup", "demo", "test", "slow", "docs", "bench", "run"])
     parser.add_argument("--with", dest="extras", action="append", default=[], metavar="EXTRA", help="install an extra")
     options, extra = parser.parse_known_args()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  this file is what older ones are told by
         sys.exit(f"dev.py: Python 3.11 or later is needed; this is {sys.version.split()[0]}")
     setup(["dev", *options.extras, *(["docs"] if options.verb == "docs" else [])])
     if options.verb == "test":

@@ -316,28 +316,6 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(calm, tmp_path, number,
     assert scores(tmp_path) == scores(calm)
 
 
-STAND_IN = """
-import sys, torch
-from statewise.comparing.quick_start import leave_out_compiler
-leave_out_compiler()
-weight = torch.nn.Parameter(torch.ones(3))
-optimizer = torch.optim.AdamW([weight])
-optimizer.zero_grad(); weight.sum().backward(); optimizer.step(); optimizer.load_state_dict(optimizer.state_dict())
-assert "torch._dynamo.symbolic_convert" not in sys.modules and "sympy" not in sys.modules
-f = torch.compile(lambda x: x.sin() + 1, backend="eager", fullgraph=True)
-assert torch.equal(f(weight), weight.sin() + 1)
-import torch._dynamo.config
-assert "torch._dynamo.symbolic_convert" in sys.modules and torch._dynamo.is_compiling() is False
-"""
-
-
-@pytest.mark.slow
-def test_the_compiler_is_there_for_who_asks():
-    """The stand-in that spares a worker the import gives way to the real thing."""
-    done = subprocess.run([sys.executable, "-c", STAND_IN], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 def test_out_of_memory_is_said(tmp_path):
     task = Parity(longest=60, test_longest=60)

@@ -58,6 +58,8 @@ def check(op: Op, backend: str, dtype: torch.dtype, keep: Callable[[dict[str, An
     exact_dtype = torch.complex128 if dtype.is_complex else torch.float64
     found = 0
     for number, sample in enumerate(filter(keep, op.samples("cpu", dtype))):
+        if op.backends[backend].why_not((), sample) is not None:
+            continue
         exact = _outcome(op.reference, {k: _cast(v, exact_dtype) for k, v in sample.items()})
         usual = _outcome(op.reference, sample)
         got = _outcome(lambda **inputs: op(**inputs, backend=backend), sample)
@@ -66,7 +68,7 @@ def check(op: Op, backend: str, dtype: torch.dtype, keep: Callable[[dict[str, An
             if not mine.numel():
                 continue
             scale = float(truth.abs().max()) + 1e-30
-            allowed = 4 * float((reference - truth).abs().max()) + 256 * torch.finfo(wide(dtype)).eps * scale
+            allowed = 4 * float((reference - truth).abs().max()) + 128 * torch.finfo(wide(dtype)).eps * scale
             error = float((mine - truth).abs().max())
             assert error <= allowed, f"sample {number}, result {k}: error {error:.3g}, allowed {allowed:.3g}"
         found += 1

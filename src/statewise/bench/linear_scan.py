@@ -61,13 +61,17 @@ def contenders(shape: tuple[int, ...], device: torch.device, peers: bool = True)
     for name, backend in linear_scan.backends.items():
         one = [torch.zeros(1, 1, *n, device=device), torch.zeros(1, 1, *n, device=device)]
         if backend.why_not((*one, one[0][:, 0]), {}) is None:
-            yield f"ours: {name}", lambda a, x, h0, name=name: linear_scan(a, x, h0, backend=name)[0]
+            yield f"ours: {name}", _ours(name)
     if steps <= LOOP:
-        yield "loop", lambda a, x, h0: linear_scan(a, x, h0, backend="reference")[0]
+        yield "loop", _ours("reference")
     if peers and len(n) == 1:
         for name, (module, make) in PEERS.items():
             if importlib.util.find_spec(module) is not None:
                 yield name, make(importlib.import_module(module), shape)
+
+
+def _ours(backend: str) -> Scan:
+    return lambda a, x, h0: linear_scan(a, x, h0, backend=backend)[0]
 
 
 def _accelerated_scan(_: Any, shape: tuple[int, ...]) -> Scan:

@@ -34,7 +34,9 @@ def run(
             for execution in ("step", "chunks"):
                 torch.manual_seed(0)
                 layer = info.cls(**info.sized(width)).eval()
-                rows.append({"layer": name, "execution": execution, "steps": steps, **_one(layer, execution, steps, blocks)})
+                rows.append(
+                    {"layer": name, "execution": execution, "steps": steps, **_one(layer, execution, steps, blocks)}
+                )
     finally:
         torch.set_num_threads(threads)
     return rows

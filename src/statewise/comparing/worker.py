@@ -29,17 +29,14 @@ def main() -> int:
 
     from ..core import StatewiseError
     from ..training import Experiment, fit
-    from .quick_start import leave_out_compiler
 
-    sys.modules["tensorboard"] = None  # type: ignore[assignment]  # slow to import; the log has everything
-    leave_out_compiler()
     torch.set_num_threads(options.threads)
     if options.memory:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (options.memory, options.memory))
     try:
-        fit(Experiment.from_record(record), options.run, device=options.device, signals=True)
+        fit(Experiment.from_record(record), options.run, device=options.device, signals=True, tensorboard=False)
     except StatewiseError as error:
         return _fail(error.code, str(error))
     except (MemoryError, RuntimeError, OSError) as error:

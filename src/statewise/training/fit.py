@@ -65,6 +65,7 @@ def fit(
     resume: bool = True,
     force: bool = False,
     signals: bool = False,
+    tensorboard: bool = True,
     on_event: Callable[[Event], None] | None = None,
 ) -> Result:
     """Train, evaluate on the validation split as it goes, and once at the end on the test split.
@@ -74,6 +75,7 @@ def fit(
     once; without, what an earlier run left there is removed. force: go on though configuration or data differ.
     device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
     signals: SIGTERM and Ctrl-C finish the step, save and raise `Stopped` (main thread only).
+    tensorboard: write its files into the run too, where it is installed; the log has everything in any case.
     on_event: called with every event of the log: dicts with "event", "step", and what belongs to it.
 
     Raises UsageError (device, configuration, directory in use), DataError, ResourceError (disk, memory), NumericError
@@ -90,7 +92,7 @@ def fit(
             done = _settle(folder, experiment, resume=resume, force=force)
             if done is not None:
                 return done
-        events = stack.enter_context(Events(folder, on_event))
+        events = stack.enter_context(Events(folder, on_event, tensorboard))
         stop = stack.enter_context(Stop()) if signals else Stop()
         training = Training(experiment, place, folder, events, stop, force)
         try:
@@ -398,9 +400,9 @@ class Clock:
 class Events:
     """Sends events to the log, to TensorBoard and to the caller."""
 
-    def __init__(self, run: Path | None, on_event: Callable[[Event], None] | None):
+    def __init__(self, run: Path | None, on_event: Callable[[Event], None] | None, tensorboard: bool):
         self._log = Log(run / "log.jsonl") if run else None
-        self._board = TensorBoard(run / "tensorboard") if run else None
+        self._board = TensorBoard(run / "tensorboard") if run and tensorboard else None
         self._call = on_event
 
     def send(self, event: str, step: int, *, sync: bool = False, **entries: Any) -> None:

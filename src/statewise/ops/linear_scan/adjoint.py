@@ -8,19 +8,69 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def differentiable(name: str, devices: str | tuple[str, ...], forward: Forward, backward: Backward) -> Forward:
-    """A custom op `statewise::name` made of two kernels.
+    """The scan made of two kernels, and a custom op `statewise::name` for whatever traces.
 
     forward(a, x, h0, reset) -> h, last.
     backward(g, g_last, a, h, h0, reset) -> da in the shape of a, dx, dh0.
-    """
 
+    Outside of a trace the kernels are called as they are: the first call of a custom op imports the compiler, which
+    takes seconds, and every call of one costs more.
+    """
+    plain, traced = _functions(forward, backward), _custom_op(name, devices, forward, backward)
+
+    def run(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        return traced(a, x, h0, reset) if _is_traced(x) else plain(a, x, h0, reset)
+
+    return run
+
+
+def _is_traced(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _functions(forward: Forward, backward: Backward) -> Forward:
+    class Run(torch.autograd.Function):
+        @staticmethod
+        def forward(a, x, h0, reset):
+            return forward(a, x, h0, reset)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            _keep_for_run(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, g, g_last):
+            return _run_backward(ctx, g, g_last, Adjoint.apply)
+
+    class Adjoint(torch.autograd.Function):
+        @staticmethod
+        def forward(g, g_last, a, h, h0, reset):
+            return backward(g, g_last, a, h, h0, reset)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            _keep_for_adjoint(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, q, p, r):
+            return _adjoint_backward(ctx, q, p, r, Run.apply)
+
+    return Run.apply
+
+
+def _custom_op(name: str, devices: str | tuple[str, ...], forward: Forward, backward: Backward) -> Forward:
     @torch.library.custom_op(f"statewise::{name}", mutates_args=(), device_types=devices)
     def run(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         return forward(a, x, h0, reset)
@@ -39,41 +89,47 @@ def differentiable(name: str, devices: str | tuple[str, ...], forward: Forward, 
     def _(g, g_last, a, h, h0, reset):
         return a.new_empty(a.shape), h.new_empty(h.shape), h0.new_empty(h0.shape)
 
-    def keep_for_run(ctx, inputs, output):
-        a, _, h0, reset = inputs
-        ctx.save_for_backward(a, output[0], h0, reset)
-        ctx.set_materialize_grads(False)
-
-    def run_backward(ctx, g, g_last):
-        a, h, h0, reset = ctx.saved_tensors
-        g = h.new_zeros([1, 1, *h.shape[2:]]).expand_as(h) if g is None else g
-        g_last = torch.zeros_like(h0) if g_last is None else g_last
-        return *adjoint(g, g_last, a, h, h0, reset), None
-
-    def keep_for_adjoint(ctx, inputs, output):
-        _, _, a, h, h0, reset = inputs
-        ctx.save_for_backward(a, h, h0, reset, output[1])
-
-    def adjoint_backward(ctx, q, p, r):
-        """The scan rho_t = a_t rho_{t-1} + p_t + q_t h_{t-1} from rho_0 = r, for gradients q, p, r of da, dx, dh0."""
-        a, h, h0, reset, lam = ctx.saved_tensors
-        if not h.shape[1]:
-            return p, r, torch.zeros_like(a), torch.zeros_like(h), torch.zeros_like(h0), None
-        q = q.expand(h.shape)
-        if reset is not None:
-            reset_ = reset.view(*reset.shape, *[1] * (h.ndim - 2))
-            q = q.masked_fill(reset_, 0)
-        h_before = torch.cat([h0[:, None], h[:, :-1]], 1)
-        rho, rho_last = run(a, p + _uncut(q * h_before, reset), r, reset)
-        rho_before = torch.cat([r[:, None], rho[:, :-1]], 1)
-        d_a = _uncut(lam * rho_before.conj(), reset).sum_to_size(a.shape)
-        d_before = lam * q.conj()
-        d_h = torch.cat([d_before[:, 1:], torch.zeros_like(d_before[:, :1])], 1)
-        return rho, rho_last, d_a, d_h, d_before[:, 0], None
-
-    run.register_autograd(run_backward, setup_context=keep_for_run)
-    adjoint.register_autograd(adjoint_backward, setup_context=keep_for_adjoint)
+    run.register_autograd(lambda ctx, g, g_last: _run_backward(ctx, g, g_last, adjoint), setup_context=_keep_for_run)
+    adjoint.register_autograd(
+        lambda ctx, q, p, r: _adjoint_backward(ctx, q, p, r, run), setup_context=_keep_for_adjoint
+    )
     return run
+
+
+def _keep_for_run(ctx, inputs, output):
+    a, _, h0, reset = inputs
+    ctx.save_for_backward(a, output[0], h0, reset)
+    ctx.set_materialize_grads(False)
+
+
+def _run_backward(ctx, g, g_last, adjoint):
+    a, h, h0, reset = ctx.saved_tensors
+    g = h.new_zeros([1, 1, *h.shape[2:]]).expand_as(h) if g is None else g
+    g_last = torch.zeros_like(h0) if g_last is None else g_last
+    return *adjoint(g, g_last, a, h, h0, reset), None
+
+
+def _keep_for_adjoint(ctx, inputs, output):
+    _, _, a, h, h0, reset = inputs
+    ctx.save_for_backward(a, h, h0, reset, output[1])
+
+
+def _adjoint_backward(ctx, q, p, r, run):
+    """The scan rho_t = a_t rho_{t-1} + p_t + q_t h_{t-1} from rho_0 = r, for gradients q, p, r of da, dx, dh0."""
+    a, h, h0, reset, lam = ctx.saved_tensors
+    if not h.shape[1]:
+        return p, r, torch.zeros_like(a), torch.zeros_like(h), torch.zeros_like(h0), None
+    q = q.expand(h.shape)
+    if reset is not None:
+        reset_ = reset.view(*reset.shape, *[1] * (h.ndim - 2))
+        q = q.masked_fill(reset_, 0)
+    h_before = torch.cat([h0[:, None], h[:, :-1]], 1)
+    rho, rho_last = run(a, p + _uncut(q * h_before, reset), r, reset)
+    rho_before = torch.cat([r[:, None], rho[:, :-1]], 1)
+    d_a = _uncut(lam * rho_before.conj(), reset).sum_to_size(a.shape)
+    d_before = lam * q.conj()
+    d_h = torch.cat([d_before[:, 1:], torch.zeros_like(d_before[:, :1])], 1)
+    return rho, rho_last, d_a, d_h, d_before[:, 0], None
 
 
 def _uncut(t: Tensor, reset: Tensor | None) -> Tensor:

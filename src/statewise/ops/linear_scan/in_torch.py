@@ -36,7 +36,7 @@ def _scan(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> Tensor:
     x1, x2 = _halves(x, pairs)
     r1, r2 = (None, None) if reset is None else _halves(reset, pairs)
     # two steps are one step of a2 a1 with input a2 x1 + x2, which a reset in either cuts from the past
-    cut = None if r1 is None else r1 | r2
+    cut = None if r1 is None or r2 is None else r1 | r2
     second = _scan(_cleared(a2 * a1, cut), x2 + a2 * _cleared(x1, r2), h0, cut)
     before = torch.cat([h0[:, None], second[:, :-1]], 1)
     first = x1 + a1 * _cleared(before, r1)
