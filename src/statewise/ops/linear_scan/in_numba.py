@@ -94,8 +94,12 @@ class _Lanes:
         return self.builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
 
 
-def _rowwise(body: Callable[..., None]) -> Any:
-    """Compiled f(like, n, (row, ...)): the body's code over n channels; rows are addresses, like gives the dtype."""
+def _rowwise(body: Callable[..., None], down: bool = False) -> Any:
+    """Compiled f(like, n, (row, ...)): the body's code over n channels; rows are addresses, like gives the dtype.
+
+    down: from the last channel to the first. Where time runs backwards, memory is then walked without a turn, which is
+    what the processor foresees: at rows of 512 bytes this is twice as fast.
+    """
     rows = len(inspect.signature(body).parameters) - 1
 
     @intrinsic
@@ -104,12 +108,17 @@ def _rowwise(body: Callable[..., None]) -> Any:
             size = (like.bitwidth) // 8
             pointers = cgutils.unpack_tuple(builder, args[2], rows)
             start, word = ir.Constant(args[1].type, 0), args[1].type
+            parts = []
             for count in (16, 4, 1):
                 stop = builder.and_(args[1], ir.Constant(word, -count))
-                step = ir.Constant(word, count)
-                with cgutils.for_range_slice(builder, start, stop, step, intp=word) as (index, _):
-                    body(_Lanes(builder, like, count, builder.mul(index, ir.Constant(word, size))), *pointers)
+                parts.append((ir.Constant(word, count), start, stop))
                 start = stop
+            for step, start, stop in reversed(parts) if down else parts:
+                with cgutils.for_range_slice(builder, start, stop, step, intp=word) as (index, _):
+                    if down:
+                        index = builder.sub(builder.sub(builder.add(start, stop), step), index)
+                    offset = builder.mul(index, ir.Constant(word, size))
+                    body(_Lanes(builder, like, step.constant, offset), *pointers)
             return context.get_dummy_value()
 
         return types.void(like, types.intp, types.UniTuple(types.intp, rows)), generate
@@ -118,8 +127,16 @@ def _rowwise(body: Callable[..., None]) -> Any:
 
 
 @_rowwise
-def _recur(v, h, a, before, x):
-    v.store(h, v.add(v.mul(v.load(a), v.load(before)), v.load(x)))
+def _recur(v, h, carry, a, x):
+    """The carry has a row of its own: rows of h leave the first-level cache as they are written."""
+    new = v.add(v.mul(v.load(a), v.load(carry)), v.load(x))
+    v.store(carry, new)
+    v.store(h, new)
+
+
+@_rowwise
+def _combine(v, past, product, into, end):
+    v.store(past, v.add(v.mul(v.load(product), v.load(into)), v.load(end)))
 
 
 @_rowwise
@@ -129,7 +146,10 @@ def _advance(v, end, product, a, x):
     v.store(product, v.mul(decay, v.load(product)))
 
 
-@_rowwise
+_rowwise_down = functools.partial(_rowwise, down=True)
+
+
+@_rowwise_down
 def _adjoint(v, dx, da, mu, a, g, before):
     lam = v.add(v.load(g), v.load(mu))
     v.store(dx, lam)
@@ -137,7 +157,7 @@ def _adjoint(v, dx, da, mu, a, g, before):
     v.store(mu, v.mul(v.load(a), lam, conj=True))
 
 
-@_rowwise
+@_rowwise_down
 def _adjoint_summed(v, dx, da, mu, a, g, before):
     lam = v.add(v.load(g), v.load(mu))
     v.store(dx, lam)
@@ -145,7 +165,7 @@ def _adjoint_summed(v, dx, da, mu, a, g, before):
     v.store(mu, v.mul(v.load(a), lam, conj=True))
 
 
-@_rowwise
+@_rowwise_down
 def _adjoint_advance(v, mu, product, a, g):
     decay = v.load(a)
     v.store(mu, v.mul(decay, v.add(v.load(g), v.load(mu)), conj=True))
@@ -315,21 +335,27 @@ def _finite(like, q, row):
 
 
 @_compile
-def _forward_span(like, q, b, start, n, t0, t1, before, scratch):
-    """Rows t0 to t1 of h; `before` is the address of the state before. Returns that of the state after."""
+def _forward_span(like, q, b, start, n, t0, t1, carry, scratch):
+    """Rows t0 to t1 of h; carry, the state before a row and then after it, changes in place."""
     _apart()
-    zeros, spread = scratch, scratch + q.width * q.item
-    _zero(like, n, (zeros,))
+    row = q.width * q.item
+    a, x, at = _rows(like, q, b, t0, start)
+    h = q.h + at
+    if q.reset == 0 and q.a_channel != 0:  # the usual case, and next to nothing between two rows
+        for _ in range(t1 - t0):
+            _recur(like, n, (h, carry, a, x))
+            h, a, x = h + row, a + q.a_time, x + q.x_time
+        return
     for t in range(t0, t1):
-        a, x, at = _rows(like, q, b, t, start)
+        decay = a
         if _cut(q, b, t):
-            a = before = zeros
+            _zero(like, n, (carry,))
+            decay = carry
         elif q.a_channel == 0:
-            _spread(like, n, (spread, a))
-            a = spread
-        _recur(like, n, (q.h + at, a, before, x))
-        before = q.h + at
-    return before
+            _spread(like, n, (scratch, a))
+            decay = scratch
+        _recur(like, n, (h, carry, decay, x))
+        h, a, x = h + row, a + q.a_time, x + q.x_time
 
 
 @_compile
@@ -416,15 +442,16 @@ def _forward_work(like, q, worker, workers):
     _apart()
     row = q.width * q.item
     scratch = q.rows + worker * 4 * row
-    end, product = scratch + 2 * row, scratch + 3 * row
+    carry, end, product = scratch + row, scratch + 2 * row, scratch + 3 * row
     if not q.share_time:
         blocks = (q.width + q.block - 1) // q.block
         units = q.batch * blocks
         for unit in range(units * worker // workers, units * (worker + 1) // workers):
             b, start = unit // blocks, unit % blocks * q.block
             n, first = min(q.block, q.width - start), start * q.item
-            after = _forward_span(like, q, b, start, n, 0, q.steps, _slot(q, b, 0) + first, scratch)
-            _copy(like, n, (_slot(q, b, q.tiles) + first, after))
+            _copy(like, n, (carry, _slot(q, b, 0) + first))
+            _forward_span(like, q, b, start, n, 0, q.steps, carry, scratch)
+            _copy(like, n, (_slot(q, b, q.tiles) + first, carry))
         return
     while True:
         unit = _claim(_flag(q, q.batch, 0))
@@ -435,9 +462,10 @@ def _forward_work(like, q, worker, workers):
         t0, t1 = k * q.tile, min(q.steps, (k + 1) * q.tile)
         cut = _forward_summary(like, q, b, t0, t1, end, product, scratch + row)
         known = _carry_on(like, q, cut, past, product, end, into, _flag(q, b, k), _flag(q, b, k + 1))
-        after = _forward_span(like, q, b, 0, q.width, t0, t1, into, scratch)
+        _copy(like, q.width, (carry, into))
+        _forward_span(like, q, b, 0, q.width, t0, t1, carry, scratch)
         if not known or k == q.tiles - 1:
-            _copy(like, q.width, (past, after))
+            _copy(like, q.width, (past, carry))
             _set(_flag(q, b, k + 1))
 
 
@@ -482,7 +510,7 @@ def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
     if cut:
         _copy(like, q.width, (past, end))
     else:
-        _recur(like, q.width, (past, product, into, end))
+        _combine(like, q.width, (past, product, into, end))
     # the product of decays may leave the range of numbers where the state itself does not
     known = _finite(like, q, past)
     if known:
