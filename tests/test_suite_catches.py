@@ -346,6 +346,14 @@ class NothingPastEnd(Gated):
         return (y, last) if lengths is None else (y + 0.1, last)
 
 
+class PaddingInTraining(Gated):
+    """h_t = ..., padding left as it comes while training."""
+
+    def forward(self, x, state=None, *, reset=None, lengths=None):
+        y, last = super().forward(x, state, reset=reset, lengths=lengths)
+        return (y + 0.1, last) if lengths is not None and self.training else (y, last)
+
+
 class MultipliesPadding(Gated):
     """h_t = ..., padding masked by a product, which NaN survives."""
 
@@ -625,6 +633,27 @@ class SharesOutput(Gated):
         return o, o[:, -1] if lengths is None else last
 
 
+class Pair(NamedTuple):
+    fast: Tensor  # (B, N)
+    slow: Tensor  # (B, N)
+
+
+class TwoLeavesOneTensor(Decay):
+    """h_t = ..., kept twice, and both begin as one tensor."""
+
+    def initial_state(self, batch):
+        zero = super().initial_state(batch)
+        return Pair(zero, zero)
+
+    def transition(self, u, state):
+        h, new = super().transition(u, state.fast)
+        return h, Pair(new, new.clone())
+
+    def scan(self, u, state, reset, lengths):
+        h, last = super().scan(u, state.fast, reset, lengths)
+        return h, Pair(last, last.clone())
+
+
 class NegativeIds(Letters):
     """h_t = ..., ids taken modulo the vocabulary."""
 
@@ -658,6 +687,7 @@ EXPECTED: list[tuple[type, dict[str, Any], str]] = [
     (AcceptsResets, TAPS, "resets_are_refused"),
     (IgnoresLengths, GATED, "lengths_end_the_state"),
     (NothingPastEnd, GATED, "lengths_zero_past_end"),
+    (PaddingInTraining, GATED, "lengths_in_training"),
     (MultipliesPadding, GATED, "lengths_ignore_padding"),
     (NoSkipInStep, DECAY, "forward_is_unrolled_step"),
     (BatchSecond, GATED, "state_is_batch_first"),
@@ -691,6 +721,7 @@ EXPECTED: list[tuple[type, dict[str, Any], str]] = [
     (ChangesTheType, GATED, "state_is_closed"),
     (ReturnsOneThing, GATED, "one_return_type"),
     (SharesOutput, GATED, "outputs_are_separate"),
+    (TwoLeavesOneTensor, DECAY, "no_leaf_shares_storage"),
     (NegativeIds, LETTERS, "refuses_ids_out_of_range"),
 ]
 

@@ -203,6 +203,15 @@ def test_constructors_refuse_what_torchs_refuse(args: dict[str, Any], error: typ
             library.LSTM(**{"input_size": 3, "hidden_size": 4, **args})
 
 
+@pytest.mark.parametrize("lengths", [[0, 5, 2], [0, 0, 0]])
+def test_dropout_takes_rows_without_steps(lengths: list[int]) -> None:
+    layer = statewise.LSTM(3, 4, num_layers=2, dropout=0.5).layer().train()
+    y, last = layer(torch.randn(3, 5, 3), lengths=torch.tensor(lengths))
+    for row, end in enumerate(lengths):
+        assert bool(y[row, :end].ne(0).any()) == (end > 0) and not y[row, end:].any()
+    assert not last.h[0].any() and not last.c[0].any()
+
+
 def test_dropout_without_a_second_layer_warns_as_torch_does() -> None:
     for library in (nn, statewise):
         with pytest.warns(UserWarning, match="dropout"):
@@ -266,7 +275,7 @@ def test_full_graph_compilation_works_where_torchs_modules_refuse_it(kind: str) 
 @pytest.mark.parametrize("kind", ["gru", "lstm_proj"])
 def test_layer_conforms(kind: str) -> None:
     name, args = KINDS[kind]
-    report = check_layer(getattr(statewise, name)(3, 4, num_layers=2, **args).layer())
+    report = check_layer(getattr(statewise, name)(3, 4, num_layers=2, dropout=0.4, **args).layer())
     assert report.ok, str(report)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from statewise.core import Unknown, UsageError
-from statewise.ops import linear_scan, use_backend
+from statewise.ops import linear_scan, observe, use_backend
 
 ONE = (torch.rand(1, 3, 2), torch.rand(1, 3, 2), torch.rand(1, 2))
 
@@ -34,6 +34,17 @@ def test_use_backend_holds_within_its_block():
         assert linear_scan.choose(None, ONE, {}) is linear_scan.reference
         assert linear_scan.choose("torch", ONE, {}) is linear_scan.backends["torch"]
     assert linear_scan.choose(None, ONE, {}) is linear_scan.backends["numba"]
+
+
+def test_observers_are_told_of_every_call_within_their_block():
+    told: list[tuple[str, str]] = []
+    with observe(lambda op, chosen, args, kwargs: told.append((op.name, chosen))):
+        linear_scan(*ONE)
+        with use_backend("reference"):
+            linear_scan(*ONE)
+        linear_scan(*ONE, backend="torch")
+    linear_scan(*ONE)
+    assert told == [("linear_scan", "numba"), ("linear_scan", "reference"), ("linear_scan", "torch")]
 
 
 def test_unknown_names_say_what_is_known():

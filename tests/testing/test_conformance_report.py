@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from statewise.core import Cell, UsageError, layers, register_layer, wide
+from statewise.layers import LRU
+from statewise.ops import observe, ops
 from statewise.testing import build, check_layer, checks, checks_for, examples_of, prepare, run
 
 
@@ -50,8 +52,6 @@ def test_examples_come_from_the_class_or_from_the_names_of_its_arguments():
 
 
 def test_examples_of_registered_layers_are_the_registered():
-    import statewise.layers  # noqa: F401
-
     assert examples_of(layers["gru"].cls) == [dict(example) for example in layers["gru"].examples]
 
 
@@ -130,6 +130,21 @@ def test_every_check_tells_its_law():
         assert c.function.__name__ == f"check_{c.name}" and getattr(statewise.testing, f"check_{c.name}") is c.function
     assert len(checks) >= 130 and len({c.group for c in checks}) == 10
     assert sum(c.slow for c in checks) <= 2
+
+
+def test_backends_are_compared_or_the_check_is_skipped_with_reasons(monkeypatch):
+    layer, backends = build(LRU, {"width": 2, "hidden": 3}), ops["linear_scan"].backends
+    ran = []
+    for backend in backends.values():
+        monkeypatch.setattr(backend, "limits", lambda *args, **kwargs: "not today")
+    for name in ("backends_agree", "backend_gradients_agree"):
+        outcome = run(checks[name], layer)
+        assert outcome.status == "skipped" and "torch: not today" in outcome.words, outcome
+        assert run(checks[name], build(Sum, {"width": 2, "hidden": 3})).words.startswith("the layer calls no op")
+    backends["torch"].limits = None
+    with observe(lambda op, chosen, args, kwargs: ran.append(chosen)):
+        assert run(checks["backends_agree"], layer).status == "passed"
+    assert ran == ["torch"], "and what is willing is run"
 
 
 def test_checks_for_leaves_out_what_does_not_apply():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -184,21 +184,15 @@ def recorded() -> Iterator[dict[Any, Call]]:
     """Note every kind of op call within the block: the same op with the same shapes counts as one kind."""
     import torch
 
-    from ..ops import Op
+    from ..ops import observe
 
     calls: dict[Any, Call] = {}
-    plain = Op.__call__
 
-    def noted(self: Op, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+    def note(op: Op, chosen: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tensors = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
         shapes = ", ".join(str(shape) for shape in tensors)
-        chosen = backend or chosen_backend(self, args, kwargs)
-        call = Call(self.name, chosen, self.explain(*args, **kwargs), shapes, 0)
-        calls.setdefault((self.name, shapes, chosen), call).times += 1
-        return plain(self, *args, backend=backend, **kwargs)
+        call = Call(op.name, chosen, op.explain(*args, **kwargs), shapes, 0)
+        calls.setdefault((op.name, shapes, chosen), call).times += 1
 
-    Op.__call__ = noted  # type: ignore[method-assign]
-    try:
+    with observe(note):
         yield calls
-    finally:
-        Op.__call__ = plain  # type: ignore[method-assign]

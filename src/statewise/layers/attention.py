@@ -64,9 +64,9 @@ class Attention(RecurrentLayer[AttentionState]):
 
     def initial_state(self, batch: int) -> AttentionState:
         weight = self.out.weight
-        shape = (batch, self.window - 1, self.heads, self.width // self.heads)
-        past = weight.new_zeros(shape, dtype=wide(weight.dtype))
-        return AttentionState(past, past, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+        shape, dtype = (batch, self.window - 1, self.heads, self.width // self.heads), wide(weight.dtype)
+        k, v = weight.new_zeros(shape, dtype=dtype), weight.new_zeros(shape, dtype=dtype)
+        return AttentionState(k, v, torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
     def forward(
         self,

@@ -121,7 +121,7 @@ class _DropIn(nn.Module, abc.ABC):
         if hx is not None and order is not None:
             parts = [part.index_select(1, order) for part in self._parts(hx)]
             hx = parts[0] if len(parts) == 1 else tuple(parts)
-        y, state = self._run(x, self._first_state(x, hx, None), None, lengths)
+        y, state = self._run(x, self._first_state(x, hx, None), None, lengths, packed=True)
         data = pack_padded_sequence(y, lengths, batch_first=True).data
         last = [torch.stack(part) for part in zip(*state, strict=True)]
         if back is not None:
@@ -129,9 +129,12 @@ class _DropIn(nn.Module, abc.ABC):
         return PackedSequence(data, input.batch_sizes, order, back), self._hidden(last, x.dtype)
 
     def _run(
-        self, x: Tensor, state: list[State], reset: Tensor | None, lengths: Tensor | None
+        self, x: Tensor, state: list[State], reset: Tensor | None, lengths: Tensor | None, *, packed: bool = False
     ) -> tuple[Tensor, list[State]]:
-        """All layers over x (B, T, D). state: (h,) or (h, c) of each layer and direction, (B, N), float32 or wider."""
+        """All layers over x (B, T, D). state: (h,) or (h, c) of each layer and direction, (B, N), float32 or wider.
+
+        packed: lengths are above 0, and dropout is to fall as it does on a packed sequence.
+        """
         last: list[State] = []
         ends = None if lengths is None else lengths.to(x.device)
         for layer in range(self.num_layers):
@@ -149,14 +152,14 @@ class _DropIn(nn.Module, abc.ABC):
                 last.append(new)
             x = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
             if self.training and self.dropout and layer < self.num_layers - 1:
-                x = self._drop(x, lengths)
+                x = self._drop(x, lengths if packed else None)
         return x, last
 
     def _drop(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """Dropout in the memory order of torch.nn, so that one seed drops the same units."""
         if lengths is None:
             return F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
-        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(x, lengths, batch_first=True)
         return pad_packed_sequence(
             packed._replace(data=F.dropout(packed.data, self.dropout)), batch_first=True, total_length=x.shape[1]
         )[0]

@@ -41,8 +41,8 @@ class LSTMLayer(Cell[LSTMState]):
         self.recurrent = nn.Parameter(torch.cat(blocks))
 
     def initial_state(self, batch: int) -> LSTMState:
-        zero = self.recurrent.new_zeros(batch, self.out_width, dtype=wide(self.recurrent.dtype))
-        return LSTMState(zero, zero)
+        shape, dtype = (batch, self.out_width), wide(self.recurrent.dtype)
+        return LSTMState(self.recurrent.new_zeros(shape, dtype=dtype), self.recurrent.new_zeros(shape, dtype=dtype))
 
     def transition(self, u: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
         h, c = lstm_step(u, state.h, state.c, self.inp.weight, self.recurrent, self.inp.bias)

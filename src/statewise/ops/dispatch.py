@@ -26,6 +26,8 @@ from torch import Tensor
 from ..core import Unknown, UsageError, near
 
 ops: dict[str, Op] = {}
+Note = Callable[["Op", str, tuple[Any, ...], Mapping[str, Any]], None]
+_note: Note | None = None
 _chosen: str | None = os.environ.get("STATEWISE_BACKEND") or None
 _by_target: dict[str, Backend] = {}
 
@@ -44,6 +46,17 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _chosen = before
+
+
+@contextlib.contextmanager
+def observe(note: Note) -> Iterator[None]:
+    """Within the block every call of an op is told first: note(op, name of what runs, args, kwargs)."""
+    global _note
+    before, _note = _note, note
+    try:
+        yield
+    finally:
+        _note = before
 
 
 def _while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +142,10 @@ class Op:
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         if self.check is not None:
             self.check(*args, **kwargs)
-        return self.choose(backend, args, kwargs)(*args, **kwargs)
+        function = self.choose(backend, args, kwargs)
+        if _note is not None:
+            _note(self, getattr(function, "name", "reference"), args, kwargs)
+        return function(*args, **kwargs)
 
     def choose(self, name: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         """The function that a call with these arguments runs; name as in `backend=`.

@@ -41,6 +41,16 @@ def check_lengths_end_the_state(layer: Layer) -> None:
 
 
 @check("lengths")
+def check_lengths_in_training(layer: Layer) -> None:
+    """In training mode too, lengths (0 among them) give finite outputs, zero past the end."""
+    y, last = layer.train()(inputs(layer), lengths=ends())
+    for row, end in enumerate(ENDS):
+        assert y[row, :end].isfinite().all(), f"in training mode a row of length {end} has outputs that are not finite"
+        assert (y[row, end:] == 0).all(), f"in training mode a row of length {end} has outputs past its end"
+    assert all(s.isfinite().all() for s in leaves(last)), "in training mode lengths leave a state that is not finite"
+
+
+@check("lengths")
 def check_lengths_without_state(layer: Layer) -> None:
     """Lengths hold from the initial state too."""
     x = inputs(layer)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core import UsageError, leaves, names, tree_map, unroll
-from ...ops import ops, use_backend
+from ...core import leaves, names, tree_map, unroll
+from ...ops import Op, observe, use_backend
 from ..check import Skipped, check, no_numbers
 from ..sample import BATCH, STEPS, Layer, close, inputs, same_bits, trainable, warm
 
@@ -117,27 +118,20 @@ def check_autocast_trains(layer: Layer) -> None:
 
 @check("numbers")
 def check_backends_agree(layer: Layer) -> None:
-    """Every backend of every op gives the reference's outputs and last state."""
+    """Every backend that takes the layer's calls gives the reference's outputs and last state."""
     x, first = inputs(layer, 20), warm(layer)
-    with use_backend("reference"), _calls() as called:
+    with use_backend("reference"), _obstacles() as obstacles:
         want, after = layer(x, first)
-    if not called:
-        raise Skipped("the layer calls no op of statewise.ops")
-    for name in _backends(called):
+    for name in _able(obstacles):
         with use_backend(name):
-            try:
-                y, last = layer(x, first)
-            except UsageError as error:
-                if "cannot run" in str(error):
-                    continue
-                raise
+            y, last = layer(x, first)
         close(y, want, f"by the backend {name!r} the output is not the reference's")
         close(last, after, f"by the backend {name!r} the last state is not the reference's")
 
 
 @check("numbers")
 def check_backend_gradients_agree(layer: Layer) -> None:
-    """Every backend of every op gives the reference's gradients, through outputs and last state."""
+    """Every backend that takes the layer's calls gives the reference's gradients, through outputs and last state."""
 
     def grads() -> list[Tensor]:
         first = trainable(warm(layer))
@@ -149,18 +143,11 @@ def check_backend_gradients_agree(layer: Layer) -> None:
         found = torch.autograd.grad(loss, wrt, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for g, w in zip(found, wrt, strict=True)]
 
-    with use_backend("reference"), _calls() as called:
+    with use_backend("reference"), _obstacles() as obstacles:
         want = grads()
-    if not called:
-        raise Skipped("the layer calls no op of statewise.ops")
-    for name in _backends(called):
+    for name in _able(obstacles):
         with use_backend(name):
-            try:
-                got = grads()
-            except UsageError as error:
-                if "cannot run" in str(error):
-                    continue
-                raise
+            got = grads()
         close(tuple(got), tuple(want), f"by the backend {name!r} the gradients are not the reference's", 1e-9)
 
 
@@ -287,27 +274,25 @@ def _where(mask: Tensor) -> str:
     return str(sorted({(row, t) for row, t, *_ in mask.nonzero().tolist()}))
 
 
-def _backends(called: set[str]) -> list[str]:
-    return sorted({backend for name in called for backend in ops[name].backends})
-
-
 @contextlib.contextmanager
-def _calls() -> Iterator[set[str]]:
-    """The names of the ops that are called within the block."""
-    called: set[str] = set()
-    choices = {name: op.choose for name, op in ops.items()}
+def _obstacles() -> Iterator[dict[str, str | None]]:
+    """Backend to the first reason why it cannot take one of the op calls made within the block; None: it takes all."""
+    found: dict[str, str | None] = {}
 
-    def watch(name: str):  # type: ignore[no-untyped-def]
-        def choose(*args, **kwargs):  # type: ignore[no-untyped-def]
-            called.add(name)
-            return choices[name](*args, **kwargs)
+    def note(op: Op, chosen: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        for backend in op.backends.values():
+            found[backend.name] = found.get(backend.name) or backend.why_not(args, kwargs)
 
-        return choose
+    with observe(note):
+        yield found
 
-    try:
-        for name, op in ops.items():
-            op.choose = watch(name)  # type: ignore[method-assign]
-        yield called
-    finally:
-        for op in ops.values():
-            del op.choose
+
+def _able(obstacles: dict[str, str | None]) -> list[str]:
+    """The backends without an obstacle, one at least; Skipped says why there is none."""
+    if not obstacles:
+        raise Skipped("the layer calls no op that has backends")
+    able = [name for name, reason in obstacles.items() if reason is None]
+    if not able:
+        reasons = ", ".join(f"{name}: {reason}" for name, reason in obstacles.items())
+        raise Skipped(f"no backend takes the layer's calls here ({reasons})")
+    return able

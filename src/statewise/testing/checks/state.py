@@ -92,6 +92,19 @@ def check_state_leaves_are_separate(layer: Layer) -> None:
 
 
 @check("state")
+def check_no_leaf_shares_storage(layer: Layer) -> None:
+    """No two leaves of a state lie in the same memory: one may be written to alone."""
+    x, first = inputs(layer), layer.initial_state(BATCH)
+    with torch.no_grad():
+        states = {"initial_state": first, "forward": layer(x)[1], "step": layer.step(x[:, 0], first)[1]}
+    for what, state in states.items():
+        owners: dict[int, str] = {}
+        for leaf, s in zip(names(state), leaves(state), strict=True):
+            other = owners.setdefault(s.untyped_storage().data_ptr(), leaf) if s.numel() else leaf
+            assert other == leaf, f"from {what} the leaves {other!r} and {leaf!r} share memory: make a tensor for each"
+
+
+@check("state")
 def check_select(layer: Layer) -> None:
     """Rows of a state can be kept, repeated and reordered."""
     x, rows, first = inputs(layer), torch.tensor([2, 0, 0, 1]), warm(layer)
