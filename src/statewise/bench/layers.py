@@ -1,10 +1,13 @@
-"""Every layer beside the Python loop, torch.nn and installed peers: forward, training, streaming, memory."""
+"""Every layer beside the byte floor, the Python loop, torch.nn and installed peers: time, streaming, memory."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +32,8 @@ class Contender:
     forward: Callable[[Tensor], Tensor]
     module: nn.Module
     times: dict[str, list[float]] = field(default_factory=lambda: {"forward": [], "training": []})
-    first: float = 0.0
+    floors: dict[str, list[float]] = field(default_factory=lambda: {"forward": [], "training": []})
+    first: float | None = None
     peak: int | None = None
     failed: str | None = None
 
@@ -42,13 +46,18 @@ def run(
     device: str | torch.device = "cpu",
     peers: bool = True,
     loop: bool = True,
+    first_call: bool = True,
 ) -> list[Row]:
     """Rows of seconds, the medians of `repeats` rounds; in each round every contender is timed once, in turn.
 
     names: registered layers, all of them if empty. shape: (B, T, D) of x.
-    A row has layer, way, batch, steps, width, forward, training (forward and backward), first (the first call, imports
-    and compilation included), peak (bytes that a training step adds to the resident memory), parameters, and for "ours"
-    step (streaming, batch 1) and state (bytes); load is the load average, noisy is True where it exceeds the cores.
+    A row has layer, way, batch, steps, width, forward, training (forward and backward), peak (bytes that a training
+    step adds to the resident memory), parameters, and for "ours" step (streaming, batch 1) and state (bytes); load is
+    the load average (None where the system has none), noisy is True where it exceeds the cores.
+    forward_floor and training_floor are medians of the ratios to the byte floor, timed in the same rounds: reading x
+    and writing y; for training also reading y's gradient and writing x's.
+    first, except for the loop and unless first_call is False: seconds of the first call in a fresh process, the imports
+    and the compilation of the backend included.
     A contender that fails has a row with `failed` and no times.
     """
     import statewise.layers  # noqa: F401  registers them
@@ -61,10 +70,13 @@ def run(
     for name in names or layers.names():
         found = list(contenders(name, width, torch.device(device), peers=peers, loop=loop))
         for one in found:
-            _first(one, x)
+            _warm_up(one, x)
         for _ in range(repeats):
             for one in found:
                 _round(one, x)
+        for one in found:
+            if first_call and one.failed is None and one.way != "loop":
+                one.first = _first_call(one, shape, device)
         rows += [_row(one, shape) for one in found]
     return rows
 
@@ -132,12 +144,18 @@ def _forward(one: Contender, x: Tensor) -> None:
         one.forward(x)
 
 
-def _first(one: Contender, x: Tensor) -> None:
-    """Time of the first call, and the memory of a training step after the first."""
+FLOORS: dict[str, Callable[[Tensor], Any]] = {
+    "forward": lambda x: x.clone(),
+    "training": lambda x: (x.clone(), x.clone()),
+}
+
+
+def _warm_up(one: Contender, x: Tensor) -> None:
+    """Kernels are compiled and memory is mapped before anything is timed; then the memory of a training step."""
     if one.failed is not None:
         return
     try:
-        one.first = _time(_forward, one, x)
+        _forward(one, x)
         _training_step(one, x)
         one.peak = peak_memory(lambda: _training_step(one, x), x.device)
     except (RuntimeError, ImportError, TypeError, ValueError) as error:
@@ -146,29 +164,56 @@ def _first(one: Contender, x: Tensor) -> None:
 
 def _round(one: Contender, x: Tensor) -> None:
     if one.failed is None:
-        one.times["forward"].append(_time(_forward, one, x))
-        one.times["training"].append(_time(_training_step, one, x))
+        for name, work in (("forward", _forward), ("training", _training_step)):
+            one.times[name].append(_seconds(lambda: work(one, x), x.device))  # noqa: B023
+            one.floors[name].append(_seconds(lambda: FLOORS[name](x), x.device))  # noqa: B023
 
 
-def _time(work: Callable[[Contender, Tensor], None], one: Contender, x: Tensor) -> float:
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     began = time.perf_counter()
-    work(one, x)
+    work()
     wait()
     return time.perf_counter() - began
 
 
+_FIRST = """
+import sys, torch
+from statewise.bench.layers import call_once
+name, way, device, threads, *shape = sys.argv[1:]
+torch.set_num_threads(int(threads))
+print(call_once(name, way, tuple(map(int, shape)), device))
+"""
+
+
+def call_once(name: str, way: str, shape: tuple[int, int, int], device: str) -> float:
+    """Seconds of a contender's first call; a fresh process alone can tell them."""
+    importlib.import_module("statewise.layers")
+    x = torch.randn(shape, device=device)
+    found = contenders(name, shape[-1], x.device, peers=way not in ("ours", "torch.nn"), loop=False)
+    one = next(one for one in found if one.way == way)
+    return _seconds(lambda: _forward(one, x), x.device)
+
+
+def _first_call(one: Contender, shape: tuple[int, int, int], device: str | torch.device) -> float | None:
+    words = [one.layer, one.way, str(device), str(torch.get_num_threads()), *map(str, shape)]
+    done = subprocess.run([sys.executable, "-c", _FIRST, *words], capture_output=True, text=True)
+    return None if done.returncode else float(done.stdout)
+
+
 def _row(one: Contender, shape: tuple[int, int, int]) -> Row:
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     row: Row = {
         "layer": one.layer, "way": one.way, "batch": shape[0], "steps": shape[1], "width": shape[2],
         "parameters": sum(p.numel() for p in one.module.parameters()),
-        "load": load, "noisy": load > (os.cpu_count() or 1),
+        "load": load, "noisy": load is not None and load > (os.cpu_count() or 1),
     }  # fmt: skip
     if one.failed is not None:
         return {**row, "failed": one.failed}
-    row |= {name: statistics.median(times) for name, times in one.times.items()}
+    for name, times in one.times.items():
+        row[name] = statistics.median(times)
+        row[f"{name}_floor"] = statistics.median(t / floor for t, floor in zip(times, one.floors[name], strict=True))
     row |= {"first": one.first, "peak": one.peak}
     if one.way == "ours" and isinstance(one.module, RecurrentLayer):
         row |= {"step": step_latency(one.module), "state": nbytes(one.module.initial_state(1))}
