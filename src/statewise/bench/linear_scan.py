@@ -126,7 +126,7 @@ def _rows(shape: tuple[int, ...], repeats: int, device: torch.device, peers: boo
                 return scan(a, x, h0)
 
         def training(scan: Scan = scan, leaves: list[Tensor] = leaves) -> None:
-            torch.autograd.grad(scan(*leaves, h0), leaves, g)
+            torch.autograd.grad(scan(leaves[0], leaves[1], h0), leaves, g)
 
         slow = name == "loop"
         try:
