@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from statewise.cli.stream import Streamer
 from statewise.tasks import Series
 from statewise.training import load
 
@@ -112,3 +114,65 @@ def test_every_line_is_answered_at_once_and_sigterm_saves(runs, tmp_path):
         assert process.wait(30) == 143
         assert process.stderr.read().count(b"\n") == 1
     assert (tmp_path / "s").is_file()
+
+
+def test_a_signal_while_a_line_is_answered_waits_for_the_answer(runs, call, tmp_path, monkeypatch):
+    """The state saved is that after the last line answered: neither one more nor one less."""
+    answer = Streamer.answer
+
+    def interrupted(self, line):
+        said = answer(self, line)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return said
+
+    monkeypatch.setattr(Streamer, "answer", interrupted)
+    one = call("stream", runs["adding"], "--save-state", tmp_path / "s", stdin=b"1,0.5\n0,2\n")
+    assert one.code == 143 and one.out.count("\n") == 1
+    monkeypatch.setattr(Streamer, "answer", answer)
+    two = call("stream", runs["adding"], "--load-state", tmp_path / "s", stdin=b"0,2\n")
+    assert one.out + two.out == call("stream", runs["adding"], stdin=b"1,0.5\n0,2\n").out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("run", ["ahead", "targets"])
+def test_raw_lines_give_forwards_answers_in_the_units_of_the_file(runs, call, run, tmp_path):
+    """The test part of a CSV line by line, after the lines before it, is what the task's own batch gives."""
+    model, experiment = load(runs[run])
+    task = experiment.task
+    rows, lines = task.rows("test"), (runs["files"] / f"{run}.csv").read_text().splitlines()[1:]
+    given = lines if run == "ahead" else [line.partition(",")[0] for line in lines]
+    said = call("stream", runs[run], stdin="\n".join(given).encode())
+    assert said.code == 0 and said.out.count("\n") == len(lines)
+    x = ((rows.values - rows.shift) * rows.scale)[None]
+    y = model(x)[0][0].detach().double() * rows.y_scale + rows.y_shift
+    if run == "ahead":  # changes from now, two leads
+        now = torch.tensor([[float(v) for v in line.split(",")] for line in lines], dtype=torch.float64)
+        y = now.repeat_interleave(2, 1) + y
+    torch.testing.assert_close(values(said.out), y.float(), rtol=1e-4, atol=1e-3)
+    half = len(given) // 2
+    one, two = ("\n".join(part).encode() + b"\n" for part in (given[:half], given[half:]))
+    before = call("stream", runs[run], "--save-state", tmp_path / "s", stdin=one)
+    assert before.out + call("stream", runs[run], "--load-state", tmp_path / "s", stdin=two).out == said.out
+
+
+def test_a_missing_value_of_a_forecast_is_the_last_one(runs, call):
+    filled = call("stream", runs["ahead"], stdin=b"1,2\n1,3\n")
+    assert call("stream", runs["ahead"], stdin=b"1,2\nnan,3\n").out == filled.out
+    first = call("stream", runs["ahead"], stdin=b"nan,2\n")
+    assert first.code == 3 and "place 1 is missing" in first.err
+
+
+@pytest.mark.parametrize("run", ["ahead", "classes"])
+def test_a_run_needs_its_data_no_more(runs, run, tmp_path):
+    """On another machine: the run copied, the file not."""
+    shutil.copytree(runs[run], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "experiment.json").read_text())
+    assert os.path.isabs(record["task"]["path"])
+    record["task"]["path"] = str(tmp_path / "gone.csv")
+    (tmp_path / "run" / "experiment.json").write_text(json.dumps(record))
+    words = [sys.executable, "-m", "statewise", "stream"]
+    found = [
+        subprocess.run([*words, str(path)], input=b"0.1,100\n", capture_output=True, check=True)
+        for path in (tmp_path / "run", runs[run])
+    ]
+    assert found[0].stdout == found[1].stdout != b""

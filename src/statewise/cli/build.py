@@ -42,7 +42,7 @@ def make_task(name: str, data: Path | None, settings: Mapping[str, str]) -> Task
         raise UsageError(f"--data: task {name!r} reads no file of yours; those that do: {own}")
     if takes_path and data is None and "path" not in settings:
         raise UsageError(f"task {name!r} reads your own file: name it with --data FILE")
-    given = {"path": str(data)} if data is not None else {}
+    given = {"path": str(data.expanduser().absolute())} if data is not None else {}
     return put_texts(cls(**given), settings, "task.")
 
 

@@ -7,32 +7,37 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .parse import Positional
 
+Item = TypeVar("Item")
+
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from ..core import RecurrentLayer
-    from ..tasks import Task
-    from .units import Units
+    from ..tasks.units import Units
 
+WORDS = "stopped by a signal after the last line answered"
 LIMIT = 1 << 20  # bytes of a line
 AHEAD = "ahead"  # note in a saved state: the logits for the byte that comes next
+RECENT = "recent"  # another: the last steps, from which the inputs of a forecast are made
 
 
 @dataclass(frozen=True)
 class Options:
     """Answer each line of standard input with one line, at once, in constant memory.
 
-    A model of numbers takes one step per line: as many numbers as it has inputs, with commas or spaces, in the units
-    of the data it was trained on. It answers with the likeliest class and its probability, or with its numbers. An
-    empty line starts a new stream.
+    A model of numbers takes one step per line: the columns of the data it was trained on, in their units, with commas
+    or spaces. It answers with the likeliest class and its probability, or with its numbers, in the units of the data
+    too: the targets; or the forecast values, all leads of the first column, then of the next. A forecast takes nan for
+    a missing value. An empty line starts a new stream.
     A model of ids takes one or more ids per line. A model of bytes takes text: a line is fed byte by byte, its end
     included, and answered with the likeliest next byte, its probability, and the bits per byte that the line cost.
     """
@@ -54,24 +59,25 @@ class Options:
 class Streamer:
     """A model, its state and how its lines read."""
 
-    def __init__(self, model: RecurrentLayer[Any], task: Task, units: Units, format: str):
+    def __init__(self, model: RecurrentLayer[Any], name: str, units: Units, format: str):
         from ..core import UsageError
 
-        text = task.x_vocab == task.y_width == 256 and task.kind == "classification"
-        fits = ("text", "json") if text else ("ids", "json") if task.x_vocab else ("numbers", "json")
+        text = units.x_vocab == units.y_width == 256 and units.kind == "classification"
+        fits = ("text", "json") if text else ("ids", "json") if units.x_vocab else ("numbers", "json")
         if format not in ("auto", *fits) and not (text and format == "ids"):
-            raise UsageError(f"--format {format}: a model of task {task.name!r} takes {', '.join(fits)}")
-        self.model, self.task, self.units, self.bytes = model, task, units, text
+            raise UsageError(f"--format {format}: a model of task {name!r} takes {', '.join(fits)}")
+        self.model, self.units, self.bytes = model, units, text
         self.format = fits[0] if format == "auto" else format
         self.state = model.initial_state(1)
         self.ahead: Tensor | None = None  # logits for the next byte
+        self.recent: np.ndarray | None = None  # what units.encode carries from step to step
 
     def answer(self, line: bytes) -> str:
         """One line in, one line out. Raises ValueError with the reason for a line that cannot be taken."""
         if not line.strip() and not (self.bytes and self.format == "text"):
-            self.state, self.ahead = self.model.initial_state(1), None
+            self.state, self.ahead, self.recent = self.model.initial_state(1), None, None
             return ""
-        inputs = self.read(line)
+        inputs, recent = self.read(line)
         state, ahead, bits, counted = self.state, self.ahead, 0.0, 0
         for x in inputs:
             if self.bytes and ahead is not None:
@@ -81,37 +87,31 @@ class Streamer:
             raise ValueError("holds nothing")
         if not bool(ahead.isfinite().all()):
             raise ValueError("the answer is not finite; the state before this line is kept")
-        self.state, self.ahead = state, ahead
+        self.state, self.ahead, self.recent = state, ahead, recent
         return self.write(ahead[0].float(), bits / counted if counted else None)
 
-    def read(self, line: bytes) -> list[Tensor]:
-        """The inputs of step, (1, D) or (1,), that a line holds."""
+    def read(self, line: bytes) -> tuple[list[Tensor], np.ndarray | None]:
+        """The inputs of step, (1, D) or (1,), that a line holds, and what the next line's need of it."""
         import torch
 
         text = line.decode("utf-8", "surrogateescape")
         found: Any = parse_json(text) if self.format == "json" else text
         if self.bytes and isinstance(found, str) and self.format != "ids":
             raw = line if self.format == "text" else found.encode("utf-8", "surrogateescape")
-            return list(torch.tensor(list(raw)).view(-1, 1))
+            return list(torch.tensor(list(raw)).view(-1, 1)), None
         values = numbers(found)
-        if self.task.x_vocab is None:
-            width = self.model.width
-            if len(values) != width:
-                raise ValueError(f"{len(values)} numbers; expected {width}")
-            wrong = [(i, v) for i, v in enumerate(values) if not math.isfinite(v)]
-            if wrong:
-                raise ValueError(f"{len(wrong)} not finite, the first is {wrong[0][1]} at place {wrong[0][0] + 1}")
-            weight = next(self.model.parameters())
-            return [torch.tensor([self.units.inward(values)], dtype=torch.float64).to(weight.dtype)]
+        if self.units.x_vocab is None:
+            x, recent = self.units.encode(values, self.recent)
+            return [torch.from_numpy(x)[None].to(next(self.model.parameters()).dtype)], recent
         for value in values:
-            if value != int(value) or not 0 <= value < self.task.x_vocab:
-                raise ValueError(f"id {value:g}; expected whole numbers from 0 to {self.task.x_vocab - 1}")
-        return list(torch.tensor([int(v) for v in values]).view(-1, 1))
+            if not 0 <= value < self.units.x_vocab or value != int(value):
+                raise ValueError(f"id {value:g}; expected whole numbers from 0 to {self.units.x_vocab - 1}")
+        return list(torch.tensor([int(v) for v in values]).view(-1, 1)), None
 
     def write(self, out: Tensor, bits: float | None) -> str:
         """The answer out (E,) as a line."""
-        if self.task.kind == "regression":
-            values = [float(f"{v:.7g}") for v in out.tolist()]
+        if self.units.kind == "regression":
+            values = [float(f"{v:.7g}") for v in self.units.decode(out.tolist(), self.recent)]
             return json.dumps({"y": values}) if self.format == "json" else ",".join(f"{v:.7g}" for v in values)
         p = out.softmax(-1)
         best = int(p.argmax())
@@ -147,8 +147,8 @@ def run_speech(options: Options) -> int:
     model = detector()
     state = load_state(options.load_state, model) if options.load_state else model.initial_state(1)
     try:
-        with torch.inference_mode(), stopped_by_sigterm():
-            for number, frame in enumerate(frames(options.audio)):
+        with torch.inference_mode(), closing(until_stopped(frames(options.audio))) as source:
+            for number, frame in enumerate(source):
                 y, state = model.step(frame, state)
                 print(f"{number * model.width / RATE:.3f} {float(y):.4f}", flush=True)
     finally:
@@ -159,23 +159,25 @@ def run_speech(options: Options) -> int:
 
 def run_lines(options: Options) -> int:
     """A line for every line of standard input."""
+    import numpy as np
     import torch
 
     from ..core import DataError, load_state, save_state
     from ..core.files import read_tensors
+    from ..tasks.units import kept_units, units_of
     from ..training import load
-    from .units import read_units
 
     model, experiment = load(options.run)
-    units = read_units(options.run, experiment.task)
-    streamer = Streamer(model.eval(), experiment.task, units, options.format)
+    units = kept_units(options.run) or units_of(experiment.task)
+    streamer = Streamer(model.eval(), experiment.task.name, units, options.format)
     if options.load_state is not None:
         streamer.state = load_state(options.load_state, model)
         notes = json.loads(read_tensors(options.load_state, allow_nonfinite=True)[1].get("extra", "{}"))
         streamer.ahead = torch.tensor([notes[AHEAD]]) if notes.get(AHEAD) else None
+        streamer.recent = np.array(notes[RECENT]) if notes.get(RECENT) else None
     try:
-        with torch.inference_mode(), stopped_by_sigterm():
-            for number, line in enumerate(lines(), 1):
+        with torch.inference_mode(), closing(until_stopped(lines())) as source:
+            for number, line in enumerate(source, 1):
                 try:
                     if len(line) > LIMIT:
                         raise ValueError(f"longer than {LIMIT} bytes")
@@ -191,7 +193,8 @@ def run_lines(options: Options) -> int:
     finally:
         if options.save_state is not None:
             ahead = streamer.ahead[0].tolist() if streamer.bytes and streamer.ahead is not None else None
-            save_state(options.save_state, model, streamer.state, weights=True, **{AHEAD: ahead})
+            recent = streamer.recent.tolist() if streamer.recent is not None else None
+            save_state(options.save_state, model, streamer.state, weights=True, **{AHEAD: ahead, RECENT: recent})
     return 0
 
 
@@ -230,19 +233,35 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"{text.strip()[:40]!r} is not JSON") from None
 
 
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM as an exception, so that the state is saved on the way out."""
-    from ..training.signals import Stopped
+def until_stopped(items: Iterable[Item]) -> Generator[Item]:
+    """The items, until SIGTERM or Ctrl-C: at once while waiting for an item, else when the item in hand is done with,
+    so that no state holds an item that was not answered. Raises Stopped. Close it to get the old handlers back."""
+    from ..training.signals import HANDLED, Stopped
+
+    asked, waiting = 0, False
 
     def stop(number: int, frame: object) -> None:
-        raise Stopped(number, "stopped by a signal after the last line answered")
+        nonlocal asked
+        asked = number
+        if waiting:
+            raise Stopped(number, WORDS)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    if threading.current_thread() is not threading.main_thread():  # Python takes no handlers there
+        yield from items
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in HANDLED}
+    source = iter(items)
     try:
-        yield
+        while True:
+            waiting = True
+            if asked:
+                raise Stopped(asked, WORDS)
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            waiting = False
+            yield item
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -53,7 +53,6 @@ def run(options: Options) -> int:
 
     from ..training import choose_device, fit
     from .build import build
-    from .units import write_units
 
     device = choose_device(options.device)
     if options.threads:
@@ -67,12 +66,8 @@ def run(options: Options) -> int:
     refuse_other(place, made)
     if (place / "result.json").is_file():
         print(f"{place} holds a finished run; --fresh trains anew")
-    try:
-        with progress(made.train.steps) as on_event:
-            result = fit(made, place, device=str(device), signals=True, on_event=on_event)
-    finally:  # a stopped run streams too
-        if (place / "experiment.json").is_file():
-            write_units(place, made.task)
+    with progress(made.train.steps) as on_event:
+        result = fit(made, place, device=str(device), signals=True, on_event=on_event)
     show(made, result, beside, place)
     return 0
 

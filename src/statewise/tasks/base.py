@@ -96,7 +96,7 @@ class Task(abc.ABC):
         return found
 
 
-def stream(*key: object) -> np.random.Generator:
+def rng_of(*key: object) -> np.random.Generator:
     """Random numbers that are a function of the key. 128 bits of its hash, so that no two keys meet."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little"))
 

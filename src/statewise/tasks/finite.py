@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import SPLITS, Batch, Split, Task, stream
+from .base import SPLITS, Batch, Split, Task, rng_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,9 @@ class Sequences:
     scale: Tensor
     asked: Tensor | None = None  # (steps,) bool
     quiet: Tensor | None = None  # (N,)
+    y_shift: Tensor = field(default_factory=lambda: torch.zeros(1))  # (E,) or (1,)
+    y_scale: Tensor = field(default_factory=lambda: torch.ones(1))  # y * y_scale + y_shift is in the data's units
+    span: int = 0  # of `windows.ahead`, where the values are its features
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -102,7 +105,7 @@ def _loaded(task: Finite) -> dict[Split, Sequences]:
 
 @lru_cache(maxsize=16)
 def _order(count: int, seed: int, split: Split, epoch: int) -> np.ndarray:
-    return stream(seed, split, "epoch", epoch).permutation(count)
+    return rng_of(seed, split, "epoch", epoch).permutation(count)
 
 
 class Classify(Finite):
@@ -165,7 +168,7 @@ def linear_rule(task: Finite) -> float:
 
 def stratified(y: np.ndarray, sizes: Sequence[int], key: str) -> list[np.ndarray]:
     """Disjoint index sets of the given sizes with the classes in equal shares, fixed by the key. Each is shuffled."""
-    rng = stream(key)
+    rng = rng_of(key)
     order = rng.permutation(len(y))
     depth = np.zeros(len(y))  # how far into its own class a row stands
     for label in np.unique(y):

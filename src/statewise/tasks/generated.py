@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import UsageError, join, tree_map
-from .base import SPLITS, Batch, Split, Task, stream
+from .base import SPLITS, Batch, Split, Task, rng_of
 
 
 class Generated(Task):
@@ -31,7 +31,7 @@ class Generated(Task):
         """`size` independent examples; T is the same in every call with the same split."""
 
     def batch(self, index: int, size: int, *, seed: int, split: Split = "train") -> Batch:
-        rng, share = stream(seed, split, index), 6 / 8 if split == "train" else 1 / 8
+        rng, share = rng_of(seed, split, index), 6 / 8 if split == "train" else 1 / 8
         parts: list[Batch] = []
         have = 0
         for _ in range(200):

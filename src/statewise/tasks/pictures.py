@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .base import stream
+from .base import rng_of
 from .finite import Classify, Sequences
 
 
@@ -22,7 +22,7 @@ class Pictures(Classify):
         count, side = pictures.shape[:2]
         flat = pictures.reshape(count, side * side)
         if permuted:
-            flat = flat[:, stream("permuted", side).permutation(side * side)]  # one order for all splits and runs
+            flat = flat[:, rng_of("permuted", side).permutation(side * side)]  # one order for all splits and runs
         values = torch.from_numpy(flat.copy()).view(-1, 1 if pixels else side)
         steps = side * side if pixels else side
         starts, lengths = torch.arange(count) * steps, torch.full((count,), steps)

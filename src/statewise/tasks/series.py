@@ -56,7 +56,7 @@ class Series(Finite):
     Series with a label, or one target, are shared out 70 : 15 : 15; else each series is cut in time, the last 15 %
     being the test. Inputs and targets are standardised by the training part. A missing input is carried forward, a
     missing answer is not asked. Chance and baseline: the commonest class and a linear classifier on summaries; or a
-    random training answer, and the better of the mean and of "as now".
+    random training answer, and the mean or "as now", chosen on validation.
     """
 
     path: str = ""
@@ -99,6 +99,7 @@ class Series(Finite):
         return majority(self) if self.classes else random_answer(self)
 
     def baseline(self) -> float:
+        """A linear classifier on summaries; or the training mean or "as now", whichever is better on validation."""
         return linear_rule(self) if self.classes else constant(self)
 
     def metrics(self, out: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
@@ -184,7 +185,8 @@ def _scaled(path: Path, part: Sequences, train: Tensor) -> Sequences:
     if (spread == 0).any():
         where = int(spread.argmin()) + 1
         raise DataError(f"{path}: target {where} of {len(spread)} is constant: there is nothing to learn")
-    return replace(part, y=((part.y.double() - train.mean(0)) / spread).float())
+    y = ((part.y.double() - train.mean(0)) / spread).float()
+    return replace(part, y=y, y_shift=train.mean(0), y_scale=spread)
 
 
 def _filled(path: Path, series: list[np.ndarray]) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core import DataError
-from .base import Batch, Split, Task, register_task, stream
+from .base import Batch, Split, Task, register_task, rng_of
 from .sources import KJV
 
 
@@ -45,7 +45,7 @@ class Bytes(Task):
 
     def batch(self, index: int, size: int, *, seed: int, split: Split = "train") -> Batch:
         text = self.text(split)
-        first = int(stream(seed, split).integers(len(text)))
+        first = int(rng_of(seed, split).integers(len(text)))
         start = first + torch.arange(size) * len(text) // max(size, 1) + index * self.length
         return self._at((start[:, None] + torch.arange(self.length)) % len(text), text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ class Track(NamedTuple):
     x: np.ndarray  # (T, D)
     y: np.ndarray  # (T, E)
     asked: Mapping[Split, np.ndarray]  # (T,) bool
+    y_scale: np.ndarray | None = None  # (E,), where y was divided by it
+    span: int = 0  # of `ahead`
 
 
 def windows(name: str, tracks: Sequence[Track], length: int) -> dict[Split, Sequences]:
@@ -43,8 +46,11 @@ def windows(name: str, tracks: Sequence[Track], length: int) -> dict[Split, Sequ
             raise DataError(f"{name}: nothing is left to ask in the {split} part of {sum(steps)} steps; give more data")
         starts, lengths, quiet = torch.tensor(cuts).unbind(1)
         found[split] = Sequences(x, starts, lengths, y, torch.zeros(1), torch.ones(1), asked, quiet)
-    inputs = x[found["train"].asked]
-    return {split: part.standardised(inputs) for split, part in found.items()}
+    inputs, y_scale = x[found["train"].asked], tracks[0].y_scale
+    scale = torch.ones(1) if y_scale is None else torch.from_numpy(y_scale)
+    return {
+        split: replace(part.standardised(inputs), y_scale=scale, span=tracks[0].span) for split, part in found.items()
+    }
 
 
 def _cuts(asked: np.ndarray, length: int, split: Split) -> list[tuple[int, int, int]]:
@@ -71,8 +77,9 @@ def ahead(
     """What is needed to forecast `horizon` steps of every channel of series (T_i, C), where NaN is missing.
 
     x: each channel's last change, and its height above its own mean over the last `span` steps; both are causal.
-    y: the changes from now to 1, ..., horizon steps ahead, (C * horizon), horizon first, each divided by its root
-    mean square over the training steps: to answer 0 is to say "as now".
+    `units.Units.encode` makes the same of one step after the other.
+    y: the changes from now to 1, ..., horizon steps ahead, (C * horizon), all leads of a channel together,
+    each divided by its root mean square over the training steps: to answer 0 is to say "as now".
     A missing value is carried forward as input and never asked as an answer. ends: (training, validation) ends.
     """
     drafts = []
@@ -103,7 +110,7 @@ def ahead(
     size = np.sqrt(np.square(train_y).mean(0))
     if (size == 0).any():
         raise DataError(f"{name}: channel {int(size.argmin()) // horizon + 1} is constant over the training part")
-    return [track._replace(y=track.y / size) for track in drafts]
+    return [track._replace(y=track.y / size, y_scale=size, span=span) for track in drafts]
 
 
 def carried(values: np.ndarray) -> np.ndarray:
@@ -125,6 +132,7 @@ class Regress(Finite):
         return random_answer(self)
 
     def baseline(self) -> float:
+        """Test loss of the training mean or of 0, whichever is better on the validation split."""
         return constant(self)
 
     def metrics(self, out: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
@@ -150,6 +158,17 @@ def random_answer(task: Finite) -> float:
 
 
 def constant(task: Finite) -> float:
-    """The mean squared error on the test set of the training mean or of 0, whichever is less."""
-    train, test = answers(task, "train"), answers(task, "test")
-    return min(float(test.square().mean()), float((test - train.mean(0)).square().mean()))
+    """The mean squared error on the test set of 0 or of the training mean, whichever is less on the validation set."""
+    return best_rule(constants(task))
+
+
+def constants(task: Finite) -> list[tuple[float, float]]:
+    """The mean squared errors on the validation and the test set of 0, and of the training mean."""
+    mean = answers(task, "train").mean(0)
+    validation, test = ([answers(task, split) - rule for rule in (0, mean)] for split in ("validation", "test"))  # type: ignore[arg-type]
+    return [(float(a.square().mean()), float(b.square().mean())) for a, b in zip(validation, test)]
+
+
+def best_rule(errors: Sequence[tuple[float, float]]) -> float:
+    """The test error of the rule with the least error on the validation set."""
+    return min(errors, key=lambda error: error[0])[1]

@@ -37,6 +37,7 @@ from ..core.files import (
     write_error,
     write_synced,
 )
+from ..tasks.units import Units, kept_units
 from .experiment import Experiment
 
 FORMAT = 1
@@ -170,15 +171,15 @@ def load(run: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> tuple
     for reason in skipped:
         warnings.warn(f"skipped {reason}", stacklevel=2)
     with torch.random.fork_rng(devices=[]):  # building draws first weights; the caller's generator is not ours to move
-        model = build(experiment)
+        model = build(experiment, kept_units(Path(run)))  # the data may be gone
     load_weights(model, found.model, shown(found.path or run))
     return model.eval(), experiment
 
 
-def build(experiment: Experiment) -> RecurrentLayer[Any]:
-    """The untrained model of an experiment."""
-    task = experiment.task
-    made: RecurrentLayer[Any] = experiment.model.build(x_width=task.x_width, x_vocab=task.x_vocab, y_width=task.y_width)
+def build(experiment: Experiment, units: Units | None = None) -> RecurrentLayer[Any]:
+    """The untrained model of an experiment. units: where its widths come from, if not from the task's data."""
+    of = units or experiment.task
+    made: RecurrentLayer[Any] = experiment.model.build(x_width=of.x_width, x_vocab=of.x_vocab, y_width=of.y_width)
     return made
 
 

@@ -33,6 +33,7 @@ from ..core import (
 )
 from ..core.files import shown
 from ..tasks.base import Batch, Split
+from ..tasks.units import write_units
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .experiment import Experiment, differences
@@ -98,6 +99,8 @@ def fit(
         try:
             with _memory_named(training):
                 training.begin()
+                if folder is not None:
+                    write_units(folder, experiment.task)
                 result = training.train()
         except Stopped as error:
             events.send("stopped", training.step, message=str(error), code=error.code)
