@@ -23,7 +23,7 @@ def through_json(experiment: Experiment) -> Experiment:
 MODELS = [
     Stack("gru", width=8, args={"a": 1, "b": [1, 2]}),
     Forecasting(Stack("lru", width=4)),
-    LanguageModel(Stack("min_gru", depth=1), tied=False),
+    LanguageModel("min_gru", depth=1, tied=False),
     Leaky(3, 0.5),
 ]
 

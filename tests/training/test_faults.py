@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -401,3 +402,29 @@ def test_numbers_that_are_not_finite_are_logged_as_words() -> None:
         "loss": "nan",
         "m": {"a": "inf"},
     }
+
+
+# ---- short writes
+
+
+def test_a_short_write_goes_on_and_a_torn_line_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "log.jsonl", os.write
+    with Log(path) as log:
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data[:7])))
+        log.write({"event": "a", "step": 1})
+        monkeypatch.setattr(os, "write", lambda fd, data: _full(fd, data, write))
+        with pytest.raises(ResourceError):
+            log.write({"event": "b", "step": 2})
+        monkeypatch.undo()
+        log.write({"event": "c", "step": 3})
+    path.write_bytes(path.read_bytes() + b'{"event": "d"')
+    with Log(path) as log:
+        log.write({"event": "e", "step": 5})
+    assert [r["step"] for r in read_log(path)[0]] == [1, 3, 5]
+
+
+def _full(fd: int, data: Any, write: Callable[..., int]) -> int:
+    """Takes some of a line, then nothing."""
+    if data[:1] != b"{":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return write(fd, bytes(data[:9]))

@@ -23,7 +23,7 @@ from statewise.models import Stack
 from statewise.tasks.base import tasks
 from statewise.training import Experiment, Train, choose_device, fit, load, read_log, read_result
 from statewise.training.checkpoint import newest
-from statewise.training.fit import Training
+from statewise.training.fit import WARM_UP, Training
 from statewise.training.optimise import Average, Optimizer, decays, learning_rate
 
 
@@ -149,6 +149,35 @@ def test_lengths_reach_the_model(tmp_path: Path) -> None:
         found.append([e["loss"] for e in events if e["event"] == "train"])
         assert result.tokens_per_second * result.seconds == pytest.approx(5 * (1 + 2 + 3))
     assert found[0] == found[1]
+
+
+def test_the_pace_leaves_out_the_first_steps_of_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loads or compiles in the first steps is in `seconds` and not in tokens/s, also after going on."""
+    backward, calls = Training._backward, itertools.count()
+
+    def slow_at_first(self: Training, index: int) -> Any:
+        time.sleep(0.1 if next(calls) < 3 else 0.002)
+        return backward(self, index)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["step"] == 20:
+            raise RuntimeError("stop")
+
+    monkeypatch.setattr(Training, "_backward", slow_at_first)
+    experiment, events = toy(steps=40, checkpoint_every=19, evaluate_every=0), []
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(experiment, tmp_path, on_event=stop)
+    calls = itertools.count()
+    result = fit(experiment, tmp_path, on_event=events.append)
+    assert result.seconds > 0.6  # both starts
+    quick = 15 / 0.03  # tokens of a step over far more than a quick step takes
+    assert quick < result.tokens_per_second < 15 / 0.002
+    found, _ = newest(tmp_path)
+    assert found and found.state["paced_tokens"] == 15 * (40 - 2 * WARM_UP) < found.state["tokens"] == 15 * 40
+    # a report tells of the steps since the last one: the slow ones are over at the end
+    assert [e for e in events if e["event"] == "train"][-1]["tokens_per_second"] > quick
+    times = [e["seconds"] for e in read_log(tmp_path / "log.jsonl")[0] if e["event"] in ("train", "evaluate")]
+    assert times[-1] == result.seconds
 
 
 # ---- optimiser, schedule, averages

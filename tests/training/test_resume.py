@@ -15,7 +15,7 @@ import torch
 from toys import Trail, in_child, litter, toy
 
 from statewise.core import DataError, UsageError, read_tensors
-from statewise.training import Experiment, Stopped, fit, load, read_log
+from statewise.training import Experiment, OtherData, Stopped, fit, load, read_log
 from statewise.training.checkpoint import newest
 from statewise.training.optimise import Optimizer
 
@@ -27,7 +27,7 @@ def outcome(run: Path) -> dict[str, Any]:
     """Everything a run leaves that must not depend on how often it was stopped."""
     found, skipped = newest(run)
     assert found and not skipped
-    clocks = ("seconds",)
+    clocks = ("seconds", "paced_tokens", "paced_seconds")
     result = json.loads((run / "result.json").read_text())
     return {
         "model": found.model,
@@ -206,6 +206,47 @@ def test_changed_data_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UsageError, match="the data of task 'trail' are not those that this run began with"):
         fit(toy(), tmp_path)
     assert fit(toy(), tmp_path, force=True).steps == 20
+
+
+def test_data_that_changed_after_the_end_are_noticed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever split: here only the test split is another."""
+    first = fit(toy(), tmp_path)
+    batches = Trail.batches
+
+    def other(self: Trail, split: Any) -> Any:
+        return (b._replace(y=b.y + (split == "test")) for b in batches(self, split))
+
+    monkeypatch.setattr(Trail, "batches", other)
+    with pytest.raises(OtherData, match=r"are not those that this run began with \(hash \w{16} -> \w{16}\)"):
+        fit(toy(), tmp_path)
+    assert fit(toy(), tmp_path, resume=False).score > first.score
+    monkeypatch.setattr(Trail, "batches", batches)
+    with pytest.raises(OtherData):
+        fit(toy(), tmp_path)
+
+
+def test_other_threads_are_said(tmp_path: Path) -> None:
+    """The bits depend on them: the run goes on, with a warning in its log."""
+    with pytest.raises(Stopped):
+        fit(toy(), tmp_path, signals=True, on_event=stop_at(8))
+    before, events = torch.get_num_threads(), []
+    torch.set_num_threads(before + 1)
+    try:
+        fit(toy(), tmp_path, on_event=events.append)
+    finally:
+        torch.set_num_threads(before)
+    said = [e["message"] for e in events if e["event"] == "warning"]
+    assert len(said) == 1 and f"with {before + 1} threads, began with {before}" in said[0]
+    with pytest.raises(Stopped):
+        fit(toy(), tmp_path / "same", signals=True, on_event=stop_at(8))
+    fit(toy(), tmp_path / "same")
+    assert all(e["event"] != "warning" for e in read_log(tmp_path / "same" / "log.jsonl")[0])
+
+
+def test_a_checkpoint_holds_nothing_that_is_never_read(tmp_path: Path) -> None:
+    fit(toy(), tmp_path)
+    found, _ = newest(tmp_path)
+    assert found and not {"batches", "lr", "key"} & found.state.keys() and {"threads", "data"} <= found.state.keys()
 
 
 def test_what_is_not_ours_is_not_removed(tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ statewise --version     prints the version
 """
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM)
-NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "not enough memory")  # torch's words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +81,7 @@ def explain_error(error: Exception) -> tuple[int, str]:
     errors = sys.modules.get("statewise.core.errors")
     if errors is not None and isinstance(error, errors.StatewiseError):
         return error.code, text
-    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+    if isinstance(error, MemoryError) or (errors is not None and errors.out_of_memory(error)):
         return 4, f"out of memory: {text.splitlines()[0][:150]}; try a smaller batch, length or width"
     if isinstance(error, OSError) and error.errno in FULL:
         return 4, f"{error.strerror}: {error.filename or 'while writing'}; free some space and run again"

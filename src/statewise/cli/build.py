@@ -11,10 +11,10 @@ import torch
 
 from ..comparing import SETTINGS
 from ..core import RecurrentLayer, ResourceError, UsageError, layers
-from ..models import Stack
+from ..core.machine import free_memory
+from ..models import descriptions
 from ..tasks import Task, tasks
 from ..training import Experiment
-from .memory import free_memory
 from .settings import dict_once, put_texts
 
 
@@ -29,7 +29,8 @@ def experiment(
     given = dict_once(settings)
     chosen = {path: str(value) for path, value in SETTINGS.get(task, {}).items() if path not in given} | given
     inside = {path.removeprefix("task."): text for path, text in chosen.items() if path.startswith("task.")}
-    made = Experiment(make_task(task, data, inside), Stack(layer=layer, width=width, depth=depth), seed=seed)
+    of_task = make_task(task, data, inside)
+    made = Experiment(of_task, descriptions[of_task.model](layer=layer, width=width, depth=depth), seed=seed)
     return put_texts(made, {path: text for path, text in chosen.items() if not path.startswith("task.")})
 
 

@@ -23,10 +23,10 @@ def run(options: Options) -> int:
     import torch
 
     from .. import __version__
+    from ..core.machine import cores, free_memory
     from ..ops import linear_scan, ops
     from ..report import show_bytes
     from ..tasks.sources import cache
-    from .memory import free_memory
 
     say("statewise", f"{__version__} in {Path(__file__).parents[1]}")
     say("python", f"{platform.python_version()}, {sys.executable}")
@@ -36,7 +36,7 @@ def run(options: Options) -> int:
     found = [f"{package} {version(package)}" for package in OPTIONAL if version(package)]
     say("optional", ", ".join(found) or "none")
     say("not installed", ", ".join(package for package in OPTIONAL if not version(package)) or "none")
-    say("cores", f"{os.cpu_count()}, torch on {torch.get_num_threads()} threads, load average {load()}")
+    say("cores", f"{cores()}, torch on {torch.get_num_threads()} threads, load average {load()}")
     say("free memory", show_bytes(free_memory()))
     say("devices", ", ".join(devices()))
     for name, op in sorted(ops.items()):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core import StatewiseError, layers
+from .. import __version__
+from ..core import StatewiseError, Traits, layers
 from ..report import FORMAT
 from ..tasks import Task
 from ..training import Experiment, Train, load, read_log
+from ..training.fit import WARM_UP as WARM_UP_STEPS
 from .describe import describe_task, environment
 from .measure import WARM_UP, measure_streaming
 from .plan import Cell, Plan
@@ -40,7 +43,7 @@ def collect(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        entries = [_entry(plan, layer, chosen.get(layer), rows, out, device) for layer in plan.layers]
+        entries = [_entry(plan, layer, chosen.get(layer), rows, out, device, threads) for layer in plan.layers]
     finally:
         torch.set_num_threads(before)
     machine = environment(workers, threads, device)
@@ -54,12 +57,14 @@ def collect(
         "task": describe_task(plan.base.task),
         "train": asdict(plan.base.train),
         "environment": machine,
-        "method": _method(plan, workers, threads, device),
+        "method": _method(plan, rows, workers, threads, device),
         "layers": entries,
     }
 
 
-def _entry(plan: Plan, layer: str, lr: float | None, rows: Mapping[str, Row], out: Path, device: str) -> dict[str, Any]:
+def _entry(
+    plan: Plan, layer: str, lr: float | None, rows: Mapping[str, Row], out: Path, device: str, threads: int
+) -> dict[str, Any]:
     rate = plan.rates[0] if lr is None else lr
     chosen = list(plan.cells_of(layer, rate))
     others = [c for c in plan.first() if c.layer == layer and c.key not in {d.key for d in chosen}]
@@ -69,7 +74,7 @@ def _entry(plan: Plan, layer: str, lr: float | None, rows: Mapping[str, Row], ou
         "summary": info.summary,
         "paper": info.paper,
         "lr": rate,
-        "command": train_command(chosen[0].experiment),
+        "command": train_command(chosen[0].experiment, device, threads),
         "record": chosen[0].experiment.record(),
         "streaming": _streaming(chosen, rows, out, device),
         "cells": [_cell(c, rows, out) for c in chosen if c.key in rows],
@@ -83,9 +88,12 @@ def _cell(cell: Cell, rows: Mapping[str, Row], out: Path) -> dict[str, Any]:
         return {**row, "curve": []}
     records = read_log(run_dir(out, cell) / "log.jsonl")[0]
     # a run that was resumed may have evaluated a step twice, with the same bits
-    scores = {r["step"]: r["score"] for r in records if r["event"] == "evaluate" and r["split"] == "validation"}
-    pace = row["seconds"] / max(row["steps"], 1)
-    curve = [{"step": s, "seconds": s * pace, "score": v} for s, v in sorted(scores.items()) if isinstance(v, float)]
+    found = {r["step"]: r for r in records if r["event"] == "evaluate" and r["split"] == "validation"}
+    curve = [
+        {"step": step, "seconds": r.get("seconds"), "score": r["score"]}
+        for step, r in sorted(found.items())
+        if isinstance(r["score"], float)
+    ]
     return {**row, "curve": curve}
 
 
@@ -100,12 +108,12 @@ def _streaming(cells: list[Cell], rows: Mapping[str, Row], out: Path, device: st
         row = int(batch.lengths.argmax()) if batch.lengths is not None else 0
         end = int(batch.lengths[row]) if batch.lengths is not None else batch.x.shape[1]
         x = batch.x[row : row + 1, : max(end, 1)]
-        return measure_streaming(model.to(device), x.to(device))
+        return {"key": done.key, **measure_streaming(model.to(device), x.to(device))}
     except (StatewiseError, RuntimeError, NotImplementedError) as error:
         return {"failed": f"streaming was not measured: {str(error).splitlines()[0][:200]}"}
 
 
-def train_command(experiment: Experiment) -> str:
+def train_command(experiment: Experiment, device: str, threads: int) -> str:
     """The `statewise train` that trains this experiment alone: what differs from the defaults, spelled out."""
     record, model, task = experiment.record(), experiment.model, experiment.task
     own = SETTINGS.get(task.name, {})
@@ -121,7 +129,7 @@ def train_command(experiment: Experiment) -> str:
         "--depth",
         str(model.depth),
     ]
-    words += ["--seed", str(experiment.seed)]
+    words += ["--seed", str(experiment.seed), "--device", device, "--threads", str(threads)]
     sections: list[tuple[str, dict[str, Any], Any]] = [
         ("task", record["task"], _defaults(type(task))),
         ("model", record["model"], _defaults(type(model))),
@@ -153,7 +161,7 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _method(plan: Plan, workers: int, threads: int, device: str) -> list[str]:
+def _method(plan: Plan, rows: Mapping[str, Row], workers: int, threads: int, device: str) -> list[str]:
     task: Task = plan.base.task
     seeds = "one seed" if plan.seeds == 1 else f"{plan.seeds} seeds"
     rates = (
@@ -164,22 +172,60 @@ def _method(plan: Plan, workers: int, threads: int, device: str) -> list[str]:
     )
     return [
         f"Score: {task.metric} on the test split by the weights with the best validation score; {seeds}, which set the "
-        "initial weights and the order of the training data. The test split was used for nothing else.",
+        "initial weights and the order of the training data. Nothing was chosen by the test split: beside these scores "
+        "it gives chance, the baseline, the examples shown here and the inputs on which the streaming step is timed.",
         "± is the sample standard deviation over seeds.",
         rates,
-        "All layers stand in the same residual stack (norm, gated MLP) of equal width and depth; their numbers of "
-        "parameters differ.",
+        "All layers stand in a residual stack (norm, layer, gated MLP) of equal width and depth, each in the size that "
+        "is ordinary for it at that width, so numbers of parameters and states differ." + _linear(plan.layers),
         f"Each run trains in a process of its own with {_count(threads, 'thread')} on {device}; "
         f"{_count(workers, 'process')} at a time.",
         "Training tokens/s: time steps without padding, over the time of training steps alone (data, forward, "
-        "backward, optimiser), median over seeds, while the other workers ran beside it.",
+        f"backward, optimiser), without the first {WARM_UP_STEPS} steps of each process, in which kernels are compiled "
+        "or loaded; median over seeds, while the other workers ran beside it. Training time counts all steps.",
         "Peak memory: the largest resident size of the training process, which includes Python and torch themselves; "
         "the largest over seeds." if device == "cpu" else "Peak memory: the most that tensors took of the GPU.",
         f"Streaming: batch 1, one call of step after another on a test example, {WARM_UP} calls to warm up, then up to "
         "2000 timed; median and 95th percentile; one layer at a time, after all training had ended.",
-        "State: bytes that one stream carries from step to step after those calls; attention keeps its past, so its "
-        "state grows.",
+        "State: bytes that one stream carries from step to step, the same at every step; attention carries the keys "
+        "and values of a window of fixed length.",
+        *_elsewhere(plan, rows, workers, threads, device),
     ]  # fmt: skip
+
+
+def _linear(names: Sequence[str]) -> str:
+    """Which layers get more around them than the others."""
+    linear = [name for name in names if _traits(name).linear_in_input]
+    if not linear:
+        return ""
+    return (
+        f" {', '.join(linear)}: linear in their input, and so followed by GELU and a gated linear unit where the "
+        "others have one linear map."
+    )
+
+
+def _traits(name: str) -> Traits:
+    found: Traits = getattr(layers[name].cls, "traits", Traits())
+    return found
+
+
+def _elsewhere(plan: Plan, rows: Mapping[str, Row], workers: int, threads: int, device: str) -> list[str]:
+    """What to know of runs that were kept from a call with another setup: their times do not compare."""
+    now = {"device": device, "threads": threads, "workers": workers, "version": __version__}
+    keys = {c.key for layer in plan.layers for lr in plan.rates for c in plan.cells_of(layer, lr)}
+    done = [row for key, row in rows.items() if key in keys and row["status"] == "done"]
+    others = Counter(_setup({name: row.get(name) for name in now}) for row in done)
+    others.pop(_setup(now), None)
+    return [
+        f"{count} of {len(done)} runs were kept from an earlier call with another setup ({found}): their "
+        "times, speeds and memory do not compare with those of the rest."
+        for found, count in others.items()
+    ]
+
+
+def _setup(of: Mapping[str, Any]) -> str:
+    threads, workers = _count(of["threads"], "thread"), _count(of["workers"], "process")
+    return f"{of['device']}, {threads}, {workers} at a time, statewise {of['version']}"
 
 
 def _count(n: int, noun: str) -> str:

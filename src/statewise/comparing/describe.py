@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ..core import tree_map
+from ..core.machine import cores
 from ..tasks import Batch, Task
 
 EXAMPLES, LONGEST, SHOWN = 4, 400, 12
@@ -87,11 +87,6 @@ def environment(workers: int, threads: int, device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name()
     return found
-
-
-def cores() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:

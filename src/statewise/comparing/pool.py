@@ -1,13 +1,13 @@
 """Cells in parallel processes: followed by their logs, marked when they fail, kept when they are done.
 
-A row is written to results.jsonl when its cell ends; a cell whose row says "done" is never trained again. The folder is
-locked by a file that the workers hold too, so that a comparison started again after a kill waits for the old workers.
+A row is written to results.jsonl when its cell ends; a cell whose row says "done" of the same data is not trained
+again. The folder is locked by a file that the workers hold too, so that a comparison started again after a kill waits
+for the old workers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from ..core import DataError, UsageError
-from ..training import Stopped, read_log, read_result
+from .. import __version__
+from ..core import DataError, machine, read_json
+from ..core.machine import cores, free_memory
+from ..training import Stopped, data_hash, read_log, read_result
 from ..training.log import Log
 from ..training.signals import Stop
-from .describe import cores
 from .plan import Cell
 
 Event = dict[str, Any]
@@ -41,6 +42,9 @@ class _Running:
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
     began: float
+    device: str
+    threads: int
+    workers: int
     attempt: int = 1
     offset: int = 0
     asked: float | None = None  # when it was asked to end, for taking too long
@@ -49,11 +53,8 @@ class _Running:
 
 def fitting_workers(cells: int, threads: int) -> int:
     """As many processes as cores and free memory allow, at most one per cell."""
-    by_memory = cells
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        by_memory = free // WORKER_MEMORY
+    free = free_memory()
+    by_memory = cells if free is None else free // WORKER_MEMORY
     return max(1, min(cells, cores() // max(threads, 1), by_memory))
 
 
@@ -68,29 +69,13 @@ def run_dir(out: Path, cell: Cell) -> Path:
 
 @contextlib.contextmanager
 def locked(out: Path, patience: float = 2 * GRACE) -> Iterator[int]:
-    """Hold the folder; yields the descriptor that workers inherit.
+    """Hold the folder; yields the descriptor that workers inherit. Waits for workers that outlived a killed comparison.
 
-    Raises UsageError if another comparison is at work there. Waits for workers that outlived a killed one.
+    Raises UsageError if another comparison is at work there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    fd = os.open(out / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-                if _alive(holder) or time.monotonic() > end:
-                    who = f"process {holder}" if _alive(holder) else "workers of an earlier comparison"
-                    raise UsageError(f"{out}: {who} is at work there; wait, or name another place with --out") from None
-                time.sleep(0.1)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with machine.locked(out, patience=patience, advice="wait, or name another place with --out") as fd:
         yield fd
-    finally:
-        os.close(fd)
 
 
 def run_cells(
@@ -105,7 +90,7 @@ def run_cells(
     memory: int = 0,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> dict[str, Row]:
-    """Train every cell that has no finished row yet; returns all rows by key.
+    """Train every cell that has no finished row of these data yet; returns all rows by key.
 
     lock: descriptor from `locked`. timeout: seconds for one run, 0 for no limit. memory: bytes of address space for one
     worker, 0 for no limit. on_event gets {"event": "kept" | "start" | "progress" | "retry" | "done" | "failed",
@@ -116,8 +101,9 @@ def run_cells(
     rows = read_rows(out)
     waiting = []
     for cell in cells:
-        if cell.key in rows and rows[cell.key]["status"] == "done":
-            on_event({"event": "kept", "cell": cell, "row": rows[cell.key]})
+        row = rows.get(cell.key)
+        if row and row["status"] == "done" and row.get("data") == data_hash(cell.experiment.task):
+            on_event({"event": "kept", "cell": cell, "row": row})
         else:
             waiting.append((cell, 1))
     running: list[_Running] = []
@@ -129,7 +115,7 @@ def run_cells(
                 while waiting and len(running) < workers:
                     cell, attempt = waiting.pop(0)
                     place = run_dir(out, cell)
-                    running.append(_start(cell, place, attempt, lock, threads, device, memory))
+                    running.append(_start(cell, place, attempt, lock, workers, threads, device, memory))
                     on_event({"event": "start", "cell": cell, "pid": running[-1].process.pid})
                 time.sleep(0.05)
                 for run in list(running):
@@ -153,7 +139,9 @@ def run_cells(
     return rows
 
 
-def _start(cell: Cell, place: Path, attempt: int, lock: int, threads: int, device: str, memory: int) -> _Running:
+def _start(
+    cell: Cell, place: Path, attempt: int, lock: int, workers: int, threads: int, device: str, memory: int
+) -> _Running:
     place.mkdir(parents=True, exist_ok=True)
     count = str(threads)
     env = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "NUMBA_NUM_THREADS": count}
@@ -161,7 +149,8 @@ def _start(cell: Cell, place: Path, attempt: int, lock: int, threads: int, devic
     errors = (place / "stderr.txt").open("wb")
     process = subprocess.Popen(
         [*command, "--memory", str(memory)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, env=env,
-        pass_fds=[lock], start_new_session=True,  # Ctrl-C in the terminal is for the driver, which passes it on
+        pass_fds=[lock] if lock >= 0 else [],
+        start_new_session=True,  # Ctrl-C in the terminal is for the driver, which passes it on
     )  # fmt: skip
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died at once: its exit status says why
@@ -169,7 +158,7 @@ def _start(cell: Cell, place: Path, attempt: int, lock: int, threads: int, devic
         process.stdin.flush()
     log = place / "log.jsonl"
     offset = log.stat().st_size if log.exists() else 0
-    return _Running(cell, place, process, errors, time.monotonic(), attempt, offset)
+    return _Running(cell, place, process, errors, time.monotonic(), device, threads, workers, attempt, offset)
 
 
 def _follow(run: _Running, on_event: Callable[[Event], None]) -> None:
@@ -198,9 +187,11 @@ def _may_retry(run: _Running) -> bool:
 def _row(run: _Running, timeout: float) -> Row:
     cell = run.cell
     row: Row = {"key": cell.key, "layer": cell.layer, "seed": cell.seed, "lr": cell.lr}
+    row |= {"device": run.device, "threads": run.threads, "workers": run.workers, "version": __version__}
     if run.process.returncode == 0:
         try:
             found = asdict(read_result(run.place))
+            kept = read_json(run.place / "result.json")  # which the worker may have found finished, by another setup
         except DataError as error:
             return {**row, "status": "failed", "reason": str(error)}
         metric = cell.experiment.task.metric
@@ -208,6 +199,8 @@ def _row(run: _Running, timeout: float) -> Row:
             **row,
             "status": "done",
             "reason": None,
+            "data": kept.get("data"),
+            **{name: kept[name] for name in ("device", "threads", "version") if name in kept},
             "validation_score": found["metrics"]["validation"][metric],
             **found,
         }
@@ -219,7 +212,7 @@ def _reason(run: _Running, timeout: float) -> str:
     status = run.process.returncode
     if run.asked is not None:
         return f"timed out after {timeout:.0f} s at step {run.last.get('step', 0)}"
-    if status == -signal.SIGKILL:
+    if status == -9:
         return f"killed {run.attempt} times by SIGKILL: most likely out of memory"
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
@@ -240,15 +233,3 @@ def _end(running: Sequence[_Running]) -> None:
             run.process.kill()
             run.process.wait()
         run.errors.close()
-
-
-def _alive(pid: str) -> bool:
-    if not pid.isdigit() or int(pid) == os.getpid():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
@@ -28,7 +29,8 @@ def main() -> int:
     import torch
 
     from ..core import StatewiseError
-    from ..training import Experiment, fit
+    from ..core.errors import out_of_memory
+    from ..training import Experiment, OtherData, fit
 
     torch.set_num_threads(options.threads)
     if options.memory:
@@ -36,12 +38,17 @@ def main() -> int:
 
         resource.setrlimit(resource.RLIMIT_AS, (options.memory, options.memory))
     try:
-        fit(Experiment.from_record(record), options.run, device=options.device, signals=True, tensorboard=False)
+        experiment = Experiment.from_record(record)
+        common: dict[str, Any] = {"device": options.device, "signals": True, "tensorboard": False}
+        try:
+            fit(experiment, options.run, **common)
+        except OtherData:  # the file has changed since: what it gave before stands for nothing
+            fit(experiment, options.run, resume=False, **common)
     except StatewiseError as error:
         return _fail(error.code, str(error))
     except (MemoryError, RuntimeError, OSError) as error:
         words = str(error).strip() or type(error).__name__
-        if isinstance(error, MemoryError) or "allocate memory" in words or "out of memory" in words:
+        if out_of_memory(error):
             return _fail(4, f"out of memory: {words.splitlines()[0][:150]}")
         raise
     return 0

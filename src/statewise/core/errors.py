@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# the words of torch and of the system where no exception class of their own says it
+NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "not enough memory")
+
 
 class StatewiseError(Exception):
     """Base of the errors that the command line prints as one line."""
@@ -35,3 +38,8 @@ class Unknown(UsageError, KeyError):
     """A name that no registry holds."""
 
     __str__ = Exception.__str__  # KeyError would print the repr
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: of Python, of torch on a CPU or a GPU, or of the system."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from torch import Tensor, nn
 
 from ..core import DataError, RecurrentLayer, StatewiseError, UsageError, read_json, read_tensors
 from ..core.files import (
-    FLAGS,
-    NO_LINK,
     check_format,
     hash_file,
     json_bytes,
@@ -229,34 +227,3 @@ def _version() -> str:
     from .. import __version__
 
     return __version__
-
-
-@contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the run directory alone. The system lets go of the lock when the process ends, however it ends.
-
-    Raises UsageError naming the process that holds it, DataError where the directory cannot be written.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: two writers are then the user's to avoid
-        yield
-        return
-    path = run / "lock"
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | FLAGS | NO_LINK, 0o666)
-    except OSError as error:
-        raise write_error(path, error) from error
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise UsageError(
-                f"{shown(run)} is being written by process {holder}; wait for it or choose another run"
-            ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(fd)

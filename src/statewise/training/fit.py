@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
 import math
 import os
 import shutil
@@ -31,17 +29,26 @@ from ..core import (
     tree_map,
     write_json,
 )
+from ..core.errors import out_of_memory
 from ..core.files import shown
+from ..core.machine import locked
 from ..tasks.base import Batch, Split
 from ..tasks.units import write_units
 from . import checkpoint
 from .checkpoint import Checkpoint
+from .data import data_hash
 from .experiment import Experiment, differences
 from .log import Log, TensorBoard
 from .optimise import Average, Optimizer, gradient_norm, learning_rate, refuse_nonfinite
 from .signals import Stop, Stopped
 
 Event = dict[str, Any]
+
+WARM_UP = 5  # first steps of a process that its pace leaves out: kernels are compiled or loaded there
+
+
+class OtherData(UsageError):
+    """The data of a task are not those that its run began with."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Result:
     steps: int
     parameters: int
     seconds: float  # of training steps, over all resumptions
-    tokens_per_second: float
+    tokens_per_second: float  # without the first five steps of each process, unless there are no others
     peak_memory: int  # bytes: of the process on a CPU, of tensors on a GPU
     stopped: str  # "done", or "early" when the patience ran out
 
@@ -72,8 +79,9 @@ def fit(
     """Train, evaluate on the validation split as it goes, and once at the end on the test split.
 
     run: a directory for the log, the checkpoints and the result. With `resume` a stopped run goes on where its newest
-    whole checkpoint is, on a CPU with the same bits as if it had never stopped, and a finished run gives its result at
-    once; without, what an earlier run left there is removed. force: go on though configuration or data differ.
+    whole checkpoint is, on a CPU with the same threads with the same bits as if it had never stopped, and a finished
+    run gives its result at once; without, what an earlier run left there is removed. force: go on though configuration
+    or data differ.
     device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
     signals: SIGTERM and Ctrl-C finish the step, save and raise `Stopped` (main thread only).
     tensorboard: write its files into the run too, where it is installed; the log has everything in any case.
@@ -88,7 +96,7 @@ def fit(
         folder = None if run is None else Path(run)
         if folder is not None:
             _make(folder)
-            stack.enter_context(checkpoint.locked(folder))
+            stack.enter_context(locked(folder))
             checkpoint.clean(folder)
             done = _settle(folder, experiment, resume=resume, force=force)
             if done is not None:
@@ -110,7 +118,9 @@ def fit(
                 events.send("failed", training.step, message=str(error) or type(error).__name__, code=_code(error))
             raise
         if folder is not None:
-            write_json(folder / "result.json", {"key": experiment.key, **asdict(result)})
+            setup = {"data": training.data, "device": str(place), "threads": torch.get_num_threads()}
+            setup["version"] = checkpoint._version()
+            write_json(folder / "result.json", {"key": experiment.key, **setup, **asdict(result)})
         events.send("done", training.step, **asdict(result))
         return result
 
@@ -145,6 +155,8 @@ class Training:
     carried: Any = None  # the state at the end of the last batch, where the task carries
     tokens: int = 0
     seconds: float = 0.0
+    paced_tokens: int = 0  # the same without the first steps of each process
+    paced_seconds: float = 0.0
 
     def begin(self) -> None:
         """Build the model and the optimiser, and go back to the newest checkpoint if there is one."""
@@ -155,17 +167,20 @@ class Training:
         self.optimizer = Optimizer(self.model, train)
         self.average = Average(self.model, train.ema) if train.ema else None
         found, skipped = checkpoint.newest(self.run, allow_nonfinite=True) if self.run else (None, [])
-        self.data = data_hash(self.experiment) if self.run else ""
+        self.data = data_hash(self.experiment.task) if self.run else ""
         if found is not None:
-            if found.state.get("data", self.data) != self.data and not self.force:
-                raise UsageError(
-                    f"{shown(self.run or '')}: the data of task {self.experiment.task.name!r} are not those that this "
-                    "run began with; put them back, choose another run directory, or go on with force=True"
-                )
+            if not self.force:
+                _refuse_other_data(self.run, self.experiment, found.state, self.data)
             self._restore(found)
-        self.clock = Clock(self.step)
+        self.clock, self.first = Clock(self), self.step
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         size = sum(p.numel() for p in self.model.parameters())
         self.events.send("start", self.step, steps=train.steps, parameters=size, skipped=skipped)
+        before, now = (found.state if found else {}).get("threads"), torch.get_num_threads()
+        if before not in (None, now):
+            self.events.send("warning", self.step, message=f"goes on with {now} threads, began with {before}: the last "
+                             "bits may differ from those of a run that was never stopped")  # fmt: skip
 
     def train(self) -> Result:
         """Steps, evaluations and checkpoints, each where it is due, until the end, the patience or a signal."""
@@ -181,14 +196,14 @@ class Training:
                 break
             self._step()
         test = self._evaluate("test")
-        seconds = max(self.seconds, 1e-9)
+        tokens, seconds = (self.paced_tokens, self.paced_seconds) if self.paced_seconds else (self.tokens, self.seconds)
         return Result(
             metrics={"validation": self.best_metrics, "test": test},
             score=test[self.experiment.task.metric],
             steps=self.step,
             parameters=sum(p.numel() for p in self.model.parameters()),
             seconds=self.seconds,
-            tokens_per_second=self.tokens / seconds,
+            tokens_per_second=tokens / max(seconds, 1e-9),
             peak_memory=peak_memory(self.device),
             stopped="done" if self.step >= train.steps else "early",
         )
@@ -199,7 +214,7 @@ class Training:
     # ---- one step
 
     def _step(self) -> None:
-        train, began = self.experiment.train, time.perf_counter()
+        train, began, tokens = self.experiment.train, time.perf_counter(), self.tokens
         rate = learning_rate(train, self.step)
         self.model.zero_grad(set_to_none=True)
         loss = sum(self._backward(self.step * train.accumulate + i) for i in range(train.accumulate))
@@ -212,7 +227,11 @@ class Training:
         if self.average:
             self.average.update(self.model, self.step)
         self.step += 1
-        self.seconds += time.perf_counter() - began
+        took = time.perf_counter() - began
+        self.seconds += took
+        if self.step > self.first + WARM_UP:
+            self.paced_seconds += took
+            self.paced_tokens += self.tokens - tokens
         self._report(loss_now, norm_now, rate)
 
     def _backward(self, index: int) -> Tensor:
@@ -240,7 +259,7 @@ class Training:
         self.clock.add(loss)
         if self.step % every and self.clock.quiet() < 1.0 and self.step < train.steps:
             return
-        mean, pace = self.clock.lap(self.step)
+        mean, speed, pace = self.clock.lap(self)
         self.events.send(
             "train",
             self.step,
@@ -248,7 +267,8 @@ class Training:
             loss=mean,
             lr=rate,
             gradient=norm,
-            tokens_per_second=self.tokens / max(self.seconds, 1e-9),
+            seconds=self.seconds,
+            tokens_per_second=speed,
             eta=(train.steps - self.step) * pace,
         )
 
@@ -266,7 +286,9 @@ class Training:
         else:
             self.stale += 1
         self.evaluated = self.step
-        self.events.send("evaluate", self.step, split="validation", score=score, metrics=metrics, best=better)
+        self.events.send(
+            "evaluate", self.step, split="validation", score=score, metrics=metrics, best=better, seconds=self.seconds
+        )
 
     @torch.no_grad()
     def _evaluate(self, split: Split, *, best: bool = True) -> dict[str, float]:
@@ -329,11 +351,8 @@ class Training:
         optim["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             optim["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {name: getattr(self, name) for name in _COUNTERS}
-        train = self.experiment.train
-        state["batches"] = self.step * train.accumulate  # where the sampler stands: batches are functions of the index
-        state["lr"], state["threads"] = learning_rate(train, self.step), torch.get_num_threads()
-        state["key"], state["data"] = self.experiment.key, self.data
+        state = {name: getattr(self, name) for name in (*_COUNTERS, *_PACE)}
+        state["threads"], state["data"] = torch.get_num_threads(), self.data
         return Checkpoint(self.best or self._weights(), optim, state)
 
     def _restore(self, found: Checkpoint) -> None:
@@ -343,6 +362,8 @@ class Training:
             raise DataError(f"{where}/state.json: no entry {missing[0]!r}; the checkpoint is of another version")
         for name in _COUNTERS:
             setattr(self, name, found.state[name])
+        for name in _PACE:  # which the first versions did not keep
+            setattr(self, name, found.state.get(name, 0))
         parts: dict[str, dict[str, Tensor]] = {
             "parameter": {},
             "optimizer": {},
@@ -379,13 +400,15 @@ class Training:
 
 
 _COUNTERS = ("step", "evaluated", "best_score", "best_metrics", "stale", "tokens", "seconds")
+_PACE = ("paced_tokens", "paced_seconds")
 
 
 class Clock:
-    """Mean loss since the last report and seconds per step since the start."""
+    """Mean loss and tokens/s of training since the last report, and seconds per step since the start."""
 
-    def __init__(self, step: int):
-        self.first, self.began = step, time.monotonic()
+    def __init__(self, training: Training):
+        self.first, self.began = training.step, time.monotonic()
+        self.tokens, self.seconds = training.tokens, training.seconds
         self.last, self.losses, self.count = self.began, 0.0, 0
 
     def add(self, loss: float) -> None:
@@ -394,10 +417,12 @@ class Clock:
     def quiet(self) -> float:
         return time.monotonic() - self.last
 
-    def lap(self, step: int) -> tuple[float, float]:
+    def lap(self, training: Training) -> tuple[float, float, float]:
+        speed = (training.tokens - self.tokens) / max(training.seconds - self.seconds, 1e-9)
+        self.tokens, self.seconds = training.tokens, training.seconds
         self.last, mean = time.monotonic(), self.losses / max(self.count, 1)
         self.losses, self.count = 0.0, 0
-        return mean, (self.last - self.began) / max(step - self.first, 1)
+        return mean, speed, (self.last - self.began) / max(training.step - self.first, 1)
 
 
 class Events:
@@ -425,17 +450,6 @@ class Events:
             self._log.close()
         if self._board:
             self._board.close()
-
-
-def data_hash(experiment: Experiment) -> str:
-    """Of the first training batch and the first of the validation split: enough to tell other data from the same."""
-    task, digest = experiment.task, hashlib.sha256()
-    first = task.batch(0, experiment.train.batch, seed=experiment.seed, split="train")
-    for batch in (first, *itertools.islice(task.batches("validation"), 1)):
-        for leaf in leaves(batch):
-            digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
-            digest.update(leaf.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def choose_device(name: str) -> torch.device:
@@ -495,10 +509,25 @@ def _settle(folder: Path, experiment: Experiment, *, resume: bool, force: bool) 
                 "choose another run directory, start over with resume=False, or go on with force=True"
             )
         if not found and result.exists():
-            return read_result(folder)
+            done, now = read_json(result), data_hash(experiment.task)
+            if done.get("data", now) == now:
+                return read_result(folder)
+            if not force:
+                _refuse_other_data(folder, experiment, done, now)
         result.unlink(missing_ok=True)
     write_json(path, record)
     return None
+
+
+def _refuse_other_data(folder: Path | None, experiment: Experiment, found: Mapping[str, Any], now: str) -> None:
+    """found: state.json or result.json. Raises OtherData where it has another hash than the data have now."""
+    before = found.get("data", now)
+    if before != now:
+        raise OtherData(
+            f"{shown(folder or '')}: the data of task {experiment.task.name!r} are not those that this run began with "
+            f"(hash {before} -> {now}); put them back, choose another run directory, start over with resume=False, or "
+            "go on with force=True"
+        )
 
 
 @torch.no_grad()
@@ -514,9 +543,9 @@ def _memory_named(training: Training) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error).split("\n")[0]
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
+        if not out_of_memory(error):
             raise
+        text = str(error).split("\n")[0]
         batch = training.experiment.train.batch
         raise ResourceError(
             f"step {training.step}: out of memory: {text[-120:]}; lower train.batch ({batch}), raise train.accumulate"

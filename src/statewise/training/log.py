@@ -15,24 +15,26 @@ from ..core.files import FLAGS, NO_LINK, open_checked, write_error
 
 
 class Log:
-    """Appends records to a file. A record is one write of one line, so a kill tears at most the last line."""
+    """Appends records to a file. A record is one line, so a kill tears at most the last one."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | FLAGS | NO_LINK, 0o666)
             size = os.lseek(self._fd, 0, os.SEEK_END)
-            if (
-                size and os.lseek(self._fd, -1, os.SEEK_END) and os.read(self._fd, 1) != b"\n"
-            ):  # torn by a kill: the next record must not join it
-                os.write(self._fd, b"\n")
+            if size:
+                os.lseek(self._fd, -1, os.SEEK_END)
+            self._torn = bool(size) and os.read(self._fd, 1) != b"\n"
         except OSError as error:
             raise write_error(path, error) from error
 
     def write(self, record: dict[str, Any], *, sync: bool = False) -> None:
         """Append a record. Raises ResourceError when the disk is full."""
         try:
-            os.write(self._fd, encode(record))
+            left = memoryview(b"\n" * self._torn + encode(record))
+            while left:
+                left = left[os.write(self._fd, left) :]
+                self._torn = bool(left)  # by a kill or a full disk: the next record must not join it
             if sync:
                 os.fsync(self._fd)
         except OSError as error:
