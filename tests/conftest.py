@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -23,3 +24,20 @@ def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(dtype)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was not tested here and why, so that nobody takes a skip for a pass."""
+    reasons = Counter(_reason(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
+    if count := reasons.pop("triton is not installed", 0):
+        terminalreporter.write_line(
+            f"triton is not installed: {count} interpreter tests skipped (python3 dev.py test --with triton)"
+        )
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
+
+
+def _reason(longrepr: object) -> str:
+    """Of a skip: (path, line, "Skipped: reason"), which other processes send as a list or a string."""
+    words = longrepr[2] if isinstance(longrepr, tuple | list) else longrepr
+    return str(words).removeprefix("Skipped: ")
