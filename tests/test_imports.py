@@ -32,7 +32,7 @@ HEAVY = {
 }  # fmt: skip
 AT_HOME = {
     "numba": ["in_numba.py"], "triton": ["in_triton.py"], "tyro": ["cli/"], "rich": ["cli/"],
-    "jinja2": ["report/"], "matplotlib": ["report/"],
+    "jinja2": ["report/"],
 }  # fmt: skip
 
 
