@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,16 @@ import torch
 
 import statewise.comparing as comparing
 from statewise.cli import main
+from statewise.cli.compare import default_out
 from statewise.comparing import Cell, Plan, locked, measure_streaming, read_rows, run_cells
+from statewise.comparing.collect import _method
 from statewise.comparing.measure import percentile
 from statewise.comparing.pool import run_dir
+from statewise.comparing.probe import pace
 from statewise.core import UsageError, layers, nbytes
 from statewise.models import Stack
 from statewise.tasks import Adding, Parity, tasks
+from statewise.tasks.text_file import TextFile
 from statewise.training import Experiment, Train, read_log
 
 pytestmark = pytest.mark.timeout(400)  # starting a worker takes seconds, many where the machine is shared
@@ -81,6 +86,7 @@ def test_the_command_of_a_row_is_that_row(calm):
         assert words[:2] == ["statewise", "train"]
         options = parse("train", Options, words[2:])
         assert options is not None and described(options).key == entry["cells"][0]["key"]
+        assert (options.device, options.threads) == ("cpu", 1)  # as it was trained: scores equal to the last bit
 
 
 def test_the_command_of_a_comparison_is_that_comparison(calm):
@@ -105,6 +111,73 @@ def test_the_same_again_trains_nothing(calm, capsys):
     assert "4 of 4 runs were finished before and kept" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in logs} == logs and scores(calm) == before
     assert len((calm / "results.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_the_report_says_of_its_runs(calm):
+    found = json.loads((calm / "comparison.json").read_text())
+    said = " ".join(found["method"])
+    assert "without the first 5 steps" in said and "another setup" not in said and "grows" not in said
+    assert "the examples shown here and the inputs" in said and "GELU" not in said  # gru and elman have one linear map
+    with (calm / "results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["key"]]
+    assert [bool(row["latency_median_s"]) for row in rows] == [True, False, True, False]
+    assert {(row["device"], row["threads"], row["data"]) for row in rows} == {("cpu", "1", "generated")}
+    for cell in (c for entry in found["layers"] for c in entry["cells"]):
+        log = read_log(next(calm.glob(f"runs/*{cell['key']}/log.jsonl")))[0]
+        assert [p["seconds"] for p in cell["curve"]] == [e["seconds"] for e in log if e["event"] == "evaluate"]
+        assert cell["curve"][-1]["seconds"] == cell["seconds"]
+
+
+def test_runs_of_another_setup_are_named(calm, tmp_path):
+    shutil.copytree(calm, tmp_path / "again")
+    assert main([*ARGS, "--out", str(tmp_path / "again"), "--workers", "7"]) == 0
+    method = json.loads((tmp_path / "again" / "comparison.json").read_text())["method"]
+    assert "4 of 4 runs were kept from an earlier call with another setup (cpu, 1 thread, " in method[-1]
+
+
+def test_linear_layers_are_named():
+    plan = Plan(experiment(), ("gru", "lru", "short_conv"))
+    said = " ".join(_method(plan, {}, 1, 1, "cpu"))
+    assert "lru, short_conv: linear in their input, and so followed by GELU" in said
+
+
+def test_changed_data_are_trained_anew(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("abc " * 100)
+    train = Train(steps=3, batch=2, evaluate_every=0)
+    one = Cell("gru", 3e-3, Experiment(TextFile(path=str(path), length=8), Stack("gru", width=4, depth=1), train))
+
+    def again() -> tuple[list[str], dict]:
+        events: list[str] = []
+        with locked(tmp_path / "out") as lock:
+            rows = run_cells(
+                [one], tmp_path / "out", lock=lock, workers=1, on_event=lambda event: events.append(event["event"])
+            )
+        return events, rows[one.key]
+
+    _, first = again()
+    assert again() == (["kept"], first)
+    path.write_text("xyz " * 100)
+    events, second = again()
+    assert events[0] == "start" and events[-1] == "done"
+    assert second["data"] != first["data"] and second["score"] != first["score"]
+    assert again() == (["kept"], second)
+
+
+def test_comparing_is_imported_without_file_locks():
+    """As on Windows."""
+    code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import statewise.comparing"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_two_files_are_two_comparisons():
+    assert default_out("parity", None) == Path("runs/compare-parity")
+    assert default_out("series", Path("some/where.csv")) == Path("runs/compare-series-where")
+
+
+def test_the_pace_of_a_trial_leaves_out_its_first_steps():
+    records = [{"event": "train", "step": s, "seconds": 7 + 0.5 * s} for s in range(6, 21, 2)]
+    assert pace([{"event": "train", "step": 2, "seconds": 6.0}, *records]) == pytest.approx(0.5)
 
 
 def test_killed_driver_leaves_no_orphan_and_goes_on(calm, tmp_path):

@@ -71,6 +71,7 @@ def _entry(name: str, top: float, seeds: int, rng: random.Random) -> dict[str, A
         "cells": cells, "others": [], "command": f"statewise train spoken_digits --layer {name} --seed 0",
         "record": {"task": "spoken_digits", "model": {"layer": name, "width": 64}, "seed": 0},
         "streaming": {
+            "key": f"{name}0",
             "median": median, "p95": 1.3 * median, "state_bytes": rng.choice([512, 1024, 2048, 4096]), "steps": 2000,
         },
     }  # fmt: skip

@@ -38,6 +38,7 @@ from statewise.report import (
 )
 from statewise.report.charts import Axis, Curve, Guide, _apart, curves
 from statewise.report.drawing import heat
+from statewise.report.page import curves_of
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}
 
@@ -179,6 +180,14 @@ def test_csv_holds_every_run_in_full(tmp_path):
         assert row["status"] == "failed" or float(row["score"]) == cell["score"]  # to the last bit
 
 
+def test_the_streaming_step_is_in_the_row_it_was_measured_on(tmp_path):
+    made = comparison()
+    write_csv(made, tmp_path / "r.csv")
+    with (tmp_path / "r.csv").open(newline="") as file:
+        timed = [r for r in csv.DictReader(file) if r["latency_median_s"] or r["latency_p95_s"] or r["state_bytes"]]
+    assert [r["key"] for r in timed] == [f"{name}0" for name in LAYERS]
+
+
 def test_markdown_is_a_table(tmp_path):
     write_markdown(comparison(), tmp_path / "r.md")
     lines = (tmp_path / "r.md").read_text().splitlines()
@@ -313,6 +322,29 @@ def test_the_headline_says_when_nothing_beats_the_baseline(tmp_path):
     assert said == [False, True]
 
 
+def test_the_page_says_what_its_numbers_are(tmp_path):
+    made = comparison()
+    made["environment"].update(workers=2, threads=4)
+    write_page(made, tmp_path / "r.html")
+    write_picture(made, tmp_path / "r.svg")
+    page, picture = ((tmp_path / name).read_text() for name in ("r.html", "r.svg"))
+    assert "2 × 4 threads" in page and "recurrent layers" not in page and "could reach" not in page
+    for text in (*re.findall(r'<svg class="chart".*?</svg>', page, re.S)[:2], picture):
+        assert {"chance (test)", "baseline (test)"} <= set(re.findall(r">([a-z]+ \(test\))<", text))
+
+
+def test_curves_by_time_stand_at_the_seconds_of_the_log():
+    made = comparison(seeds=2)
+    for cell, pace in zip(made["layers"][0]["cells"], (1.0, 3.0)):
+        for point in cell["curve"]:
+            point["seconds"] = 100 + pace * point["step"]  # a slow start
+    points = next(c for c in curves_of(made, "seconds") if c.name == made["layers"][0]["layer"]).points
+    assert [p[0] for p in points] == [100 + 2 * step for step in range(50, 601, 50)]
+    made["layers"][0]["cells"][0]["curve"][-1]["seconds"] = None  # not in the log
+    found = [next(c for c in curves_of(made, by) if c.name == "gru").points for by in ("step", "seconds")]
+    assert [len(points) for points in found] == [12, 11]
+
+
 def test_no_tick_lies_above_a_perfect_score(tmp_path):
     made = comparison(broken=None)
     for entry in made["layers"]:
@@ -333,6 +365,18 @@ def test_the_headline_says_when_the_first_the_first_two_overlap(tmp_path):
     write_page(made, tmp_path / "r.html")
     lead = re.search(r'<p class="lead">(.*?)</p>', Path(tmp_path / "r.html").read_text(), re.S).group(1)
     assert "cannot be told from <strong>lstm</strong>. " in lead
+
+
+@pytest.mark.parametrize(("seeds", "told"), [(2, False), (5, True)])
+def test_the_headline_reads_intervals_and_not_ranges(tmp_path, seeds, told):
+    """Two seeds apart say little though their ranges do not meet; five of the same spread say more."""
+    made = comparison(broken=None, seeds=seeds)
+    made["layers"] = made["layers"][:2]
+    for entry, centre in zip(made["layers"], (0.97, 0.95)):
+        for cell in entry["cells"]:
+            cell["score"] = centre + (0.004 if cell["seed"] % 2 else -0.004)
+    write_page(made, tmp_path / "r.html")
+    assert ("cannot be told from" not in (tmp_path / "r.html").read_text()) == told
 
 
 def test_reports_are_made_again_from_a_folder(tmp_path, monkeypatch, capsys):

@@ -45,7 +45,7 @@ class Options:
     data: Path | None = None
     """Your file or folder, for the tasks series and text_file."""
     out: Path | None = None
-    """Where to keep runs, results and report. Default: runs/compare-TASK."""
+    """Where to keep runs, results and report. Default: runs/compare-TASK, or runs/compare-TASK-DATA."""
     workers: Literal["auto"] | int = "auto"
     """Runs at a time; auto: as many as cores and free memory allow, one on a GPU."""
     threads: int = 1
@@ -67,7 +67,7 @@ def run(options: Options) -> int:
     _check(options)
     device = str(choose_device(options.device))
     plan = plan_of(options)
-    out = options.out or Path("runs") / f"compare-{plan.base.task.name}"
+    out = options.out or default_out(plan.base.task.name, options.data)
     plan.base.task.baseline()  # reads the data: what is wrong with it is said before anything is trained
     fitting = fitting_workers(plan.count(), options.threads) if device == "cpu" else 1
     workers = fitting if options.workers == "auto" else options.workers
@@ -94,6 +94,11 @@ def run(options: Options) -> int:
     for line in written:
         print(line)
     return 0 if any(cell["status"] == "done" for entry in found["layers"] for cell in entry["cells"]) else 1
+
+
+def default_out(task: str, data: Path | None) -> Path:
+    """Two files of one's own are two comparisons, though the task is one."""
+    return Path("runs") / "-".join(["compare", task, *([data.resolve().stem] if data else [])])
 
 
 def plan_of(options: Options) -> Plan:

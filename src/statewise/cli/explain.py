@@ -26,7 +26,7 @@ class Options:
     what: Positional[str]
     """An op (linear_scan) or a registered layer (lru)."""
     shape: str = "8,2048,512"
-    """B,T,N of an op's x; B,T,D of a layer's."""
+    """B,T,N of an op's x; B,T,D of a layer's, or of a gated loop's, whose hidden width is then D too."""
     dtype: str = "float32"
     """Of x, and of the layer's parameters."""
     device: str = "cpu"
@@ -48,10 +48,10 @@ class Call:
 
 def run(options: Options) -> int:
     from ..core import ResourceError, UsageError, layers, near
+    from ..core.machine import free_memory
     from ..ops import ops
     from ..report import show_bytes
     from ..training import choose_device
-    from .memory import free_memory
 
     importlib.import_module("statewise.layers")
     shape, dtype, device = read_shape(options.shape), read_dtype(options.dtype), choose_device(options.device)
@@ -92,7 +92,10 @@ def read_dtype(name: str) -> torch.dtype:
 
 
 def arguments_for(op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The op's first sample call with its batch, time and widths stretched to `shape`. Holds memory, no values."""
+    """The op's first sample call with its batch, time and widths stretched to `shape`. Holds memory, no values.
+
+    A size that x has not is a hidden width, or so many gates of one each: it becomes as wide as x, or so many times.
+    """
     import torch
 
     from ..core import UsageError
@@ -101,7 +104,9 @@ def arguments_for(op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: to
     small = next(value for value in sample.values() if isinstance(value, torch.Tensor) and value.ndim >= 3).shape
     if len(shape) != len(small):
         raise UsageError(f"--shape {shape}: {op.name} takes {len(small)} dimensions, as in {tuple(small)}")
-    to = dict(zip(small, shape))
+    sizes = {n for value in sample.values() if isinstance(value, torch.Tensor) for n in value.shape}
+    hidden = sorted(sizes - {1, *small})
+    to = {n: shape[-1] * (1 if n % hidden[0] else n // hidden[0]) for n in hidden} | dict(zip(small, shape))
 
     def stretch(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

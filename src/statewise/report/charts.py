@@ -73,6 +73,7 @@ class Guide:
 
     name: str
     value: float
+    note: str = ""
 
 
 def curves(
@@ -120,7 +121,7 @@ def curves(
             f'y="{place + 4:.1f}">{escape(c.name)}</text>'
         )
     finals = "; ".join(f"{c.name} ends at {show_y(c.points[-1][1])}" for c in lines)
-    marks = ", ".join(f"{g.name} {show_y(g.value)}" for g in guides)
+    marks = ", ".join(f"{g.name}{g.note} {show_y(g.value)}" for g in guides)
     return drawn(width, height, title, f"{y_label} against {x_label}. {finals}. {marks}.", parts)
 
 
@@ -246,7 +247,7 @@ def _guide(guide: Guide, x: Axis, y: Axis) -> str:
     above = at - 5 if at > y.end + 16 else at + 13
     return (
         f'<g class="guide {escape(guide.name)}"><line x1="{x.start}" x2="{x.end}" y1="{at}" y2="{at}"/>'
-        f'<text x="{x.end - 4}" y="{above:.1f}" text-anchor="end">{escape(guide.name)}</text></g>'
+        f'<text x="{x.end - 4}" y="{above:.1f}" text-anchor="end">{escape(guide.name + guide.note)}</text></g>'
     )
 
 

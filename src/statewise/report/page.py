@@ -24,6 +24,7 @@ from .summary import (
 )
 
 HERE = Path(__file__).parent
+WHOLE = (-math.inf, math.inf)
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
@@ -55,7 +56,12 @@ def curves_of(comparison: Comparison, against: str) -> list[Curve]:
             continue
         points = []
         for step in sorted({p["step"] for s in seeds for p in s}):
-            at = [p for s in seeds for p in s if p["step"] == step and math.isfinite(p["score"])]
+            at = [
+                p
+                for s in seeds
+                for p in s
+                if p["step"] == step and math.isfinite(p["score"]) and p[against] is not None
+            ]
             if len(at) == len(seeds):  # a mean over fewer seeds would jump where one stopped early
                 scores = [p["score"] for p in at]
                 x = sum(p[against] for p in at) / len(at)
@@ -65,9 +71,10 @@ def curves_of(comparison: Comparison, against: str) -> list[Curve]:
     return found
 
 
-def guides_of(comparison: Comparison) -> list[Guide]:
+def guides_of(comparison: Comparison, note: str = "") -> list[Guide]:
+    """Chance and baseline, which are numbers of the test split: `note` says so beside other splits."""
     task = comparison["task"]
-    return [Guide(name, task[name]) for name in ("chance", "baseline") if math.isfinite(task[name])]
+    return [Guide(name, task[name], note) for name in ("chance", "baseline") if math.isfinite(task[name])]
 
 
 def headline(comparison: Comparison) -> list[str | dict[str, str]]:
@@ -87,9 +94,9 @@ def headline(comparison: Comparison) -> list[str | dict[str, str]]:
     if sign * first.mean <= sign * task["baseline"]:
         said.append("That is not better than the baseline. ")
     if len(rows) > 1:
-        close = [r for r in rows[1:] if _overlap(first, r)]
+        close = [r for r in rows[1:] if first.interval and _overlap(first, r)]
         if close:
-            said.append("By the range of their seeds it cannot be told from ")
+            said.append("By 95 % intervals over seeds (Student's t) it cannot be told from ")
             said += _enumerate([r.name for r in close])
             said.append(". ")
         elif len(first.scores) == 1:
@@ -99,8 +106,9 @@ def headline(comparison: Comparison) -> list[str | dict[str, str]]:
 
 
 def _overlap(a: Row, b: Row) -> bool:
-    """Whether the seeds of two layers overlap: the plain reading of a small number of runs."""
-    return min(a.scores) <= max(b.scores) and min(b.scores) <= max(a.scores)
+    """Whether the 95 % intervals of two means overlap, or one of them has none."""
+    (low, high), (lowest, highest) = a.interval or WHOLE, b.interval or WHOLE
+    return low <= highest and lowest <= high
 
 
 def _enumerate(names: Sequence[str]) -> list[str | dict[str, str]]:
@@ -135,7 +143,7 @@ def _words(comparison: Comparison) -> dict[str, Any]:
         "comparison": comparison,
         "version": env.get("statewise", ""),
         "created": comparison.get("created", ""),
-        "title": f"{name[:1].upper()}{name[1:]}: {layers} recurrent {'layer' if layers == 1 else 'layers'} compared",
+        "title": f"{name[:1].upper()}{name[1:]}: {layers} sequence {'layer' if layers == 1 else 'layers'} compared",
         "headline": headline(comparison),
         "metric_label": metric[:1].upper() + metric[1:],
         "better": "higher" if task["higher_is_better"] else "lower",
@@ -146,7 +154,7 @@ def _words(comparison: Comparison) -> dict[str, Any]:
             ("Seeds", str(len(seeds))),
             ("Steps each", f"{comparison['train'].get('steps', '–')}"),
             ("Whole comparison", show_time(comparison["seconds"]) if comparison["seconds"] else "in several parts"),
-            ("Workers", f"{env.get('workers', '–')} × {env.get('threads', '–')} thread"),
+            ("Workers", f"{env.get('workers', '–')} × {_threads(env.get('threads', '–'))}"),
             ("Processor", str(env.get("cpu", "–"))),
         ],
         "task_facts": [
@@ -161,6 +169,10 @@ def _words(comparison: Comparison) -> dict[str, Any]:
         "environment": [(k.replace("_", " "), str(v)) for k, v in env.items()],
         "failures": _failures(comparison),
     }  # fmt: skip
+
+
+def _threads(count: Any) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def _failures(comparison: Comparison) -> list[tuple[str, int | None, str]]:
@@ -217,7 +229,7 @@ def _board(comparison: Comparison, safe: Any) -> dict[str, Any]:
                 "note": f"{len(row.scores)} of {of} seeds" if row.kind == "layer" and len(row.scores) < of else "",
                 "reason": "; ".join(row.reasons),
                 "score": show_score(row.mean, metric), "spread": show_spread(row.sd, metric),
-                "range": "", "strip": safe(strip) if row.kind == "layer" else "",
+                "strip": safe(strip) if row.kind == "layer" else "",
                 "cells": [(a, "" if b is None else b, c if row.kind == "layer" else "", d) for a, b, c, d in cells],
             }
         )  # fmt: skip
@@ -248,7 +260,7 @@ def _cell_words(cell: dict[str, Any], metric: str) -> dict[str, Any]:
 
 
 def _pictures(comparison: Comparison, safe: Any) -> dict[str, Any]:
-    metric, guides = comparison["task"]["metric"], guides_of(comparison)
+    metric, guides = comparison["task"]["metric"], guides_of(comparison, " (test)")
     label = f"{metric} on validation"
 
     def show(value: float) -> str:
@@ -260,7 +272,7 @@ def _pictures(comparison: Comparison, safe: Any) -> dict[str, Any]:
         (
             "seconds",
             "seconds of training",
-            "By time: the same runs against the seconds they took on this machine.",
+            "By time: the same runs against the seconds of their training steps, the slow first ones too.",
             lambda v: f"{v:.4g}",
         ),
     ):

@@ -52,7 +52,8 @@ def write_picture(comparison: Comparison, path: Path) -> None:
         )
         parts += [f'<text text-anchor="end" x="{x}" y="{y}">{t}</text>' for t, (_, x) in zip(texts, columns)]
     chart = charts.curves(
-        curves_of(comparison, "step"), guides_of(comparison), title="Learning curves", x_label="training step",
+        curves_of(comparison, "step"), guides_of(comparison, " (test)"), title="Learning curves",
+        x_label="training step",
         y_label=f"{metric} on validation", show_x=show_count, show_y=lambda v: show_tick(v, metric),
         stretch=metric == "accuracy",
     )  # fmt: skip

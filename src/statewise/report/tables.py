@@ -10,7 +10,7 @@ from .summary import Comparison, leaderboard, show_bytes, show_count, show_score
 COLUMNS = (
     "layer", "seed", "lr", "chosen", "status", "reason", "score", "metric", "validation_score", "steps", "stopped",
     "parameters", "tokens_per_second", "seconds", "peak_memory", "latency_median_s", "latency_p95_s", "state_bytes",
-    "key",
+    "device", "threads", "workers", "version", "data", "key",
 )  # fmt: skip
 
 
@@ -23,8 +23,9 @@ def write_csv(comparison: Comparison, path: Path) -> None:
         for name in ("chance", "baseline"):
             table.writerow({"layer": name, "score": repr(task[name]), "metric": task["metric"], "status": "done"})
         for entry in comparison["layers"]:
-            streaming = entry.get("streaming") or {}
+            timed = entry.get("streaming") or {}
             for cell in [*entry["cells"], *entry.get("others", [])]:
+                streaming = timed if timed.get("key") == cell["key"] else {}  # of one seed
                 table.writerow(
                     {k: cell[k] for k in COLUMNS if cell.get(k) is not None}
                     | {

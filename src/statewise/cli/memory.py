@@ -1,1 +1,0 @@
-from ..core.machine import free_memory as free_memory
