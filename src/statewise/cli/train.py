@@ -178,6 +178,8 @@ def words(event: Event) -> str:
     if event["event"] == "evaluate":
         found = ", ".join(f"{name} {value:.4g}" for name, value in event.get("metrics", {}).items())
         return f"step {event['step']:>6}  {event.get('split', 'validation')}: {found}"
+    if event["event"] == "warning":
+        return f"warning: {event['message']}"
     return ""
 
 
