@@ -147,7 +147,7 @@ def _jordan_samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]
     rng = torch.Generator(device).manual_seed(0)
     for call in _samples(1)(device, dtype):
         if call.pop("nonlinearity", "tanh") == "tanh":
-            n, out, state = len(call.pop("w_hh")), 2, wide(dtype)
+            n, out, state = len(call.pop("w_hh")), 7, wide(dtype)
 
             def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
                 return torch.randn(*shape, generator=rng, device=device, dtype=torch.float64).to(dtype)
