@@ -37,11 +37,13 @@ class Options:
 def run(options: Options) -> int:
     import torch
 
+    from ..core.machine import cores
+
     if options.threads:
         torch.set_num_threads(options.threads)
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    noisy = "; NOISY: more work than cores, do not trust these times" if load > cores else ""
-    print(f"load average {load:.1f} on {cores} cores, torch on {torch.get_num_threads()} threads{noisy}")
+    load, count = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cores()
+    noisy = "; NOISY: more work than cores, do not trust these times" if load > count else ""
+    print(f"load average {load:.1f} on {count} cores, torch on {torch.get_num_threads()} threads{noisy}")
     rows = MEASURES[options.what](options)
     if options.json is not None:
         from ..core.files import replace_file
@@ -62,7 +64,7 @@ def measure_layers(options: Options) -> list[Row]:
         repeats = options.repeats or 5
         found = layers.run(names(options.layers), shape=shape[:3], repeats=repeats, device=device)  # type: ignore[arg-type]
         rows += found
-        columns = ("layer", "way", "forward", "training", "step", "first call", "peak", "state")
+        columns = ("layer", "way", "forward", "training", "x floor", "step", "first call", "peak")
         title = f"x (B, T, D) = {shape[:3]}, float32, {device}: medians of {repeats}"
         table(columns, map(cells, found), right=columns[2:], title=title)
     return rows
@@ -74,7 +76,8 @@ def cells(row: Row) -> list[str]:
     if "failed" in row:
         return [row["layer"], row["way"], row["failed"], *[""] * 5]
     times = [show_time(row.get(key)) for key in ("forward", "training", "step", "first")]
-    return [row["layer"], row["way"], *times, show_bytes(row.get("peak")), show_bytes(row.get("state"))]
+    floors = " / ".join(f"{row[key]:.3g}" for key in ("forward_floor", "training_floor"))
+    return [row["layer"], row["way"], *times[:2], floors, *times[2:], show_bytes(row.get("peak"))]
 
 
 def measure_streaming(options: Options) -> list[Row]:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 REQUIRED = ("torch", "numpy", "numba", "safetensors", "tyro", "rich")
-OPTIONAL = ("triton", "scikit-learn", "pyarrow", "matplotlib", "jinja2", "tensorboard", "onnx", "onnxruntime")
+OPTIONAL = ("triton", "scikit-learn", "pyarrow", "jinja2", "tensorboard", "onnx", "onnxruntime")
 SETTINGS = ("STATEWISE_BACKEND", "STATEWISE_DATA", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR")
 
 
