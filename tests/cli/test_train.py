@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from statewise.cli.build import experiment
+from statewise.models import LanguageModel, Stack, descriptions
+from statewise.tasks import tasks
 from statewise.training import read_log, read_result
 
 WORDS = ["train", "adding", "--layer", "min_gru", "--width", "4", "--depth", "1", "--device", "cpu"]
@@ -105,3 +108,20 @@ def wait_for(true, seconds: float = 60) -> None:
 
 def alone() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_task_names_the_model_that_suits_it(tmp_path):
+    text = tmp_path / "some.txt"
+    text.write_text("some words\n" * 10)
+    made = experiment("text_file", "gru", width=8, depth=1, seed=0, data=text, settings=["model.tied=false"])
+    assert made.model == LanguageModel("gru", width=8, depth=1, tied=False)
+    assert experiment("adding", "gru", width=8, depth=1, seed=0, settings=["model.pool=mean"]).model.pool == "mean"
+    assert type(experiment("spoken_digits", "gru", width=8, depth=1, seed=0).model) is Stack
+    assert all(info.cls.model in descriptions for info in tasks)
+
+
+def test_the_path_of_the_data_is_kept_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.txt").write_text("some words\n" * 10)
+    made = experiment("text_file", "gru", width=8, depth=1, seed=0, data=Path("some.txt"))
+    assert made.task.path == str(tmp_path / "some.txt")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from statewise.core import UsageError
-from statewise.models import LanguageModel, Stack, TokenModel, generate
+from statewise.models import LanguageModel, TokenModel, generate
 
 
 def make(**fields: object) -> TokenModel:
-    return LanguageModel(Stack("gru", width=8, depth=1), **fields).build(x_vocab=11, y_width=11).eval()
+    return LanguageModel("gru", width=8, depth=1, **fields).build(x_vocab=11, y_width=11).eval()
 
 
 def test_tied_logits_are_products_with_the_embedding():
@@ -71,4 +71,4 @@ def test_what_can_not_be_generated_is_refused():
     with pytest.raises(UsageError, match="x_vocab = y_width"):
         LanguageModel().build(x_vocab=3, y_width=4)
     with pytest.raises(UsageError, match="pool"):
-        LanguageModel(Stack(pool="mean")).build(x_vocab=3, y_width=3)
+        LanguageModel(pool="mean").build(x_vocab=3, y_width=3)

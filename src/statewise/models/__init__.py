@@ -1,7 +1,7 @@
 """Ways to stack layers. Each model is a RecurrentLayer: it streams, resets and is checked as a layer is.
 
-Descriptions are frozen dataclasses with `build(x_width= or x_vocab=, y_width=)`: `Stack`, and `Forecasting` and
-`LanguageModel`, which hold a Stack. `descriptions` has them by name.
+Descriptions are frozen dataclasses with `build(x_width= or x_vocab=, y_width=)`: `Stack`; `LanguageModel`, a stack
+that ends in its embedding; `Forecasting`, which holds a Stack. `descriptions` has them by name.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ def examples() -> list[tuple[str, Callable[[], RecurrentLayer[Any]]]]:
         ("classifier", stack("min_lstm", depth=1, pool="mean")),
         ("classifier_of_ids", lambda: Stack("s5", width=4, depth=1, pool="mean").build(x_vocab=5, y_width=2)),
         ("forecaster", lambda: Forecasting(small).build(x_width=2, y_width=6)),
-        ("token_model_tied", lambda: LanguageModel(small).build(x_vocab=5, y_width=5)),
-        ("token_model", lambda: LanguageModel(small, tied=False).build(x_vocab=5, y_width=5)),
+        ("token_model_tied", lambda: LanguageModel("min_gru", width=4, depth=1).build(x_vocab=5, y_width=5)),
+        ("token_model", lambda: LanguageModel("min_gru", width=4, depth=1, tied=False).build(x_vocab=5, y_width=5)),
     ]
 
 

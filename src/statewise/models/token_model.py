@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from .stack import Residual, Stack, embedding
 
 
 @dataclass(frozen=True)
-class LanguageModel:
-    """Describes a TokenModel on a Stack. tied: the logits are products with the embedding."""
+class LanguageModel(Stack):
+    """Describes a TokenModel on such a stack. tied: the logits are products with the embedding."""
 
-    stack: Stack = field(default_factory=Stack)
     tied: bool = True
 
     def build(self, *, x_width: int | None = None, x_vocab: int | None = None, y_width: int) -> TokenModel:
@@ -26,12 +25,12 @@ class LanguageModel:
             raise UsageError(
                 f"LanguageModel: x_width {x_width}, x_vocab {x_vocab}, y_width {y_width}; expected x_vocab = y_width"
             )
-        self.stack.check()
-        if self.stack.pool != "none":
-            raise UsageError(f"LanguageModel: pool {self.stack.pool!r}; expected 'none'")
-        table = embedding(self.stack.width, None, x_vocab)
-        body = Residual(table, self.stack.blocks(), self.stack.last_norm(), None)
-        return TokenModel(body, None if self.tied else nn.Linear(self.stack.width, x_vocab))
+        self.check()
+        if self.pool != "none":
+            raise UsageError(f"LanguageModel: pool {self.pool!r}; expected 'none'")
+        table = embedding(self.width, None, x_vocab)
+        body = Residual(table, self.blocks(), self.last_norm(), None)
+        return TokenModel(body, None if self.tied else nn.Linear(self.width, x_vocab))
 
 
 class TokenModel(RecurrentLayer[Any]):

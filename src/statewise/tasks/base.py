@@ -50,6 +50,7 @@ class Task(abc.ABC):
     metric: ClassVar[str]  # the key of `metrics` by which models are ranked
     higher_is_better: ClassVar[bool] = True
     carries: ClassVar[bool] = False  # batch i + 1 continues batch i row by row: carry the state (truncated BPTT)
+    model: ClassVar[str] = "stack"  # the name of the description in `statewise.models` that suits it
     x_width: int | None = None
     x_vocab: int | None = None
     y_width: int

@@ -32,6 +32,7 @@ class Bytes(Task):
     metric = "bits_per_byte"
     higher_is_better = False
     carries = True
+    model = "language_model"
     x_vocab = 256
     y_width = 256
 
