@@ -84,6 +84,21 @@ def test_sharing_out_time_is_the_same_every_time(shared_time):
     assert all(torch.equal(p, q) for _ in range(20) for p, q in zip(first, _outcome(inputs, backend="numba")))
 
 
+@pytest.mark.parametrize("width", [16, 48, 64, 20, 8])  # whole cache lines a row, and not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_results_past_the_caches_are_the_same_bits(monkeypatch, dtype, width, batch):
+    inputs = _inputs(batch, 300, width, dtype=dtype)
+    usual = _outcome(inputs, backend="numba")
+    monkeypatch.setattr(in_numba, "STREAM", 0)
+    called = []
+    streams = in_numba._streams
+    monkeypatch.setattr(in_numba, "_streams", lambda *args: called.append(streams(*args)) or called[-1])
+    for got, want in zip(_outcome(inputs, backend="numba"), usual):
+        assert torch.equal(got, want)
+    assert len(called) == 2 and any(called) == (width * inputs[1].element_size() % 64 == 0)
+
+
 @pytest.mark.parametrize("shape", [(5, 30, 3), (1, 40, 1500)])
 def test_sharing_out_rows_gives_the_same_bits(monkeypatch, shape):
     inputs = _inputs(*shape)

@@ -41,6 +41,8 @@ TILE = 1 << 18  # bytes of a and x in a tile of time: they stay in the second-le
 BLOCK = 4096  # channels in a row: a, x and two rows of h fit the first-level cache
 NARROW = 512  # channels below which a part of a row is read far slower than the whole
 SHORTEST = 64  # steps in a tile, at least
+LINE = 64  # bytes of a cache line
+STREAM = 1 << 22  # bytes from which on results go past the caches: they would not stay there
 SMALL = 1 << 15  # elements below which a second thread costs more than it brings
 
 
@@ -62,6 +64,15 @@ class _Lanes:
 
     def store(self, row: Any, value: Any) -> None:
         self.builder.store(value, self._at(row, self.offset, self.type), align=self.align)
+
+    def stream(self, row: Any, value: Any) -> None:
+        """Store past the caches, where a whole line is at hand: it is not read first only to be overwritten."""
+        whole = self.size * self.align % LINE == 0
+        align = LINE if whole else self.align
+        store = self.builder.store(value, self._at(row, self.offset, self.type), align=align)
+        if whole:
+            flag = self.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+            store.set_metadata("nontemporal", flag)
 
     def first(self, row: Any) -> Any:
         """The first channel of the row, in every lane."""
@@ -135,6 +146,13 @@ def _recur(v, h, carry, a, x):
 
 
 @_rowwise
+def _recur_stream(v, h, carry, a, x):
+    new = v.add(v.mul(v.load(a), v.load(carry)), v.load(x))
+    v.store(carry, new)
+    v.stream(h, new)
+
+
+@_rowwise
 def _combine(v, past, product, into, end):
     v.store(past, v.add(v.mul(v.load(product), v.load(into)), v.load(end)))
 
@@ -154,6 +172,14 @@ def _adjoint(v, dx, da, mu, a, g, before):
     lam = v.add(v.load(g), v.load(mu))
     v.store(dx, lam)
     v.store(da, v.mul(v.load(before), lam, conj=True))
+    v.store(mu, v.mul(v.load(a), lam, conj=True))
+
+
+@_rowwise_down
+def _adjoint_stream(v, dx, da, mu, a, g, before):
+    lam = v.add(v.load(g), v.load(mu))
+    v.stream(dx, lam)
+    v.stream(da, v.mul(v.load(before), lam, conj=True))
     v.store(mu, v.mul(v.load(a), lam, conj=True))
 
 
@@ -248,6 +274,17 @@ def _set(context, address):
 
 
 @intrinsic
+def _settle(context):
+    """Have the stores that went past the caches done before anything else is."""
+
+    def generate(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def _yield(context):
     """Let another thread have the processor, if one wants it: it may be the one that is waited for."""
 
@@ -297,6 +334,7 @@ class _Problem(NamedTuple):
     dx: int  # (B, T, width)
     da: int  # (B, T, width), or (B, tiles, width) where it is summed
     sum_da: int  # one sum per tile of time is wanted
+    stream: int  # whether results go past the caches
     carries: int  # (B, tiles + 1, width): h before each tile; backward: mu after it
     flags: int  # (B, tiles + 1) words, that a carry is known; then one word, the counter of claims
     rows: int  # per thread, four rows of `width`
@@ -343,8 +381,13 @@ def _forward_span(like, q, b, start, n, t0, t1, carry, scratch):
     h = q.h + at
     if q.reset == 0 and q.a_channel != 0:  # the usual case, and next to nothing between two rows
         for _ in range(t1 - t0):
-            _recur(like, n, (h, carry, a, x))
+            if q.stream:
+                _recur_stream(like, n, (h, carry, a, x))
+            else:
+                _recur(like, n, (h, carry, a, x))
             h, a, x = h + row, a + q.a_time, x + q.x_time
+        if q.stream:
+            _settle()
         return
     for t in range(t0, t1):
         decay = a
@@ -401,8 +444,12 @@ def _backward_span(like, q, b, start, n, k, mu, scratch):
         before = q.h + at - q.width * q.item if t else q.h0 + (b * q.width + start) * q.item
         if q.sum_da:
             _adjoint_summed(like, n, (q.dx + at, da_sum, mu, a, g, before))
+        elif q.stream:
+            _adjoint_stream(like, n, (q.dx + at, q.da + at, mu, a, g, before))
         else:
             _adjoint(like, n, (q.dx + at, q.da + at, mu, a, g, before))
+    if q.stream:
+        _settle()
 
 
 @_compile
@@ -612,12 +659,24 @@ def _solve(
         dx=0 if dx is None else dx.data_ptr(),
         da=da.data_ptr(),
         sum_da=int(sum_da),
+        stream=int(_streams(width, -(-width // blocks), [h] if dx is None else [dx, da])),
         carries=carries.data_ptr(),
         flags=flags.data_ptr(),
         rows=rows.data_ptr(),
     )
     _run(_LIKE[x.dtype], q, backward, workers)
     return carries[:, last].clone(), da
+
+
+def _streams(width: int, block: int, results: list[Tensor]) -> bool:
+    """Results larger than the caches would only push other things out. Their rows must begin where a line begins."""
+    return all(
+        r.numel() * r.element_size() >= STREAM
+        and r.data_ptr() % LINE == 0
+        and width * r.element_size() % LINE == 0
+        and block * r.element_size() % LINE == 0
+        for r in results
+    )
 
 
 _LIKE = {
