@@ -26,7 +26,10 @@ SIZES: dict[str, tuple[str, tuple[int, int, int], int, tuple[int, int]]] = {  # 
 
 
 def here(source: str) -> None:
-    if not sources[source].here():
+    if source == "digits":  # comes with scikit-learn: where that is installed, it is there
+        pytest.importorskip("sklearn")
+        assert sources[source].here()
+    elif not sources[source].here():
         pytest.skip(f"data set {source} is not in the cache: statewise data get {source}")
 
 
@@ -163,6 +166,10 @@ def test_batches_are_pure(name: str) -> None:
     first = task.batch(70, 32, seed=2)
     task.batch(3, 32, seed=9)
     assert all(torch.equal(a, b) for a, b in zip(leaves(first), leaves(task.batch(70, 32, seed=2)), strict=True))
+
+
+def test_shared_speakers_are_told_beside_the_score() -> None:
+    assert "same speakers" in tasks["spoken_digits"].cls.data
 
 
 def test_stratified_shares() -> None:
