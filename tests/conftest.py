@@ -11,9 +11,10 @@ from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)  # tiny recurrent steps: two threads on two busy cores only wait for each other
 
-# Not layers, ops and models, where the wrappers would stand in the way of full-graph compilation, nor functions that
-# users call, whose own refusals are tested.
-CHECKED = ["statewise.core.registry", "statewise.core.vary", "statewise.testing.checks", "statewise.testing.sample"]
+# Not layers, ops and models, where the wrappers would stand in the way of full-graph compilation; test_shapes.py wraps
+# the small functions that those stand on.
+CHECKED = ["statewise.core.registry", "statewise.core.running", "statewise.core.vary"]
+CHECKED += ["statewise.testing.checks", "statewise.testing.sample"]
 install_import_hook(CHECKED, "beartype.beartype")
 
 

@@ -6,14 +6,12 @@ from .layer import (
     Traits,
     check_input,
     check_sizes,
-    chunked,
     clear_past_end,
     past_end,
     ragged,
-    stream,
-    unroll,
 )
 from .registry import LayerInfo, Registry, layers, near, register_layer
+from .running import chunked, stream, unroll
 from .state import clone, detach, join, leaves, names, nbytes, select, tree_map, where, wide
 from .vary import grid, put
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
 from .state import join, leaves, names, select, tree_map, where
+
+if TYPE_CHECKING:
+    import jaxtyping
 
 S = TypeVar("S")
 
@@ -113,67 +116,6 @@ class Cell(RecurrentLayer[S]):
         return self.decode(o, x), state
 
 
-def unroll(
-    layer: RecurrentLayer[S],
-    x: Tensor,
-    state: S | None = None,
-    *,
-    reset: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> tuple[Tensor, S]:
-    """The definition of forward: step, T times (T >= 1)."""
-    state = layer.initial_state(x.shape[0]) if state is None else state
-    if lengths is not None:
-        lengths = lengths.to(x.device)
-        x = clear_past_end(x, lengths)
-    ys = []
-    for t, x_t in enumerate(x.unbind(1)):
-        before = state if reset is None else where(reset[:, t], layer.initial_state(x.shape[0]), state)
-        y, new = layer.step(x_t, before)
-        state = new if lengths is None else where(t < lengths, new, state)
-        ys.append(y)
-    y = torch.stack(ys, 1)
-    return (y if lengths is None else clear_past_end(y, lengths)), state
-
-
-def chunked(
-    layer: RecurrentLayer[S],
-    x: Tensor,
-    sizes: Sequence[int],
-    state: S | None = None,
-    *,
-    reset: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> tuple[Tensor, S]:
-    """forward piece by piece, the state carried across: streaming in blocks, truncated BPTT. sizes sum to T.
-
-    Raises UsageError for sizes that do not.
-    """
-    if not sizes or min(sizes) < 0 or sum(sizes) != x.shape[1]:
-        raise UsageError(f"chunks of {list(sizes)} steps; expected sizes of at least 0 with sum T = {x.shape[1]}")
-    state = layer.initial_state(x.shape[0]) if state is None else state
-    ys, start = [], 0
-    for size in sizes:
-        span = slice(start, start + size)
-        y, state = layer(
-            x[:, span],
-            state,
-            reset=None if reset is None else reset[:, span],
-            lengths=None if lengths is None else (lengths - start).clamp(0, size),
-        )
-        ys.append(y)
-        start += size
-    return torch.cat(ys, 1), state
-
-
-def stream(layer: RecurrentLayer[S], inputs: Iterable[Tensor], state: S | None = None) -> Iterator[tuple[Tensor, S]]:
-    """Answer inputs (B, D) one by one in constant memory: yields (y (B, E), state after it)."""
-    for x in inputs:
-        state = layer.initial_state(x.shape[0]) if state is None else state
-        y, state = layer.step(x, state)
-        yield y, state
-
-
 def ragged(
     run: Callable[[Tensor, S, Tensor | None], tuple[Tensor, S]],
     x: Tensor,
@@ -200,12 +142,14 @@ def ragged(
     return torch.cat(pieces, 1), select(join(states), torch.cat(rows).argsort())
 
 
-def past_end(lengths: Tensor, steps: int) -> Tensor:
+def past_end(lengths: jaxtyping.Int[Tensor, " B"], steps: int) -> jaxtyping.Bool[Tensor, "B {steps}"]:
     """(B,) lengths -> (B, T) bool, True where the row has ended."""
     return torch.arange(steps, device=lengths.device) >= lengths[:, None]
 
 
-def clear_past_end(y: Tensor, lengths: Tensor) -> Tensor:
+def clear_past_end(
+    y: jaxtyping.Shaped[Tensor, "B T *rest"], lengths: jaxtyping.Int[Tensor, " B"]
+) -> jaxtyping.Shaped[Tensor, "B T *rest"]:
     """y (B, T, ...) with zeros where the row has ended."""
     ended = past_end(lengths, y.shape[1])
     return y.masked_fill(ended.view(*ended.shape, *[1] * (y.ndim - 2)), 0)

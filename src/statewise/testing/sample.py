@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..core import RecurrentLayer, UsageError, layers, leaves, names, tree_map, wide
 from ..core.layer import weight_of
+
+if TYPE_CHECKING:
+    import jaxtyping
 
 BATCH, STEPS = 3, 7
 Layer = RecurrentLayer[Any]
@@ -82,7 +85,9 @@ def device_of(layer: Layer) -> torch.device:
     return torch.device("cpu") if weight is None else weight.device
 
 
-def inputs(layer: Layer, steps: int = STEPS, batch: int = BATCH, *, seed: int = 0) -> Tensor:
+def inputs(
+    layer: Layer, steps: int = STEPS, batch: int = BATCH, *, seed: int = 0
+) -> jaxtyping.Shaped[Tensor, "{batch} {steps} *D"]:
     """x (B, T, D) from a normal distribution, or ids (B, T)."""
     rng = torch.Generator().manual_seed(seed)
     if layer.vocab:
@@ -100,7 +105,7 @@ def warm(layer: Layer, batch: int = BATCH, *, seed: int = 5) -> Any:
     return tree_map(Tensor.detach, state)
 
 
-def mask(steps: int, *at: tuple[int, int], batch: int = BATCH) -> Tensor:
+def mask(steps: int, *at: tuple[int, int], batch: int = BATCH) -> jaxtyping.Bool[Tensor, "{batch} {steps}"]:
     """A reset mask (B, T), True at the given (row, step)."""
     reset = torch.zeros(batch, steps, dtype=torch.bool)
     for row, t in at:
