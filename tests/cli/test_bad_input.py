@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from statewise.core import save_state
+from statewise.core.machine import locked
 from statewise.layers import GRULayer
-from statewise.training import checkpoint
 
 TRAIN = ["train", "adding", "--run", "{new}", "--device", "cpu"]
 EXPLAIN = ["explain", "linear_scan"]
@@ -204,7 +204,7 @@ def test_a_mistake_gets_one_line(what, words, code, parts, make, stdin, runs, tm
 
 def test_two_processes_on_one_run(runs, tmp_path, call):
     shutil.copytree(runs["adding"], tmp_path / "run")
-    with checkpoint.locked(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         said = call("train", "--replay", str(tmp_path / "run" / "experiment.json"), "--run", str(tmp_path / "run"))
     assert said.code == 2 and str(os.getpid()) in said.err and len(said.err.splitlines()) == 1
 

@@ -60,6 +60,8 @@ class Progress:
             self.running[cell.key] = (cell, {})
         elif kind == "progress":
             self.running[cell.key] = (cell, event["record"])
+        elif kind == "changed":
+            self._say(f"{cell.name}: its data have changed since it was trained; training it anew")
         elif kind == "retry":
             self.running.pop(cell.key, None)
             self._say(f"{cell.name}: {event['reason']}; going on from its last checkpoint")

@@ -93,8 +93,8 @@ def run_cells(
     """Train every cell that has no finished row of these data yet; returns all rows by key.
 
     lock: descriptor from `locked`. timeout: seconds for one run, 0 for no limit. memory: bytes of address space for one
-    worker, 0 for no limit. on_event gets {"event": "kept" | "start" | "progress" | "retry" | "done" | "failed",
-    "cell": Cell, ...}.
+    worker, 0 for no limit. on_event gets {"event": "kept" | "changed" | "start" | "progress" | "retry" | "done" |
+    "failed", "cell": Cell, ...}.
 
     Raises Stopped when SIGINT or SIGTERM came: the workers have then saved and ended.
     """
@@ -105,6 +105,8 @@ def run_cells(
         if row and row["status"] == "done" and row.get("data") == data_hash(cell.experiment.task):
             on_event({"event": "kept", "cell": cell, "row": row})
         else:
+            if row and row["status"] == "done":
+                on_event({"event": "changed", "cell": cell})
             waiting.append((cell, 1))
     running: list[_Running] = []
     with Stop() as stop, Log(out / "results.jsonl") as log:
