@@ -15,6 +15,7 @@ from ..core.files import shown
 from ..tasks.base import SPLITS, Task
 from ..tasks.finite import Finite
 from ..tasks.generated import Generated
+from ..tasks.text import Bytes
 
 BLOCK = 1 << 20
 
@@ -22,8 +23,8 @@ BLOCK = 1 << 20
 def data_hash(task: Task) -> str:
     """Sixteen hexadecimal digits; of tasks drawn on the spot, whose settings are their data, "generated".
 
-    Of a user's file or folder: its bytes. Of other finite sets: every number in them. Of all else: the evaluation
-    batches of every split. The first two are read once per process and content.
+    Of a user's file or folder: its bytes. Of other finite sets and texts: all that is in them. Of all else: the
+    evaluation batches of every split. The first two are read once per process and content.
 
     Raises DataError for a file that cannot be read.
     """
@@ -31,7 +32,7 @@ def data_hash(task: Task) -> str:
         return "generated"
     if path := getattr(task, "path", ""):
         return _of_files(tuple(_listed(Path(path).expanduser())))
-    return _of_rows(task) if isinstance(task, Finite) else _of_batches(task)
+    return _of_rows(task) if isinstance(task, Finite | Bytes) else _of_batches(task)
 
 
 def _listed(path: Path) -> list[tuple[str, str, int, int]]:
@@ -59,9 +60,12 @@ def _of_files(files: tuple[tuple[str, str, int, int], ...]) -> str:
 
 
 @lru_cache(maxsize=8)
-def _of_rows(task: Finite) -> str:
+def _of_rows(task: Finite | Bytes) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
+        if isinstance(task, Bytes):
+            _add(digest, task.text(split), split)
+            continue
         rows = task.rows(split)
         for f in fields(rows):
             if isinstance(t := getattr(rows, f.name), Tensor):
