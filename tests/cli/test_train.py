@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from statewise.cli.build import experiment
+from statewise.comparing import SETTINGS
 from statewise.models import LanguageModel, Stack, descriptions
 from statewise.tasks import tasks
 from statewise.training import read_log, read_result
@@ -125,3 +126,12 @@ def test_the_path_of_the_data_is_kept_whole(tmp_path, monkeypatch):
     (tmp_path / "some.txt").write_text("some words\n" * 10)
     made = experiment("text_file", "gru", width=8, depth=1, seed=0, data=Path("some.txt"))
     assert made.task.path == str(tmp_path / "some.txt")
+
+
+def test_every_shipped_task_of_few_steps_has_settings_of_its_own():
+    """They set the training alone: a task's own fields are the user's to choose."""
+    own = {"series", "text_file", "mnist_pixels", "fashion_mnist_pixels"}
+    assert set(SETTINGS) == {info.name for info in tasks} - own
+    assert all(path.startswith("train.") for found in SETTINGS.values() for path in found)
+    made = experiment("forecast", "gru", width=8, depth=1, seed=0, settings=["train.lr=0.5"])
+    assert (made.train.steps, made.train.lr) == (SETTINGS["forecast"]["train.steps"], 0.5)
