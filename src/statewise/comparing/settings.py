@@ -1,8 +1,8 @@
 """How long and at which rate `statewise compare` and `statewise train` train on each task unless told otherwise: so
-that a comparison of five layers with three seeds takes about five minutes on two cores, with the ordinary layers well
+that a comparison of five layers with three seeds takes some five minutes on two quiet cores, with the ordinary layers well
 above the baseline where the task allows it.
 
-parity is hardly begun in this time by any layer; give it more: --set train.steps=5000. The pixel tasks, of 784 steps
+parity is hardly begun in this time by a GRU; give it more: --set train.steps=5000. The pixel tasks, of 784 steps
 each, and the user's own data have no settings here: they take the defaults of `Train`, and pixels take hours.
 """
 
