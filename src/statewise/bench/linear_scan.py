@@ -28,7 +28,7 @@ from .layers import peak_memory
 Row = dict[str, Any]
 Scan = Callable[[Tensor, Tensor, Tensor], Tensor]
 SHAPES = ((8, 2048, 512), (1, 65536, 64), (64, 512, 128))
-LOOP = 4096  # steps beyond which the Python loop is not worth waiting for
+LOOP = 512  # steps beyond which the Python loop is not worth waiting for
 
 
 def run(
