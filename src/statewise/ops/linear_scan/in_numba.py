@@ -2,7 +2,7 @@
 
 A time step is one row of channels, handled in vectors: h_t = a_t h_{t-1} + x_t reads h_{t-1} where it was just written,
 in the nearest cache. Threads share out the batch and wide blocks of channels. Where those are too few, they share out
-time: whoever claims a tile first runs it from zero for its end and its product of decays, which brings it into the
+time, if there are several for each row: whoever claims a tile first runs it from zero for its end and its product of decays, which brings it into the
 cache, waits for the state before it, publishes the state after it, and only then runs it for good. Memory is still read
 once and written once. Claims go forward in time, so a thread waits only for tiles that are already being worked on.
 
@@ -43,6 +43,7 @@ NARROW = 512  # channels below which a part of a row is read far slower than the
 SHORTEST = 64  # steps in a tile, at least
 LINE = 64  # bytes of a cache line
 STREAM = 1 << 22  # bytes from which on results go past the caches: they would not stay there
+ALONE = 2  # threads for each row up to which one runs it alone: sharing out time runs every tile twice
 SMALL = 1 << 15  # elements below which a second thread costs more than it brings
 
 
@@ -379,26 +380,23 @@ def _forward_span(like, q, b, start, n, t0, t1, carry, scratch):
     row = q.width * q.item
     a, x, at = _rows(like, q, b, t0, start)
     h = q.h + at
-    if q.reset == 0 and q.a_channel != 0:  # the usual case, and next to nothing between two rows
-        for _ in range(t1 - t0):
-            if q.stream:
-                _recur_stream(like, n, (h, carry, a, x))
-            else:
-                _recur(like, n, (h, carry, a, x))
-            h, a, x = h + row, a + q.a_time, x + q.x_time
-        if q.stream:
-            _settle()
-        return
+    plain = q.reset == 0 and q.a_channel != 0
     for t in range(t0, t1):
         decay = a
-        if _cut(q, b, t):
-            _zero(like, n, (carry,))
-            decay = carry
-        elif q.a_channel == 0:
-            _spread(like, n, (scratch, a))
-            decay = scratch
-        _recur(like, n, (h, carry, decay, x))
+        if not plain:
+            if _cut(q, b, t):
+                _zero(like, n, (carry,))
+                decay = carry
+            elif q.a_channel == 0:
+                _spread(like, n, (scratch, a))
+                decay = scratch
+        if q.stream:
+            _recur_stream(like, n, (h, carry, decay, x))
+        else:
+            _recur(like, n, (h, carry, decay, x))
         h, a, x = h + row, a + q.a_time, x + q.x_time
+    if q.stream:
+        _settle()
 
 
 @_compile
@@ -622,7 +620,7 @@ def _solve(
     workers, blocks = _workers(x.numel()), -(-width // BLOCK)
     while batch * blocks < workers and width >= 2 * NARROW * blocks:
         blocks += 1
-    share_time = batch * blocks < workers
+    share_time = batch * blocks * ALONE < workers
     sum_da = backward and a.shape[1] == 1
     tile = max(SHORTEST, TILE // (2 * width * item)) if share_time or sum_da else steps
     tiles = -(-steps // tile)
