@@ -1,11 +1,11 @@
 """Compiled loops over time that run at the speed of memory.
 
-A time step is one row of channels, handled in vectors; the state is carried in a row of its own, in the nearest cache.
-Large results are stored past the caches, so a line is not read first only to be overwritten. Threads share out the batch
-and wide blocks of channels. Where there are several for each row they share out time: whoever claims a tile first runs it
-from zero for its end and its product of decays, which brings it into the cache, waits for the state before it, publishes
-the state after it, and only then runs it for good. Memory is still read once and written once. Claims go forward in time,
-so a thread waits only for tiles that are already being worked on.
+A time step is one row of channels, handled in vectors; the state is carried in a row of its own, in the nearest
+cache. Large results are stored past the caches, so a line is not read first only to be overwritten. Threads share out
+the batch and wide blocks of channels. Where there are several for each row they share out time: whoever claims a tile
+first runs it from zero for its end and its product of decays, which brings it into the cache, waits for the state
+before it, publishes the state after it, and only then runs it for good. Memory is still read once and written once.
+Claims go forward in time, so a thread waits only for tiles that are already being worked on.
 
 Backward is one pass, with mu_t the gradient that reaches h_{t-1}:
     lam_t = g_t + mu_{t+1},   dx_t = lam_t,   da_t = lam_t conj(h_{t-1}),   mu_t = conj(a_t) lam_t,   dh_0 = mu_1.
