@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import RecurrentLayer, UsageError, layers, nbytes, unroll
+from ..core.machine import cores
+from .clock import seconds
 
 Row = dict[str, Any]
 STEPS = 64  # streamed steps timed together
@@ -165,17 +167,8 @@ def _warm_up(one: Contender, x: Tensor) -> None:
 def _round(one: Contender, x: Tensor) -> None:
     if one.failed is None:
         for name, work in (("forward", _forward), ("training", _training_step)):
-            one.times[name].append(_seconds(lambda: work(one, x), x.device))  # noqa: B023
-            one.floors[name].append(_seconds(lambda: FLOORS[name](x), x.device))  # noqa: B023
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
+            one.times[name].append(seconds(lambda: work(one, x), x.device))  # noqa: B023
+            one.floors[name].append(seconds(lambda: FLOORS[name](x), x.device))  # noqa: B023
 
 
 _FIRST = """
@@ -193,7 +186,7 @@ def call_once(name: str, way: str, shape: tuple[int, int, int], device: str) -> 
     x = torch.randn(shape, device=device)
     found = contenders(name, shape[-1], x.device, peers=way not in ("ours", "torch.nn"), loop=False)
     one = next(one for one in found if one.way == way)
-    return _seconds(lambda: _forward(one, x), x.device)
+    return seconds(lambda: _forward(one, x), x.device)
 
 
 def _first_call(one: Contender, shape: tuple[int, int, int], device: str | torch.device) -> float | None:
@@ -207,7 +200,7 @@ def _row(one: Contender, shape: tuple[int, int, int]) -> Row:
     row: Row = {
         "layer": one.layer, "way": one.way, "batch": shape[0], "steps": shape[1], "width": shape[2],
         "parameters": sum(p.numel() for p in one.module.parameters()),
-        "load": load, "noisy": load is not None and load > (os.cpu_count() or 1),
+        "load": load, "noisy": load is not None and load > cores(),
     }  # fmt: skip
     if one.failed is not None:
         return {**row, "failed": one.failed}

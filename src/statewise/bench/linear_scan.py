@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ..core import UsageError
 from ..ops import linear_scan
+from .clock import seconds
 from .layers import peak_memory
 
 Row = dict[str, Any]
@@ -157,21 +157,12 @@ def _in_turn(
         ours(), floor()  # memory is mapped and kernels are compiled
     for _ in range(repeats):
         ours()
-        took = _seconds(ours, device)
+        took = seconds(ours, device)
         floor()
-        least = _seconds(floor, device)
+        least = seconds(floor, device)
         times.append(took * 1e3)
         ratios.append(took / least)
     return statistics.median(times), statistics.median(ratios)
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
 
 
 _FIRST = """
