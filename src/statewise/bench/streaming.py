@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core import RecurrentLayer, layers, nbytes
 
@@ -16,13 +16,13 @@ BLOCK = 1000  # tokens timed together
 
 
 def run(
-    names: tuple[str, ...] = ("lru", "min_gru", "gru"), *, steps: int = 1_000_000, width: int = 16, blocks: int = 20
+    names: tuple[str, ...] = ("lru", "min_gru", "gru"), *, steps: int = 1_000_000, width: int = 16, blocks: int = 50
 ) -> list[dict[str, Any]]:
     """One row per layer and execution: `step` one token at a time, `forward` in chunks of 1,000 tokens.
 
-    `early` and `late` are microseconds per token: the median over the first and the last `blocks` blocks of 1,000
-    tokens (the first 1,000 are warm-up). `growth` is the resident memory gained between step 10,000 and the last, in
-    bytes; `tensors` the tensors gained. Batch 1, float32, one thread.
+    `late` are microseconds per token of the last `blocks` blocks of 1,000 tokens, `early` those of as many blocks that
+    begin a stream, in turn; `ratio` is the median of their ratios. `growth` is the resident memory gained between step
+    10,000 and the last, in bytes; `tensors` the tensors gained. Batch 1, float32, one thread.
     """
     import statewise.layers  # noqa: F401  registers them
 
@@ -44,40 +44,38 @@ def run(
 
 @torch.no_grad()
 def _one(layer: RecurrentLayer[Any], execution: str, steps: int, blocks: int) -> dict[str, Any]:
-    first: list[float] = []
-    last: list[float] = []
-    memory = tensors = 0
+    x = torch.randn(1, BLOCK, layer.width)
     total = steps // BLOCK
-    seconds = _blocks(layer, execution, total)
-    for block, took in enumerate(seconds):
-        if 1 <= block <= blocks:
-            first.append(took)
-        if block >= total - blocks:
-            last.append(took)
+    old, young, memory, tensors = [], [], 0, 0
+    state = layer.initial_state(1)
+    for block in range(total):
+        took, state = _block(layer, execution, x, state)
+        if block >= total - blocks:  # in turn, so that a machine that changes its pace changes both
+            old.append(took)
+            young.append(_block(layer, execution, x, layer.initial_state(1))[0])
         if block == min(10, total - 1):
-            memory, tensors = _resident(), _tensors()
-    early, late = (statistics.median(part) / BLOCK * 1e6 for part in (first, last))
+            tensors = _tensors()  # first: the list of all objects takes memory itself
+            memory = _resident()
+    growth = _resident() - memory
     return {
-        "early": early,
-        "late": late,
-        "ratio": late / early,
-        "growth": _resident() - memory,
+        "early": statistics.median(young) / BLOCK * 1e6,
+        "late": statistics.median(old) / BLOCK * 1e6,
+        "ratio": statistics.median(o / y for o, y in zip(old, young, strict=True)),
+        "growth": growth,
         "tensors": _tensors() - tensors,
         "state_bytes": nbytes(layer.initial_state(1)),
     }
 
 
-def _blocks(layer: RecurrentLayer[Any], execution: str, total: int) -> Iterator[float]:
-    x = torch.randn(1, BLOCK, layer.width)
-    state = layer.initial_state(1)
-    for _ in range(total):
-        began = time.perf_counter()
-        if execution == "chunks":
-            _, state = layer(x, state)
-        else:
-            for x_t in x.unbind(1):
-                _, state = layer.step(x_t, state)
-        yield time.perf_counter() - began
+def _block(layer: RecurrentLayer[Any], execution: str, x: Tensor, state: Any) -> tuple[float, Any]:
+    """Seconds of a thousand tokens, and the state after them."""
+    began = time.perf_counter()
+    if execution == "chunks":
+        _, state = layer(x, state)
+    else:
+        for x_t in x.unbind(1):
+            _, state = layer.step(x_t, state)
+    return time.perf_counter() - began, state
 
 
 def _resident() -> int:
