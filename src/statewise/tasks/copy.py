@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +39,9 @@ class _Copying(Generated):
     def y_width(self) -> int:  # type: ignore[override]
         return self.symbols
 
+    @abc.abstractmethod
     def places(self, size: int, rng: np.random.Generator) -> np.ndarray:
         """(B, copied) increasing: where the data stand."""
-        raise NotImplementedError
 
     def sample(self, size: int, rng: np.random.Generator, split: Split) -> Batch:
         data = torch.from_numpy(rng.integers(0, self.symbols, (size, self.copied)))

@@ -139,19 +139,16 @@ def _rowwise(body: Callable[..., None], down: bool = False) -> Any:
     return run
 
 
-@_rowwise
-def _recur(v, h, carry, a, x):
-    """The carry has a row of its own: rows of h leave the first-level cache as they are written."""
-    new = v.add(v.mul(v.load(a), v.load(carry)), v.load(x))
-    v.store(carry, new)
-    v.store(h, new)
+def _recur_by(put: Callable[..., None]) -> Any:
+    def body(v, h, carry, a, x):
+        new = v.add(v.mul(v.load(a), v.load(carry)), v.load(x))
+        v.store(carry, new)  # a row of its own: rows of h leave the first-level cache as they are written
+        put(v, h, new)
+
+    return _rowwise(body)
 
 
-@_rowwise
-def _recur_stream(v, h, carry, a, x):
-    new = v.add(v.mul(v.load(a), v.load(carry)), v.load(x))
-    v.store(carry, new)
-    v.stream(h, new)
+_recur, _recur_stream = _recur_by(_Lanes.store), _recur_by(_Lanes.stream)
 
 
 @_rowwise
@@ -166,23 +163,18 @@ def _advance(v, end, product, a, x):
     v.store(product, v.mul(decay, v.load(product)))
 
 
+def _adjoint_by(put: Callable[..., None]) -> Any:
+    def body(v, dx, da, mu, a, g, before):
+        lam = v.add(v.load(g), v.load(mu))
+        put(v, dx, lam)
+        put(v, da, v.mul(v.load(before), lam, conj=True))
+        v.store(mu, v.mul(v.load(a), lam, conj=True))
+
+    return _rowwise(body, down=True)
+
+
+_adjoint, _adjoint_stream = _adjoint_by(_Lanes.store), _adjoint_by(_Lanes.stream)
 _rowwise_down = functools.partial(_rowwise, down=True)
-
-
-@_rowwise_down
-def _adjoint(v, dx, da, mu, a, g, before):
-    lam = v.add(v.load(g), v.load(mu))
-    v.store(dx, lam)
-    v.store(da, v.mul(v.load(before), lam, conj=True))
-    v.store(mu, v.mul(v.load(a), lam, conj=True))
-
-
-@_rowwise_down
-def _adjoint_stream(v, dx, da, mu, a, g, before):
-    lam = v.add(v.load(g), v.load(mu))
-    v.stream(dx, lam)
-    v.stream(da, v.mul(v.load(before), lam, conj=True))
-    v.store(mu, v.mul(v.load(a), lam, conj=True))
 
 
 @_rowwise_down
