@@ -13,7 +13,7 @@ from statewise.layers import ShortConv
 @pytest.mark.parametrize("taps", [1, 2, 4])
 def test_it_is_conv1d(taps: int):
     layer, x = ShortConv(3, taps=taps).double(), torch.randn(2, 9, 3, dtype=torch.float64)
-    want = F.conv1d(F.pad(x.mT, (taps - 1, 0)), layer.weight.flip(0).mT[:, None], groups=3).mT
+    want = F.conv1d(F.pad(x.mT, (taps - 1, 0)), layer.conv.weight.flip(0).mT[:, None], groups=3).mT
     torch.testing.assert_close(layer(x)[0], want)
 
 
