@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import UsageError
 from ..dispatch import op
 from ..looping import loop
 
@@ -61,3 +62,40 @@ def outer_scan(
         log_decay = log_decay.expand(torch.broadcast_shapes(log_decay.shape, (*v.shape[:3], 1, 1)))
     fresh = torch.zeros_like(state)
     return loop(outer_step, (q, k, v, log_decay), state, fresh=fresh, like=v, reset=reset, lengths=lengths)
+
+
+def normalised_outer_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    norm: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """outer_scan and z_t = n_t . q_t of the normaliser n_t = exp(log_decay_t) n_{t-1} + k_t, in one pass.
+
+    norm: (B, H, K), n before the first step, in the dtype of state. log_decay: as in outer_scan, with a last size of 1.
+
+    Returns o (B, T, H, V) in the dtype of v, z (B, T, H) in the dtype of state, and S and n at the end.
+
+    >>> one = torch.ones(1, 3, 1, 1)
+    >>> normalised_outer_scan(one, one, 2 * one, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1))[1].flatten().tolist()
+    [1.0, 2.0, 3.0]
+    """
+    if log_decay is not None and log_decay.ndim and log_decay.shape[-1] != 1:
+        raise UsageError(
+            f"normalised_outer_scan: log_decay is {tuple(log_decay.shape)}; expected a last size of 1, for n has no values"
+        )
+    if norm.shape != state.shape[:-1] or norm.dtype != state.dtype:
+        raise UsageError(
+            f"normalised_outer_scan: norm is {norm.dtype} {tuple(norm.shape)}; expected {state.dtype} "
+            f"{tuple(state.shape[:-1])}, as state without its last size"
+        )
+    # n is one more column of S, whose value is always 1
+    wider = torch.cat([v.to(state.dtype), torch.ones_like(v[..., :1], dtype=state.dtype)], -1)
+    start = torch.cat([state, norm[..., None]], -1)
+    o, last = outer_scan(q, k, wider, start, log_decay=log_decay, reset=reset, lengths=lengths)
+    return o[..., :-1].to(v.dtype), o[..., -1], last[..., :-1], last[..., -1]
