@@ -10,6 +10,7 @@ from .softmax_scan import SoftmaxState, log_sum_exp_scan, nothing_seen, softmax_
 
 __all__ = [
     "Backend", "Op", "SoftmaxState", "delta_scan", "delta_step", "dplr_scan", "dplr_step", "elman_loop", "gru_loop",
-    "jordan_loop", "linear_scan", "log_sum_exp_scan", "lstm_loop", "normalised_outer_scan", "nothing_seen", "observe", "op",
-    "ops", "outer_scan", "outer_step", "selective_scan", "selective_step", "softmax_scan", "softmax_step", "use_backend",
+    "jordan_loop", "linear_scan", "log_sum_exp_scan", "lstm_loop", "normalised_outer_scan", "nothing_seen",
+    "observe", "op", "ops", "outer_scan", "outer_step", "selective_scan", "selective_step", "softmax_scan",
+    "softmax_step", "use_backend",
 ]  # fmt: skip

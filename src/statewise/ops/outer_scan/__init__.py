@@ -87,7 +87,7 @@ def normalised_outer_scan(
     """
     if log_decay is not None and log_decay.ndim and log_decay.shape[-1] != 1:
         raise UsageError(
-            f"normalised_outer_scan: log_decay is {tuple(log_decay.shape)}; expected a last size of 1, for n has no values"
+            f"normalised_outer_scan: log_decay is {tuple(log_decay.shape)}; expected a last size of 1"
         )
     if norm.shape != state.shape[:-1] or norm.dtype != state.dtype:
         raise UsageError(
