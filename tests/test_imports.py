@@ -21,8 +21,9 @@ BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
     "report": ["core"],
     "comparing": [*STACK, "tasks", "training", "report"],
     "testing": STACK,
+    "interpret": [*STACK, "tasks", "training"],
     "bench": [*STACK, "tasks", "training", "testing"],
-    "cli": [*STACK, "tasks", "training", "testing", "report", "comparing", "bench"],
+    "cli": [*STACK, "tasks", "training", "testing", "report", "comparing", "interpret", "bench"],
 }
 
 # Optional or slow to import: only inside functions, or in the one file that is for them.
