@@ -41,7 +41,8 @@ def softmax_step(score: Tensor, v: Tensor, state: SoftmaxState) -> tuple[Tensor,
     old, new = (state.m - m).exp(), (score - m).exp()
     u = old * state.u + new
     w = old[..., None] * state.w + new[..., None] * v
-    return w / u[..., None], SoftmaxState(m, u, w)
+    # all scores -inf so far: nothing has weight, and the average is 0
+    return w / torch.where(u == 0, 1, u)[..., None], SoftmaxState(m, u, w)
 
 
 @op(samples=_samples)
