@@ -265,15 +265,26 @@ def hash_file(path: Path, *, follow: bool = False) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def read_json(path: str | os.PathLike[str], *, limit: int = JSON_LIMIT, follow: bool = True) -> dict[str, Any]:
+def read_json(
+    path: str | os.PathLike[str], *, limit: int = JSON_LIMIT, follow: bool = True, allow_nonfinite: bool = False
+) -> dict[str, Any]:
     """A JSON object from a file. Raises DataError where there is no file to read, UsageError as `parse_json`."""
     with open_checked(path, follow=follow) as file:
         raw = file.read(limit + 1)
-    return parse_json(raw, shown(path), limit=limit)
+    return parse_json(raw, shown(path), limit=limit, allow_nonfinite=allow_nonfinite)
 
 
-def parse_json(raw: bytes | str, where: str, *, limit: int = JSON_LIMIT, depth: int = DEPTH_LIMIT) -> dict[str, Any]:
+def parse_json(
+    raw: bytes | str,
+    where: str,
+    *,
+    limit: int = JSON_LIMIT,
+    depth: int = DEPTH_LIMIT,
+    allow_nonfinite: bool = False,
+) -> dict[str, Any]:
     """A JSON object, refused when too long, too deep, with a name twice, or with NaN or infinity.
+
+    allow_nonfinite: take NaN, Infinity and -Infinity, which other programs write.
 
     Raises UsageError with the line.
     """
@@ -282,7 +293,7 @@ def parse_json(raw: bytes | str, where: str, *, limit: int = JSON_LIMIT, depth: 
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
         _scan_json(text, where, depth)
-        found = json.loads(text, parse_constant=_refuse_constant)
+        found = json.loads(text, parse_constant=float if allow_nonfinite else _refuse_constant)
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:

@@ -10,6 +10,7 @@ from typing import Any
 from ..core import RecurrentLayer
 from .classifier import Classifier, ClassifierState
 from .forecaster import Forecaster, Forecasting, forecast
+from .from_transformers import from_transformers
 from .stack import Block, Residual, Stack
 from .token_model import LanguageModel, TokenModel, generate
 
@@ -50,5 +51,6 @@ __all__ = [
     "descriptions",
     "examples",
     "forecast",
+    "from_transformers",
     "generate",
 ]

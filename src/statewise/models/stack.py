@@ -102,24 +102,31 @@ class Block(RecurrentLayer[Any]):
 
     A layer that is linear in its input (LRU, S5, short convolution) is followed by GELU and a gated linear unit in
     place of W, as in the blocks of its paper. norms: one for the layer, one more if there is an mlp. Dropout acts on
-    what each branch adds, in training mode only.
+    what each branch adds, in training mode only. back: what stands in place of W; nn.Identity() for none.
     """
 
     def __init__(
-        self, layer: RecurrentLayer[Any], norms: list[nn.Module], mlp: GatedMLP | None, *, dropout: float = 0.0
+        self,
+        layer: RecurrentLayer[Any],
+        norms: list[nn.Module],
+        mlp: GatedMLP | None,
+        *,
+        dropout: float = 0.0,
+        back: nn.Module | None = None,
     ):
         super().__init__()
         self.width = self.out_width = layer.width
         self.traits = Traits(resets=layer.traits.resets)
         self.norms, self.layer, self.mlp = nn.ModuleList(norms), layer, mlp
-        back = GLU if layer.traits.linear_in_input else nn.Linear
-        self.back = back(layer.out_width, layer.width)
+        usual = GLU if layer.traits.linear_in_input else nn.Linear
+        self.back = usual(layer.out_width, layer.width) if back is None else back
         self.dropout = nn.Dropout(dropout)
 
     def last_maps(self) -> list[nn.Linear]:
-        """The linear maps whose outputs are added to x."""
+        """The linear maps of this block whose outputs are added to x."""
         back = self.back.out if isinstance(self.back, GLU) else self.back
-        return [back] if self.mlp is None else [back, self.mlp.out]
+        maps = [back] if self.mlp is None else [back, self.mlp.out]
+        return [linear for linear in maps if isinstance(linear, nn.Linear)]
 
     def initial_state(self, batch: int) -> Any:
         return self.layer.initial_state(batch)

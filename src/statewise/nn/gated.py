@@ -9,10 +9,10 @@ from torch import Tensor, nn
 class GatedMLP(nn.Module):
     """y = W (silu(G x) * U x) (Shazeer 2020, arXiv:2002.05202). x (..., D) -> (..., D) through `hidden` channels."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, *, bias: bool = True):
         super().__init__()
-        self.up = nn.Linear(width, 2 * hidden)
-        self.out = nn.Linear(hidden, width)
+        self.up = nn.Linear(width, 2 * hidden, bias=bias)
+        self.out = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.up(x).chunk(2, -1)

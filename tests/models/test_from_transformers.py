@@ -1,0 +1,302 @@
+"""Language models of transformers on our layers: their logits, their text, their files.
+
+Every parameter is drawn at random first: constant initial values would hide a tensor in the wrong place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from statewise import chunked, unroll
+from statewise.core import DataError, Unknown, UsageError, read_tensors, write_tensors
+from statewise.models import from_transformers, generate
+from statewise.testing import check_layer
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+VOCAB = 37
+SMALL = dict(vocab_size=VOCAB, num_hidden_layers=2, pad_token_id=0, bos_token_id=0, eos_token_id=None)
+
+
+def mamba(**changes: Any) -> nn.Module:
+    config = transformers.MambaConfig(**{**SMALL, "hidden_size": 24, "state_size": 5, **changes})
+    return transformers.MambaForCausalLM(config)
+
+
+def falcon_mamba(**changes: Any) -> nn.Module:
+    config = transformers.FalconMambaConfig(
+        **{**SMALL, "hidden_size": 24, "state_size": 5, "mixer_rms_eps": 0.01, **changes}
+    )
+    return transformers.FalconMambaForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mamba": mamba,
+    "mamba_untied_wide_biased": lambda: mamba(
+        tie_word_embeddings=False, use_bias=True, use_conv_bias=False, expand=3, conv_kernel=2, time_step_rank=3
+    ),
+    "falcon_mamba": falcon_mamba,
+    "falcon_mamba_untied": lambda: falcon_mamba(tie_word_embeddings=False, layer_norm_epsilon=0.1),
+}
+
+
+def random(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """One of MODELS with all parameters drawn anew."""
+    torch.manual_seed(seed)
+    model = MODELS[name]().to(dtype).eval()
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
+            fan = parameter.shape[-1] if parameter.ndim == 2 and "A_log" not in key else 4
+            around_one = parameter.ndim == 1 and "norm" in key
+            parameter.copy_(1 + 0.5 * noise if around_one else noise * (2 if "embed" in key else 1.5) / fan**0.5)
+    return model
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+class InFloat64(TorchFunctionMode):
+    """Turns every request for a narrower float into one for float64: transformers asks for float32 whatever it has."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half):
+            return args[0].double()
+        widen = lambda value: torch.float64 if value in (torch.float32, torch.bfloat16, torch.float16) else value
+        kwargs = {key: widen(v) if isinstance(v, torch.dtype) else v for key, v in (kwargs or {}).items()}
+        return func(*(widen(v) if isinstance(v, torch.dtype) else v for v in args), **kwargs)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, x: Tensor, *, exact: bool = False) -> Tensor:
+    if not exact:
+        return model(input_ids=x, use_cache=False).logits
+    with InFloat64():
+        return model(input_ids=x, use_cache=False).logits
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert got.shape == want.shape
+    got, want = got.detach(), want.detach()
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+@contextmanager
+def refused(kind: type[Exception], *words: str) -> Iterator[None]:
+    with pytest.raises(kind) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 300, message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_in_float32(name: str):
+    theirs, x = random(name), ids(3, 21)
+    ours = from_transformers(theirs)
+    want = logits(theirs, x)
+    assert want.std() > 0.1  # there is something to compare
+    assert error(ours(x)[0], want) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_in_float64(name: str):
+    theirs, x = random(name, torch.float64), ids(3, 21)
+    ours = from_transformers(theirs)
+    y, _ = ours(x)
+    assert y.dtype == torch.float64
+    assert error(y, logits(theirs, x, exact=True)) < 1e-10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_rounds_float64_to_float32_on_the_way(name: str):
+    theirs, x = random(name, torch.float64), ids(3, 21)
+    off = error(logits(theirs, x), logits(theirs, x, exact=True))
+    assert 1e-9 < off < 1e-4
+    assert error(from_transformers(theirs)(x)[0], logits(theirs, x)) < 2 * off  # ours is not to blame
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_matters(name: str):
+    theirs, x = random(name), ids(2, 12)
+    ours = from_transformers(theirs)
+    before = ours(x)[0]
+    for key, parameter in theirs.named_parameters():
+        with torch.no_grad():
+            kept = parameter.clone()
+            parameter.copy_(parameter.roll(1, 0) if parameter.ndim < 2 or len(parameter) > 1 else -parameter)
+        after = from_transformers(theirs)(x)[0]
+        assert error(after, logits(theirs, x)) < 1e-4, key
+        assert error(after, before) > 1e-5, key
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation_token_for_token(name: str):
+    for seed in range(3):
+        theirs, x = random(name, seed=seed), ids(2, 7)
+        with torch.no_grad():
+            want = theirs.generate(
+                x, attention_mask=torch.ones_like(x), max_new_tokens=24, do_sample=False, eos_token_id=None
+            )
+        got = generate(from_transformers(theirs), x, 24, temperature=0)
+        assert torch.equal(got, want[:, 7:])
+        assert len(got.unique()) > 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prefill_in_two_chunks_is_prefill_in_one(name: str):
+    ours, x = from_transformers(random(name, torch.float64)), ids(2, 17)
+    whole, last = ours(x)
+    parts, state = chunked(ours, x, [9, 0, 8])
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(unroll(ours, x)[0], whole, rtol=1e-10, atol=1e-12)
+    next_ids = ids(2)
+    torch.testing.assert_close(ours.step(next_ids, state)[0], ours.step(next_ids, last)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_transformers_mamba_forgets_its_state_in_a_second_chunk():
+    """With a warm cache and more than one new token, the state space part of theirs starts again from zero."""
+    theirs, x = random("mamba"), ids(2, 16)
+    want = logits(theirs, x)[:, 8:]
+    with torch.no_grad():
+        cache = theirs(input_ids=x[:, :8], use_cache=True).cache_params
+        second = theirs(input_ids=x[:, 8:], cache_params=cache, use_cache=True).logits
+    ours = from_transformers(theirs)
+    _, state = ours(x[:, :8])
+    assert error(ours(x[:, 8:], state)[0], want) < 1e-4
+    assert error(second, want) > 1e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_directory_gives_the_same_model(name: str, tmp_path: Path):
+    theirs, x = random(name), ids(2, 9)
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    want = from_transformers(theirs)
+    for path in (tmp_path / "whole", str(tmp_path / "shards")):
+        got = from_transformers(path)
+        assert got.state_dict().keys() == want.state_dict().keys()
+        assert torch.equal(got(x)[0], want(x)[0])
+        assert not got.training
+    again = type(theirs).from_pretrained(tmp_path / "whole").eval()
+    assert error(want(x)[0], logits(again, x)) < 1e-4
+
+
+def test_half_precision_weights_are_held_in_float32(tmp_path: Path):
+    theirs, x = random("mamba", torch.bfloat16), ids(2, 9)
+    theirs.save_pretrained(tmp_path)
+    ours = from_transformers(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert error(ours(x)[0], logits(theirs.float(), x)) < 1e-4
+
+
+def test_the_generator_is_left_as_it_was():
+    theirs = random("mamba")
+    before = torch.get_rng_state()
+    from_transformers(theirs)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    random("mamba").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_config(path: Path, **values: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_an_unknown_architecture_is_one_line(saved: Path):
+    change_config(saved, model_type="mambo")
+    with refused(Unknown, "mambo", "near: mamba"):
+        from_transformers(saved)
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_head=1, n_layer=1, vocab_size=9))
+    with refused(Unknown, "GPT2LMHeadModel", "gpt2"):
+        from_transformers(gpt)
+    with refused(UsageError, "Linear", "transformers"):
+        from_transformers(nn.Linear(2, 2))
+
+
+def test_broken_tensors_are_one_line(saved: Path):
+    file, name = saved / "model.safetensors", "backbone.layers.1.mixer.A_log"
+    tensors, _ = read_tensors(file)
+    a_log = tensors.pop(name)
+    write_tensors(file, tensors)
+    with refused(DataError, str(saved), f"no tensor '{name}'", "near: backbone.layers.1.mixer."):
+        from_transformers(saved)
+    write_tensors(file, tensors | {name.replace("A_log", "A_lag"): a_log})
+    with refused(DataError, f"no tensor '{name}'", "near: backbone.layers.1.mixer.A_lag"):
+        from_transformers(saved)
+    write_tensors(file, tensors | {name: a_log[:, 1:].contiguous()})
+    with refused(DataError, name, "(48, 4)", "(48, 5)"):
+        from_transformers(saved)
+    write_tensors(file, tensors | {name: a_log, "backbone.layers.7.norm.weight": torch.ones(24)})
+    with refused(DataError, "backbone.layers.7.norm.weight", "no place"):
+        from_transformers(saved)
+    file.write_bytes(b"\x80\x04 a pickle, or what the name says")
+    with refused(DataError, "pickle"):
+        from_transformers(saved)
+    file.unlink()
+    (saved / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with refused(DataError, "safetensors", "pickles are not read"):
+        from_transformers(saved)
+
+
+def test_a_broken_configuration_is_one_line(saved: Path):
+    change_config(saved, hidden_size="24")
+    with refused(UsageError, "hidden_size", "'24'", "int"):
+        from_transformers(saved)
+    change_config(saved, hidden_size=True)
+    with refused(UsageError, "hidden_size", "True"):
+        from_transformers(saved)
+    change_config(saved, hidden_size=24, hidden_act="gelu")
+    with refused(UsageError, "hidden_act", "gelu", "silu"):
+        from_transformers(saved)
+    change_config(saved, hidden_act="silu", state_size=0)
+    with refused(UsageError, "states", "0"):
+        from_transformers(saved)
+    (saved / "config.json").unlink()
+    with refused(DataError, "config.json"):
+        from_transformers(saved)
+    with refused(DataError, "nowhere"):
+        from_transformers(saved / "nowhere")
+
+
+def test_shards_outside_the_directory_are_not_read(saved: Path):
+    (saved / "model.safetensors").rename(saved.parent / "model.safetensors")
+    index = {"weight_map": {"backbone.embeddings.weight": "../model.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refused(DataError, "weight_map"):
+        from_transformers(saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_built_obeys_the_protocol(name: str):
+    report = check_layer(from_transformers(random(name, torch.float64)), name=name)
+    assert report.ok, report
+    assert len(report.outcomes) > 100
+
+
+def test_something_was_found():
+    kinds = {re.match("[a-z0-9]*(_mamba)?", name)[0] for name in MODELS}  # type: ignore[index]
+    assert kinds >= {"mamba", "falcon_mamba"}
