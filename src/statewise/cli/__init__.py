@@ -20,7 +20,7 @@ VERBS = {  # in the order of --help
     "compare": "many layers on one task, several seeds each, and a report",
     "stream": "answer standard input line by line with a trained run",
     "check": "the conformance suite on a layer, your own or a registered one",
-    "explain": "which backend an op or a layer would take for given shapes, and why",
+    "explain": "what a layer is and costs, and which backend it or an op takes, and why",
     "bench": "speed and memory, beside what else there is",
     "data": "real data sets: list them, get them, say where they are",
     "info": "versions, devices, backends and cache places, for a bug report",

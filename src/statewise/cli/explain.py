@@ -1,4 +1,4 @@
-"""statewise explain: which backend would run, and why not the others."""
+"""statewise explain: what a layer is and costs, which backend would run, and why not the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Say which backend an op, or a layer's ops, would take for given shapes, and why not the others."""
+    """Say what a layer is and costs, which backend it or an op would take for given shapes, and why not the others."""
 
     what: Positional[str]
     """An op (linear_scan) or a registered layer (lru)."""
@@ -147,8 +147,7 @@ def show_layer(
     """The layer's facts, then every kind of op call that one forward makes."""
     import torch
 
-    from ..core import UsageError, nbytes
-    from ..report import show_bytes, show_count
+    from ..core import UsageError
     from .check import check_arguments
     from .settings import dict_once, free
 
@@ -158,11 +157,7 @@ def show_layer(
         layer: RecurrentLayer[Any] = info.cls(**given).to(device=device, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{info.name}: {error}") from None
-    parameters = sum(p.numel() for p in layer.parameters())
-    print(f"{info.name} ({info.paper}): {info.summary}")
-    print(f"  arguments   {', '.join(f'{k}={v}' for k, v in given.items())}")
-    print(f"  parameters  {show_count(parameters)}")
-    print(f"  state       {show_bytes(nbytes(layer.initial_state(1)))} per stream")
+    show_facts(info, given, layer)
     if layer.vocab:
         x = torch.zeros(shape[:2], dtype=torch.int64, device=device)
     else:
@@ -176,6 +171,28 @@ def show_layer(
             print(f"  {name:<10} {told(name, call.chosen, reason)}")
     if not calls:
         print("\nno op with backends: plain torch operations" + (", one step at a time" if loops(layer) else ""))
+
+
+def show_facts(info: LayerInfo, given: Mapping[str, Any], layer: RecurrentLayer[Any]) -> None:
+    """Equation, state, transition and operations a token."""
+    from ..interpret import facts
+    from ..report import show_bytes, show_count
+
+    found = facts(layer)
+    parts = (f"{name} ({', '.join(map(str, size))}) {dtype}" for name, (dtype, size) in found.state.items())
+    print(f"{info.name} ({info.paper})")
+    for line in found.equation.splitlines():
+        print(f"  {line}")
+    print(f"  arguments   {', '.join(f'{k}={v}' for k, v in given.items())}")
+    print(f"  parameters  {show_count(sum(p.numel() for p in layer.parameters()))}")
+    print(f"  state       {show_bytes(found.state_bytes)} per stream{', and grows' if found.grows else ''}: ", end="")
+    print(", ".join(parts).replace("torch.", "") or "none")
+    print(f"  transition  {found.transition}")
+    print(f"  streaming   {show_count(found.stream)} operations a step")
+    print(
+        f"  training    {show_count(found.train)} operations a token, {show_count(found.forward)} of them forward "
+        f"(T = {found.steps})"
+    )
 
 
 def loops(layer: RecurrentLayer[Any]) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import RecurrentLayer, UsageError, leaves, tree_map, where
+from ..core import RecurrentLayer, ResourceError, UsageError, leaves, tree_map, where
+from ..core.machine import free_memory
 from ..ops import Op, nothing_seen, observe, softmax_step
 
 
@@ -111,11 +112,16 @@ def _in_float64(layer: RecurrentLayer[Any]) -> RecurrentLayer[Any]:
 def _probed(layer: RecurrentLayer[Any], x: Tensor) -> Dynamics:
     """Lambda and C from unit states, B and D from unit inputs."""
     zero = layer.initial_state(1)
-    sizes = [_real(leaf).numel() for leaf in leaves(zero)]
+    sizes = [real(leaf).numel() for leaf in leaves(zero)]
     states, width = sum(sizes), layer.width
+    need, have = 24 * states**2, free_memory()
+    if have is not None and need > have:
+        raise ResourceError(
+            f"{type(layer).__name__}: Lambda of {states} states takes {need >> 30} GiB; try a smaller layer"
+        )
     units = torch.eye(states, dtype=torch.float64).split(sizes, 1)
     columns = iter(units)
-    state = tree_map(lambda leaf: _as(leaf, next(columns)), zero)
+    state = tree_map(lambda leaf: as_leaf(leaf, next(columns)), zero)
     y, after = layer.step(x.new_zeros(states, width), state)
     transition, read = _flat(after).mT, y.mT
     y, after = layer.step(torch.eye(width, dtype=x.dtype), layer.initial_state(width))
@@ -137,16 +143,18 @@ def _probed(layer: RecurrentLayer[Any], x: Tensor) -> Dynamics:
     )
 
 
-def _real(leaf: Tensor) -> Tensor:
+def real(leaf: Tensor) -> Tensor:
+    """Real numbers as they are, complex ones as pairs."""
     return torch.view_as_real(leaf) if leaf.is_complex() else leaf
 
 
 def _flat(state: Any) -> Tensor:
-    return torch.cat([_real(leaf).flatten(1).double() for leaf in leaves(state)], 1)
+    return torch.cat([real(leaf).flatten(1).double() for leaf in leaves(state)], 1)
 
 
-def _as(like: Tensor, rows: Tensor) -> Tensor:
-    rows = rows.reshape(len(rows), *_real(like).shape[1:])
+def as_leaf(like: Tensor, rows: Tensor) -> Tensor:
+    """rows (B, n) of real numbers in the shape and dtype of a leaf."""
+    rows = rows.to(real(like).dtype).reshape(len(rows), *real(like).shape[1:])
     return torch.view_as_complex(rows.contiguous()) if like.is_complex() else rows
 
 
