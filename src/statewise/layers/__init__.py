@@ -3,15 +3,26 @@
 from .aaren import Aaren
 from .attention import Attention, AttentionState
 from .bidirectional import Bidirectional
+from .delta_net import DeltaNet, DeltaState
+from .delta_product import DeltaProduct
 from .elman import Elman
+from .gated_delta_net import GatedDeltaNet
+from .gla import GLA
 from .gru import GRULayer
+from .hgrn2 import HGRN2
 from .jordan import Jordan
+from .lightnet import LightNet, LightNetState
+from .linear_attention import LinearAttention, LinearAttentionState
 from .lru import LRU
 from .lstm import LSTMLayer, LSTMState
 from .mamba import Mamba, MambaState
+from .mamba2 import Mamba2, Mamba2State
 from .min_gru import MinGRU
 from .min_lstm import MinLSTM
+from .mlstm import MLSTM, MLSTMLarge, MLSTMState, MatrixMemory
 from .reservoir import Reservoir
+from .retnet import RetNet, RetNetState
+from .rwkv7 import RWKV7, RWKV7State
 from .s5 import S5
 from .short_conv import ShortConv
 
@@ -20,17 +31,37 @@ __all__ = [
     "Attention",
     "AttentionState",
     "Bidirectional",
+    "DeltaNet",
+    "DeltaProduct",
+    "DeltaState",
     "Elman",
+    "GLA",
     "GRULayer",
+    "GatedDeltaNet",
+    "HGRN2",
     "Jordan",
     "LRU",
     "LSTMLayer",
     "LSTMState",
+    "LightNet",
+    "LightNetState",
+    "LinearAttention",
+    "LinearAttentionState",
+    "MLSTM",
+    "MLSTMLarge",
+    "MLSTMState",
     "Mamba",
+    "Mamba2",
+    "Mamba2State",
     "MambaState",
+    "MatrixMemory",
     "MinGRU",
     "MinLSTM",
+    "RWKV7",
+    "RWKV7State",
     "Reservoir",
+    "RetNet",
+    "RetNetState",
     "S5",
     "ShortConv",
 ]
