@@ -19,7 +19,7 @@ from .mamba import Mamba, MambaState
 from .mamba2 import Mamba2, Mamba2State
 from .min_gru import MinGRU
 from .min_lstm import MinLSTM
-from .mlstm import MLSTM, MLSTMLarge, MLSTMState, MatrixMemory
+from .mlstm import MLSTM, MatrixMemory, MLSTMLarge, MLSTMState
 from .reservoir import Reservoir
 from .retnet import RetNet, RetNetState
 from .rwkv7 import RWKV7, RWKV7State
