@@ -26,6 +26,8 @@ class Options:
     """B,T,D as often as needed."""
     repeats: int = 0
     """Rounds, of which medians are printed; 0 leaves it to the measurement."""
+    steps: int = 1_000_000
+    """Of streaming: how far the streams go."""
     device: str = "cpu"
     """cpu, cuda, cuda:1; for linear_scan and layers."""
     threads: int = 0
@@ -82,9 +84,13 @@ def cells(row: Row) -> list[str]:
 
 def measure_streaming(options: Options) -> list[Row]:
     from ..bench import streaming
+    from ..core import UsageError
 
+    if options.steps < 12_000:
+        raise UsageError(f"--steps {options.steps}; expected at least 12000: blocks of 1,000 at the start and the end")
+    many = {"steps": options.steps, "blocks": min(50, options.steps // 3000)}
     chosen = names(options.layers)
-    rows = streaming.run(chosen) if chosen else streaming.run()
+    rows = streaming.run(chosen, **many) if chosen else streaming.run(**many)
     generic(rows)
     return rows
 
