@@ -8,18 +8,126 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import UsageError
-from ..dispatch import op
+from ...core import UsageError, wide
+from ..dispatch import Backend, op
 from ..looping import loop
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> None:
+    if (
+        q.ndim != 4
+        or q.shape != k.shape
+        or v.ndim != 4
+        or v.shape[:2] != q.shape[:2]
+        or v.shape[2] % max(q.shape[2], 1)
+    ):
+        raise UsageError(
+            f"outer_scan: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected q and k (B, T, G, K) "
+            f"and v (B, T, H, V) with H a multiple of G"
+        )
+    batch, steps, heads, values = v.shape
+    if state.shape != (batch, heads, q.shape[3], values):
+        raise UsageError(
+            f"outer_scan: state is {tuple(state.shape)}; expected (B, H, K, V) {(batch, heads, q.shape[3], values)}"
+        )
+    if state.dtype not in _WIDE or any(torch.promote_types(t.dtype, state.dtype) != state.dtype for t in (q, k, v)):
+        raise UsageError(
+            f"outer_scan: q is {q.dtype}, k {k.dtype}, v {v.dtype}, state {state.dtype}; expected state in float32 or "
+            f"float64, no narrower than the others"
+        )
+    if log_decay is not None:
+        whole = (batch, steps, heads, *state.shape[2:])
+        shape = (*[1] * (5 - log_decay.ndim), *log_decay.shape)
+        if log_decay.ndim > 5 or any(m not in (n, 1) for m, n in zip(shape, whole)):
+            raise UsageError(
+                f"outer_scan: log_decay is {tuple(log_decay.shape)}; expected a shape that broadcasts to "
+                f"(B, T, H, K, V) {whole}"
+            )
+        if torch.promote_types(log_decay.dtype, state.dtype) != state.dtype:
+            raise UsageError(f"outer_scan: log_decay is {log_decay.dtype}; expected no wider than state, {state.dtype}")
+    if any(t is not None and t.device != v.device for t in (q, k, state, log_decay, reset)):
+        raise UsageError(
+            f"outer_scan: q is on {q.device}, k on {k.device}, v on {v.device}, state on {state.device}; "
+            f"move them, log_decay and reset together"
+        )
+    if reset is not None and (reset.dtype != torch.bool or reset.shape != (batch, steps)):
+        raise UsageError(f"outer_scan: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {(batch, steps)}")
+    if lengths is not None and lengths.shape != (batch,):
+        raise UsageError(f"outer_scan: lengths has shape {tuple(lengths.shape)}; expected ({batch},)")
+    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
+        bad = ((lengths < 0) | (lengths > steps)).nonzero()[:, 0].tolist()
+        if bad:
+            raise UsageError(f"outer_scan: lengths[{bad[0]}] is {int(lengths[bad[0]])}; expected 0 to T = {steps}")
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    yield dict(
-        q=torch.ones(1, 2, 1, 2, dtype=dtype, device=device),
-        k=torch.ones(1, 2, 1, 2, dtype=dtype, device=device),
-        v=torch.ones(1, 2, 1, 3, dtype=dtype, device=device),
-        state=torch.zeros(1, 1, 2, 3, device=device),
-    )
+    rng, wider = torch.Generator(device).manual_seed(0), wide(dtype)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=rng, device=device, dtype=torch.float64).to(dtype)
+
+    def decay(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=rng, device=device, dtype=torch.float64).log().to(wider)
+
+    def coin(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=rng, device=device) < 0.3
+
+    def inputs(
+        batch: int, steps: int, groups: int, heads: int, keys: int, values: int, g: Tensor | None = None, **more: Tensor
+    ) -> dict[str, Any]:
+        return {
+            "q": normal(batch, steps, groups, keys),
+            "k": normal(batch, steps, groups, keys),
+            "v": normal(batch, steps, heads, values),
+            "state": normal(batch, heads, keys, values, dtype=wider),
+            "log_decay": g,
+            **more,
+        }
+
+    def constant(value: float, *shape: int) -> Tensor:
+        return torch.full(shape, value, device=device, dtype=wider)
+
+    ends, lowest = torch.tensor([0, 7, 3], device=device), torch.finfo(wider).min
+    yield inputs(2, 5, 2, 2, 3, 4)
+    for kind in ((1, 1), (3, 1), (1, 4), (3, 4)):
+        yield inputs(2, 6, 2, 2, 3, 4, decay(2, 6, 2, *kind))
+        yield inputs(1, 1, 1, 1, 3, 4, decay(1, 1, 1, *kind))
+        yield inputs(2, 0, 1, 2, 3, 4, decay(2, 0, 2, *kind))
+        yield inputs(0, 3, 1, 2, 3, 4, decay(0, 3, 2, *kind))
+        yield inputs(1, 37, 1, 1, 3, 4, decay(1, 37, 1, *kind) / 8)
+        yield inputs(3, 7, 1, 2, 3, 4, decay(3, 7, 2, *kind), reset=coin(3, 7), lengths=ends)
+        yield inputs(2, 5, 1, 4, 3, 4, decay(4, *kind))  # constant in time, two heads to a group
+        yield inputs(1, 6, 1, 1, 3, 4, decay(1, 6, 1, *kind).masked_fill(coin(1, 6, 1, *kind), -torch.inf))
+        for value in (-torch.inf, lowest, -1e4, -20.0, -1e-7, 0.0):
+            yield inputs(1, 4, 1, 1, 3, 4, constant(value, *kind))
+        yield inputs(1, 9, 1, 1, 3, 4, constant(-1e4, 1, 9, 1, *kind).where(coin(1, 9, 1, 1, 1), decay(1, 9, 1, *kind)))
+    for kind in ((1, 1), (3, 1), (1, 4)):
+        yield inputs(2, 133, 1, 2, 3, 4, decay(2, 133, 2, *kind) / 30, reset=coin(2, 133) & coin(2, 133))
+    yield inputs(1, 300, 1, 1, 2, 2, decay(1, 300, 1, 1, 1) / 100)  # some whole chunks and a part
+    yield inputs(1, 300, 1, 1, 2, 2, decay(1, 300, 1, 2, 1) / 100)
+    yield inputs(2, 4, 3, 3, 3, 4, reset=coin(2, 4))
+    yield inputs(3, 7, 1, 2, 3, 4, lengths=ends)
+    for shape in ((), (4,), (3, 1), (3, 4), (1, 1, 1), (6, 1, 1, 1), (2, 1, 2, 1, 1)):
+        yield inputs(2, 6, 1, 2, 3, 4, decay(*shape))
+    yield inputs(2, 6, 1, 2, 3, 4, decay(2, 1, 2, 1, 1).expand(2, 6, 2, 3, 1))
+    yield inputs(2, 6, 1, 2, 3, 4, decay(2, 6, 2, 1, 1).expand(2, 6, 2, 3, 4))
+    yield inputs(2, 6, 1, 1, 1, 1, decay(2, 6, 1, 1, 1))
+    yield inputs(2, 6, 1, 1, 1, 4, decay(2, 6, 1, 1, 4))
+    yield inputs(2, 6, 2, 2, 5, 1, decay(2, 6, 2, 5, 1))
+    odd = inputs(2, 6, 2, 4, 3, 4, decay(2, 4, 6, 3, 1).transpose(1, 2))
+    yield odd | {"q": normal(1, 1, 2, 3).expand(2, 6, 2, 3), "v": normal(2, 4, 6, 4).transpose(1, 2)}
+    yield odd | {"k": normal(2, 6, 2, 6)[..., ::2], "state": normal(1, 1, 4, 3, dtype=wider).mT.expand(2, 4, 3, 4)}
 
 
 def outer_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +139,16 @@ def outer_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state:
     return (q[..., None] * state).sum(-2), state
 
 
-@op(samples=_samples)
+@op(
+    Backend(
+        "torch",
+        "statewise.ops.outer_scan.in_torch:scan",
+        devices=("cpu", "cuda", "mps", "xpu", "meta"),
+        dtypes=(*_WIDE, torch.bfloat16, torch.float16),
+    ),
+    samples=_samples,
+    check=_check,
+)
 def outer_scan(
     q: Tensor,
     k: Tensor,
@@ -86,9 +203,7 @@ def normalised_outer_scan(
     [1.0, 2.0, 3.0]
     """
     if log_decay is not None and log_decay.ndim and log_decay.shape[-1] != 1:
-        raise UsageError(
-            f"normalised_outer_scan: log_decay is {tuple(log_decay.shape)}; expected a last size of 1"
-        )
+        raise UsageError(f"normalised_outer_scan: log_decay is {tuple(log_decay.shape)}; expected a last size of 1")
     if norm.shape != state.shape[:-1] or norm.dtype != state.dtype:
         raise UsageError(
             f"normalised_outer_scan: norm is {norm.dtype} {tuple(norm.shape)}; expected {state.dtype} "
@@ -98,4 +213,4 @@ def normalised_outer_scan(
     wider = torch.cat([v.to(state.dtype), torch.ones_like(v[..., :1], dtype=state.dtype)], -1)
     start = torch.cat([state, norm[..., None]], -1)
     o, last = outer_scan(q, k, wider, start, log_decay=log_decay, reset=reset, lengths=lengths)
-    return o[..., :-1].to(v.dtype), o[..., -1], last[..., :-1], last[..., -1]
+    return o[..., :-1].to(v.dtype), o[..., -1], last[..., :-1].clone(), last[..., -1].clone()  # no shared memory
