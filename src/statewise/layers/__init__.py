@@ -23,6 +23,7 @@ from .mlstm import MLSTM, MatrixMemory, MLSTMLarge, MLSTMState
 from .reservoir import Reservoir
 from .retnet import RetNet, RetNetState
 from .rwkv7 import RWKV7, RWKV7State
+from .s4d import S4D
 from .s5 import S5
 from .short_conv import ShortConv
 
@@ -62,6 +63,7 @@ __all__ = [
     "Reservoir",
     "RetNet",
     "RetNetState",
+    "S4D",
     "S5",
     "ShortConv",
 ]

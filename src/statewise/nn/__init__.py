@@ -3,7 +3,9 @@ from .decayed_max import decayed_max
 from .feature_maps import POSITIVE, Feature, check_feature, features
 from .gated import GLU, GatedMLP
 from .heads import HeadNorm
-from .initialisers import legs_normal, log_uniform, ring
+from .hippo import bilinear, diagonal, hippo, legendre_memory, legs_dplr, legs_normal, zero_order_hold
+from .initialisers import log_uniform, ring
+from .lti import LTI, LinearSystem
 from .norms import RMSNorm
 from .rotary import rotate
 from .segments import positions, tail
@@ -11,7 +13,7 @@ from .short_convolution import ShortConvolution
 from .unit import unit
 
 __all__ = [
-    "BlockLinear", "Feature", "GLU", "GatedMLP", "HeadNorm", "POSITIVE", "RMSNorm", "ShortConvolution",
-    "check_feature", "decayed_max", "features", "legs_normal", "log_uniform", "positions", "ring", "rotate", "tail",
-    "unit",
+    "BlockLinear", "Feature", "GLU", "GatedMLP", "HeadNorm", "LTI", "LinearSystem", "POSITIVE", "RMSNorm",
+    "ShortConvolution", "bilinear", "check_feature", "decayed_max", "diagonal", "features", "hippo", "legendre_memory",
+    "legs_dplr", "legs_normal", "log_uniform", "positions", "ring", "rotate", "tail", "unit", "zero_order_hold",
 ]  # fmt: skip
