@@ -39,12 +39,12 @@ class HGRN2(OuterCell):
         if not 0 <= lower_bound < 1:
             raise UsageError(f"HGRN2: lower_bound {lower_bound}; expected at least 0 and less than 1")
         self.lower_bound = lower_bound
-        self.qfv = nn.Linear(width, heads * (2 * key + value), bias=False)
+        self.qkv = nn.Linear(width, heads * (2 * key + value), bias=False)
         self.norm = HeadNorm(heads, value)
         self.out = nn.Linear(heads * value, width, bias=False)
 
     def encode(self, x: Tensor) -> Outer:
-        q, f, v = self.split(self.qfv(x)).split([self.key, self.key, self.value], -1)
+        q, f, v = self.split(self.qkv(x)).split([self.key, self.key, self.value], -1)
         f = f.to(wide(f.dtype))
         k = (1 - self.lower_bound) * torch.sigmoid(-f)  # 1 - f_t, right to the last digit where f_t is near one
         log_decay = torch.log1p(-k) if self.lower_bound else F.logsigmoid(f)
