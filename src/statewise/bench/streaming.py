@@ -13,10 +13,11 @@ from torch import Tensor
 from ..core import RecurrentLayer, layers, nbytes
 
 BLOCK = 1000  # tokens timed together
+LAYERS = ("lru", "min_gru", "gru")
 
 
 def run(
-    names: tuple[str, ...] = ("lru", "min_gru", "gru"), *, steps: int = 1_000_000, width: int = 16, blocks: int = 50
+    names: tuple[str, ...] = LAYERS, *, steps: int = 1_000_000, width: int = 16, blocks: int = 50
 ) -> list[dict[str, Any]]:
     """One row per layer and execution: `step` one token at a time, `forward` in chunks of 1,000 tokens.
 

@@ -88,9 +88,8 @@ def measure_streaming(options: Options) -> list[Row]:
 
     if options.steps < 12_000:
         raise UsageError(f"--steps {options.steps}; expected at least 12000: blocks of 1,000 at the start and the end")
-    many = {"steps": options.steps, "blocks": min(50, options.steps // 3000)}
-    chosen = names(options.layers)
-    rows = streaming.run(chosen, **many) if chosen else streaming.run(**many)
+    chosen = names(options.layers) or streaming.LAYERS
+    rows = streaming.run(chosen, steps=options.steps, blocks=min(50, options.steps // 3000))
     generic(rows)
     return rows
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from .parse import Positional
+
+if TYPE_CHECKING:
+    from ..core.registry import LayerInfo
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,17 @@ class Options:
 
     what: Positional[Literal["all", "layers", "tasks", "models", "ops"]] = "all"
     """Which of them."""
+    out: str = ""
+    """Of layers: a Markdown file that a table is written to, with what each costs."""
 
 
 def run(options: Options) -> int:
     from .show import console
 
+    if options.out:
+        Path(options.out).write_text("\n".join(layers_table()) + "\n", encoding="utf-8")
+        print(f"written to {options.out}")
+        return 0
     for name, show in SHOW.items():
         if options.what in (name, "all"):
             console().print(f"{name}\n" if options.what == "all" else "", end="")
@@ -41,6 +51,32 @@ def layers() -> None:
         state = info.cls(**info.sized(64)).initial_state(1)
         print(f"{info.name:<18}{show_bytes(nbytes(state)):<19}{info.paper}")
         print(textwrap.fill(info.summary, 78, initial_indent="    ", subsequent_indent="        "))
+
+
+def layers_table(width: int = 64) -> Iterator[str]:
+    """Markdown: every layer, what it is at an ordinary size, and what it costs there."""
+    from ..core import layers
+    from ..interpret import facts
+    from ..report import show_bytes, show_count
+
+    importlib.import_module("statewise.layers")
+    yield f"""# Layers
+
+What `statewise list layers --out FILE` writes: every registered layer at its ordinary size of width {width}, in
+float32. Operations are additions and multiplications a token, counted: of `step`, and of forward and backward together
+by the torch backends over 64 steps. `statewise explain NAME` says the same of one layer at any size.
+
+| layer | recurrence | state | how the state moves | step | training | paper |
+|---|---|---|---|---|---|---|"""
+    for info in sorted(layers, key=lambda info: info.name):
+        found = facts(info.cls(**info.sized(width)))
+        state = show_bytes(found.state_bytes) + (", grows" if found.grows else "")
+        counts = f"{show_count(found.stream)} | {show_count(found.train)}"
+        yield f"| {info.name} | {layer_words(info)} | {state} | {found.transition} | {counts} | {info.paper} |"
+
+
+def layer_words(info: LayerInfo) -> str:
+    return info.summary.replace("|", "\\|")
 
 
 def tasks() -> None:
