@@ -20,10 +20,11 @@ BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
     "training": [*STACK, "tasks"],
     "report": ["core"],
     "comparing": [*STACK, "tasks", "training", "report"],
+    "recipes": [*STACK, "tasks", "training", "interpret", "report", "comparing"],
     "testing": STACK,
     "interpret": [*STACK, "tasks", "training"],
     "bench": [*STACK, "tasks", "training", "testing"],
-    "cli": [*STACK, "tasks", "training", "testing", "report", "comparing", "interpret", "bench"],
+    "cli": [*STACK, "tasks", "training", "testing", "report", "comparing", "recipes", "interpret", "bench"],
 }
 
 # Optional or slow to import: only inside functions, or in the one file that is for them.

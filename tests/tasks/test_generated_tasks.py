@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from statewise.core import UsageError, leaves
-from statewise.tasks import SPLITS, Adding, Batch, Copy, Parity, SelectiveCopy, Task, tasks
+from statewise.tasks import SPLITS, Adding, Batch, Copy, Delay, Events, Parity, SelectiveCopy, Task, WordProblem, tasks
+from statewise.tasks.base import certain
 from statewise.tasks.generated import Generated
+from statewise.tasks.word_problem import table
 
 CASES: list[Generated] = [
     Adding(length=2),
@@ -22,13 +25,18 @@ CASES: list[Generated] = [
     SelectiveCopy(),
     Parity(),
     Parity(shortest=9, longest=12, test_longest=20, streaming=True),
+    Delay(length=64, delay=20),
+    Delay(length=16, delay=0, band=1.0),
+    Events(),
+    Events(length=12, clocks=2),
+    *(WordProblem(group, length=9, test_length=21) for group in ("Z2", "S3", "S4", "A5", "S5", "Z60")),  # type: ignore[arg-type]
 ]
 
 
 def test_every_generated_task_is_here() -> None:
     generated = {info.cls for info in tasks if issubclass(info.cls, Generated)}
     assert generated == {type(case) for case in CASES}
-    assert len(generated) == 4
+    assert len(generated) == 7
 
 
 def by_hand(task: Task, batch: Batch) -> dict[tuple[int, int], Any]:
@@ -50,6 +58,42 @@ def by_hand(task: Task, batch: Batch) -> dict[tuple[int, int], Any]:
             for t in range(end):
                 if task.streaming or t == end - 1:
                     found[b, t] = row[: t + 1].count(1) % 2
+        elif isinstance(task, Delay):
+            for t in range(task.delay, len(row)):
+                found[b, t] = row[t - task.delay][0]
+        elif isinstance(task, Events):
+            found |= {(b, t): clock for t, clock in next_strokes(row, batch.weight[b]).items()}
+        elif isinstance(task, WordProblem):
+            product: tuple[int, ...] | None = None
+            for t, element in enumerate(row):
+                moves = ELEMENTS[task.group][element]
+                product = moves if product is None else tuple(moves[place] for place in product)
+                found[b, t] = ELEMENTS[task.group].index(product)
+    return found
+
+
+def even(p: tuple[int, ...]) -> bool:
+    return sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0
+
+
+ELEMENTS: dict[str, list[tuple[int, ...]]] = {
+    **{f"S{n}": list(itertools.permutations(range(n))) for n in (3, 4, 5)},
+    "A5": [p for p in itertools.permutations(range(5)) if even(p)],
+    **{f"Z{n}": [tuple((i + turn) % n for i in range(n)) for turn in range(n)] for n in (2, 60)},
+}
+
+
+def next_strokes(row: list[list[float]], asked: torch.Tensor) -> dict[int, int]:
+    """Step -> which clock strikes next, by writing down when each struck. asked: believed where rounding decides."""
+    found, now, told = {}, 0.0, [list[float]() for _ in row[0][1:]]
+    for t, (gap, *struck) in enumerate(row):
+        now += gap
+        told[struck.index(1)].append(now)
+        if all(len(times) > 1 for times in told):
+            due = sorted((2 * times[-1] - times[-2], clock) for clock, times in enumerate(told))
+            least = min(due[0][0] - now, due[1][0] - due[0][0])
+            if least > 0.02 + 1e-5 or (least > 0.02 - 1e-5 and asked[t]):
+                found[t] = due[0][1]
     return found
 
 
@@ -190,6 +234,75 @@ def test_one_mistake_costs_one_sequence() -> None:
     found = task.metrics(out, batch)
     assert found["accuracy"] == (49, 50)
     assert found["sequence_accuracy"] == (9, 10)
+
+
+@pytest.mark.parametrize("group, order", [("Z2", 2), ("S3", 6), ("S4", 24), ("A5", 60), ("S5", 120), ("Z60", 60)])
+def test_group_tables(group: Any, order: int) -> None:
+    """Closed, with the identity first, inverses, and the associative law."""
+    times = table(group)
+    everything = np.arange(order)
+    assert times.shape == (order, order)
+    assert (np.sort(times, 0) == everything[:, None]).all()
+    assert (np.sort(times, 1) == everything).all()
+    assert (times[0] == everything).all()
+    assert (times[:, 0] == everything).all()
+    a, b, c = np.random.default_rng(0).integers(0, order, (3, 500))
+    assert (times[times[a, b], c] == times[a, times[b, c]]).all()
+    assert ((times == times.T).all()) == (group[0] == "Z")
+
+
+def test_word_problem_baseline_and_parts() -> None:
+    task = WordProblem("S3", length=5, test_length=20)
+    batch = task.batch(0, 4000, seed=0, split="test")
+    newest = certain(batch.x, task.order)
+    found = {name: total / count for name, (total, count) in task.metrics(newest, batch).items()}
+    assert found["accuracy"] == pytest.approx(task.baseline(), abs=0.01)
+    assert found["accuracy_trained"] == pytest.approx((1 + 4 / 6) / 5, abs=0.02)
+    assert found["accuracy_beyond"] == pytest.approx(1 / 6, abs=0.01)
+    assert "accuracy_beyond" not in task.metrics(task.oracle(short := task.batch(0, 8, seed=0)), short)
+    share = torch.bincount(batch.y.flatten(), minlength=6) / batch.y.numel()
+    assert share.numpy() == pytest.approx(np.full(6, 1 / 6), abs=0.01)
+
+
+@pytest.mark.parametrize("band", [0.1, 1.0])
+def test_delay_is_of_variance_one_and_of_low_frequencies(band: float) -> None:
+    task = Delay(length=200, delay=50, band=band)
+    batch = task.batch(0, 2000, seed=0)
+    assert float(batch.x.mean()) == pytest.approx(0, abs=0.03)
+    assert batch.x.square().mean(0).numpy() == pytest.approx(1, abs=0.2)
+    assert float(batch.x.square().mean()) == pytest.approx(task.baseline(), abs=0.03)
+    asked = batch.weight > 0
+    another = (batch.y - batch.y.flip(0))[asked]
+    assert float(another.square().mean()) == pytest.approx(task.chance(), abs=0.1)
+    window = torch.hann_window(200)[:, None]  # the noise does not repeat after 200 steps, so its spectrum leaks
+    power = torch.fft.rfft(batch.x * window, dim=1).abs().square().mean(0)[:, 0]
+    low = power[: int(100 * band) + 3].sum() / power.sum()
+    assert float(low) > 0.999
+
+
+def test_events_baseline_is_a_rule_and_not_the_answer() -> None:
+    task = Events()
+    assert task.chance() < task.baseline() < 0.8
+    batch = task.batch(0, 2000, seed=0)
+    share = torch.bincount(batch.y[batch.weight > 0], minlength=4) / batch.weight.sum()
+    assert share.numpy() == pytest.approx(np.full(4, 1 / 4), abs=0.02)
+    assert (batch.weight.sum(1) > 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WordProblem("S6"),  # type: ignore[arg-type]
+        lambda: WordProblem(length=9, test_length=8),
+        lambda: Delay(length=10, delay=10),
+        lambda: Delay(length=10, band=0.01),
+        lambda: Events(clocks=1),
+        lambda: Events(length=5),
+    ],
+)
+def test_settings_out_of_range(make: Any) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        make()
 
 
 def test_parity_lengths() -> None:

@@ -21,6 +21,8 @@ VERBS = {  # in the order of --help
     "stream": "answer standard input line by line with a trained run",
     "check": "the conformance suite on a layer, your own or a registered one",
     "explain": "what a layer is and costs, and which backend it or an op takes, and why",
+    "reproduce": "a paper's experiments, and which of its claims hold",
+    "papers": "every paper, its claims, the measured numbers",
     "bench": "speed and memory, beside what else there is",
     "data": "real data sets: list them, get them, say where they are",
     "info": "versions, devices, backends and cache places, for a bug report",

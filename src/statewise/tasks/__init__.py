@@ -3,7 +3,9 @@
 from .adding import Adding
 from .base import SPLITS, Batch, Split, Task, TaskInfo, register_task, tasks
 from .copy import Copy, SelectiveCopy
+from .delay import Delay
 from .digits import Digits
+from .events import Events
 from .fashion_mnist import FashionMnistPixels, FashionMnistRows
 from .forecast import Forecast
 from .generated import Generated
@@ -14,9 +16,10 @@ from .series import Series
 from .spoken_digits import SpokenDigits
 from .text import Text
 from .text_file import TextFile
+from .word_problem import WordProblem
 
 __all__ = [
-    "SPLITS", "Adding", "Batch", "Copy", "Digits", "FashionMnistPixels", "FashionMnistRows", "Forecast", "Generated",
-    "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Series", "Split", "SpokenDigits", "Task",
-    "TaskInfo", "Text", "TextFile", "register_task", "tasks",
+    "SPLITS", "Adding", "Batch", "Copy", "Delay", "Digits", "Events", "FashionMnistPixels", "FashionMnistRows",
+    "Forecast", "Generated", "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Series", "Split",
+    "SpokenDigits", "Task", "TaskInfo", "Text", "TextFile", "WordProblem", "register_task", "tasks",
 ]  # fmt: skip

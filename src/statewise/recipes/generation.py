@@ -1,0 +1,74 @@
+"""What recipes measure alike: how long one more token takes after a context, and how far two executions differ."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import RecurrentLayer, layers, unroll
+from ..models import Stack
+
+
+@torch.no_grad()
+def step_times(
+    models: Mapping[str, RecurrentLayer[Any]], context: int, *, steps: int, rounds: int = 5
+) -> dict[str, float]:
+    """Seconds of one step after `context` tokens, batch 1: the median over rounds in which the models take turns."""
+    found: dict[str, list[float]] = {name: [] for name in models}
+    before, x = {}, {}
+    for name, model in models.items():
+        model.eval()
+        x[name] = torch.randn(1, context, model.width)
+        before[name] = model(x[name])[1]
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            state, u = before[name], x[name][:, 0]
+            began = time.perf_counter()
+            for _ in range(steps):
+                _, state = model.step(u, state)
+            if turn:  # the first turn fills caches
+                found[name].append((time.perf_counter() - began) / steps)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def against_transformer(layer: str, contexts: Sequence[int], *, width: int, depth: int, steps: int) -> dict[str, float]:
+    """Tokens/s of generation after each context by a stack of `layer` and by one of full attention with its cache.
+
+    NAME_n and transformer_n for each context n; NAME_slowdown and transformer_slowdown: time of a step after the
+    longest context over that after the shortest; speedup: tokens/s over the Transformer's after the longest.
+    """
+    numbers: dict[str, float] = {}
+    for context in contexts:
+        # a window of the context, one step more: exactly full attention here
+        described = {
+            layer: Stack(layer, width=width, depth=depth),
+            "transformer": Stack("attention", width=width, depth=depth, args={"window": context + 1}),
+        }
+        models = {name: stack.build(x_width=width, y_width=width) for name, stack in described.items()}
+        for name, seconds in step_times(models, context, steps=steps).items():
+            numbers[f"{name}_{context}"] = 1 / seconds
+        for name, model in models.items():
+            numbers[f"{name}_parameters"] = float(sum(p.numel() for p in model.parameters()))
+    first, last = contexts[0], contexts[-1]
+    for name in (layer, "transformer"):
+        numbers[f"{name}_slowdown"] = numbers[f"{name}_{first}"] / numbers[f"{name}_{last}"]
+    numbers["speedup"] = numbers[f"{layer}_{last}"] / numbers[f"transformer_{last}"]
+    return numbers
+
+
+@torch.no_grad()
+def execution_error(layer: str, length: int, dtype: torch.dtype, **args: Any) -> float:
+    """Largest difference between forward and one step after the other, relative to the largest output."""
+    made = layers[layer].cls(**args).to(dtype).eval()
+    x = torch.randn(2, length, made.width, dtype=dtype)
+    return difference(made(x)[0], unroll(made, x)[0])
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return float((a - b).abs().max() / b.abs().max())
