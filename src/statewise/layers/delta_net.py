@@ -98,7 +98,7 @@ class DeltaRule(Cell[DeltaState]):
 
     def transition(self, u: Projected, state: DeltaState) -> tuple[Tensor, DeltaState]:
         qkv, taps = u.qkv, state.taps
-        if self.conv is not None:
+        if self.conv is not None and taps is not None:
             qkv, taps = self.conv.step(qkv, taps)
         o, memory = delta_step(*self._operands(qkv, u), state.memory)
         return o, DeltaState(taps, memory)
@@ -107,7 +107,7 @@ class DeltaRule(Cell[DeltaState]):
         self, u: Projected, state: DeltaState, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, DeltaState]:
         qkv, taps = u.qkv, state.taps
-        if self.conv is not None:
+        if self.conv is not None and taps is not None:
             qkv, taps = self.conv(qkv, taps, reset, lengths)
         *operands, log_decay = self._operands(qkv, u)
         o, memory = delta_scan(*operands, state.memory, log_decay=log_decay, reset=reset, lengths=lengths)

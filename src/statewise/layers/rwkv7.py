@@ -28,12 +28,11 @@ class Mixed(NamedTuple):
     a: Tensor  # (..., H, K) how much of it to remove, in (0, 1)
     log_w: Tensor  # (..., H, K) log decay
     g: Tensor  # (..., D) gate
-    first: Tensor  # (..., D) the value before it is mixed with the first layer's
 
 
 class Read(NamedTuple):
     y: Tensor  # (..., D)
-    first: Tensor  # (..., D)
+    v: Tensor  # (..., D)
 
 
 class LowRank(nn.Module):
@@ -159,7 +158,7 @@ class RWKV7(Cell[RWKV7State]):
         x, high = u[..., : self.inner], before.dtype
         shift = before - x
         x_r, x_w, x_k, x_v, x_a, x_g = ((x + mu * shift).to(u.dtype) for mu in self.mu.unbind())
-        v = first = self.v(x_v)
+        v = self.v(x_v)
         if self.mix is not None:
             v = v + (u[..., self.inner :] - v) * self.mix(x_v).sigmoid()
         k, a = self.k(x_k).to(high), self.rate(x_a).to(high).sigmoid()
@@ -168,14 +167,14 @@ class RWKV7(Cell[RWKV7State]):
         r, write, v, remove, a, log_w = (
             t.to(high).unflatten(-1, (self.heads, -1)) for t in (self.r(x_r), write, v, k * self.k_k, a, log_w)
         )
-        return Mixed(r, write, v, unit(remove, eps=1e-12), a, log_w, self.gate(x_g), first)
+        return Mixed(r, write, v, unit(remove, eps=1e-12), a, log_w, self.gate(x_g))
 
     def _read(self, o: Tensor, m: Mixed) -> Read:
         weight, bias = self.norm.weight.to(o.dtype), self.norm.bias.to(o.dtype)
         y = F.group_norm(o.reshape(-1, self.inner), self.heads, weight, bias, self.norm.eps)
         bonus = (m.r * m.k * self.r_k).sum(-1, keepdim=True) * m.v
-        return Read((y.view_as(m.g) + bonus.flatten(-2)) * m.g, m.first)
+        return Read((y.view_as(m.g) + bonus.flatten(-2)) * m.g, m.v.flatten(-2))
 
     def decode(self, o: Read, x: Tensor) -> Tensor:
-        y = self.out(o.y.to(x.dtype))
-        return (torch.cat([y, o.first], -1) if self.v_first == "out" else y).to(x.dtype)
+        y = self.out(o.y.to(x.dtype)).to(x.dtype)
+        return torch.cat([y, o.v.to(x.dtype)], -1) if self.v_first == "out" else y
