@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core import DataError, RecurrentLayer, Unknown, UsageError, near, read_json, read_tensors, wide
-from ..layers import Mamba
-from ..nn import RMSNorm
+from ..layers import Mamba, Mamba2, MLSTMLarge
+from ..nn import GatedMLP, RMSNorm
 from .stack import Block, Residual
 from .token_model import TokenModel
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PLAIN: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (float, int), str: (str,)}
 Config = TypeVar("Config")
 
 
@@ -132,15 +133,13 @@ def fill(parameter: Tensor, values: Tensor) -> None:
 
 
 def _config(kind: type[Config], found: Mapping[str, Any]) -> Config:
-    """The fields of a configuration. Raises UsageError for a value of another type than the field's default has."""
+    """The fields of a configuration. Raises UsageError for a value of another type than a plain default has."""
     values = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        value = found.get(field.name, field.default)
-        wanted = {float: (float, int), int: (int,)}.get(type(field.default), (type(field.default),))
-        if field.default is not None and (not isinstance(value, wanted) or (value is True) > (bool in wanted)):
+        value, plain = found.get(field.name, field.default), type(field.default)
+        if type(value) not in PLAIN.get(plain, (type(value),)):
             raise UsageError(
-                f"config.json: {field.name} is {value!r}; expected a {type(field.default).__name__}, such as "
-                f"{field.default!r}"
+                f"config.json: {field.name} is {value!r}; expected a {plain.__name__}, such as {field.default!r}"
             )
         values[field.name] = value
     return kind(**values)
@@ -236,7 +235,176 @@ def _backbone(
     return model
 
 
+# ---- mamba2
+
+
+@dataclass(frozen=True)
+class _Mamba2Config:
+    num_heads: int = 128
+    head_dim: int = 64
+    vocab_size: int = 32768
+    hidden_size: int = 4096
+    state_size: int = 128
+    num_hidden_layers: int = 64
+    layer_norm_epsilon: float = 1e-5
+    conv_kernel: int = 4
+    n_groups: int = 8
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    time_step_limit: Any = (0.0, math.inf)
+    tie_word_embeddings: bool = False
+
+
+def _mamba2(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
+    config = _config(_Mamba2Config, found)
+    _require(config, hidden_act="silu")
+
+    def layer() -> Mamba2:
+        return Mamba2(
+            config.hidden_size,
+            heads=config.num_heads,
+            value=config.head_dim,
+            key=config.state_size,
+            groups=config.n_groups,
+            taps=config.conv_kernel,
+            bias=config.use_bias,
+            conv_bias=config.use_conv_bias,
+            dt_limits=_limits(config.time_step_limit),
+            eps=config.layer_norm_epsilon,
+        )
+
+    def read(mixer: Mamba2, prefix: str) -> None:
+        for name in ("in_proj", "norm", "out_proj"):
+            weights.linear(getattr(mixer, name), f"{prefix}.{name}")
+        _read_convolution(mixer.conv, weights, f"{prefix}.conv1d")
+        for ours, theirs in ((mixer.dt_bias, "dt_bias"), (mixer.a_log, "A_log"), (mixer.d, "D")):
+            fill(ours, weights.take(f"{prefix}.{theirs}", *ours.shape))
+
+    return _backbone(config, weights, layer, read)
+
+
+def _limits(found: Any) -> tuple[float, float]:
+    """(low, high), where an infinity may be written as transformers does: {"__float__": "Infinity"}."""
+    ends = [
+        float(end["__float__"]) if isinstance(end, dict) and end.get("__float__") == "Infinity" else end
+        for end in (found if isinstance(found, list | tuple) else [])
+    ]
+    if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends):
+        raise UsageError(f"config.json: time_step_limit is {found!r}; expected two numbers, such as [0.0, 1.0]")
+    return float(ends[0]), float(ends[1])
+
+
+# ---- xlstm, in the form of xLSTM-7B
+
+
+@dataclass(frozen=True)
+class _XLSTMConfig:
+    vocab_size: int = 50304
+    hidden_size: int = 4096
+    embedding_dim: Any = None  # for hidden_size where the two differ in what is left out
+    num_hidden_layers: int = 32
+    num_heads: int = 8
+    use_bias: bool = False
+    tie_word_embeddings: bool = False
+    add_out_norm: bool = True
+    norm_eps: float = 1e-6
+    qk_dim_factor: float = 0.5
+    v_dim_factor: float = 1.0
+    eps: float = 1e-6
+    ffn_proj_factor: float = 2.667
+    ffn_round_up_to_multiple_of: int = 64
+    gate_soft_cap: float = 15.0
+    output_logit_soft_cap: float = 30.0
+    weight_mode: str = "single"
+
+
+class CappedLinear(nn.Linear):
+    """y = cap tanh(W x / cap)."""
+
+    def __init__(self, width: int, out_width: int, *, cap: float):
+        super().__init__(width, out_width, bias=False)
+        self.cap = cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cap * torch.tanh(super().forward(x) / self.cap)
+
+
+def _xlstm(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
+    config = _config(_XLSTMConfig, found)
+    width, heads = config.hidden_size, config.num_heads
+    _require(config, use_bias=False, add_out_norm=True)
+    if config.embedding_dim not in (None, width):
+        raise UsageError(f"config.json: embedding_dim is {config.embedding_dim!r}; expected hidden_size, {width}")
+    if config.weight_mode not in ("single", "fused"):
+        raise UsageError(f"config.json: weight_mode is {config.weight_mode!r}; expected 'single' or 'fused'")
+    keys, values = int(width * config.qk_dim_factor), int(width * config.v_dim_factor)
+    multiple = config.ffn_round_up_to_multiple_of
+    # their own rounding, which goes down where the factor leaves less than one channel over
+    hidden = int((width * config.ffn_proj_factor + multiple - 1) // multiple * multiple)
+    for name, size in (("qk_dim_factor", keys), ("v_dim_factor", values)):
+        if size % heads or not size:
+            raise UsageError(f"config.json: {name} gives {size} channels; expected a multiple of {heads} heads")
+
+    def block() -> Block:
+        layer = MLSTMLarge(
+            width, heads=heads, key=keys // heads, value=values // heads, gate_cap=config.gate_soft_cap, eps=config.eps
+        )
+        layer.norm.eps = config.norm_eps
+        norms: list[nn.Module] = [RMSNorm(width, eps=config.norm_eps) for _ in range(2)]
+        return Block(layer, norms, GatedMLP(width, hidden, bias=False), back=nn.Identity())
+
+    blocks = [block() for _ in range(config.num_hidden_layers)]
+    head = CappedLinear(width, config.vocab_size, cap=config.output_logit_soft_cap)
+    norm = RMSNorm(width, eps=config.norm_eps)
+    model = _token_model(weights, nn.Embedding(config.vocab_size, width), blocks, norm, head)
+    weights.linear(model.body.embed, "backbone.embeddings")
+    weights.linear(norm, "backbone.out_norm")
+    for i, one in enumerate(blocks):
+        _read_xlstm_block(one, weights, f"backbone.blocks.{i}", fused=config.weight_mode == "fused")
+    if config.tie_word_embeddings:
+        weights.left.pop("lm_head.weight", None)
+        fill(head.weight, model.body.embed.weight)
+    else:
+        weights.linear(head, "lm_head")
+    return model
+
+
+def _read_xlstm_block(block: Block, weights: _Weights, name: str, *, fused: bool) -> None:
+    layer, mlp = block.layer, block.mlp
+    assert isinstance(layer, MLSTMLarge) and mlp is not None
+
+    def together(parameters: list[Tensor], theirs: list[str], one: str) -> None:
+        """Parameters stacked in this order; theirs are stacked likewise, or all in `one` tensor."""
+        rows = [len(p) for p in parameters]
+        if fused:
+            values = weights.take(one, sum(rows), *parameters[0].shape[1:]).split(rows)
+        else:
+            values = tuple(weights.take(t, *p.shape) for t, p in zip(theirs, parameters, strict=True))
+        for parameter, value in zip(parameters, values, strict=True):
+            fill(parameter, value)
+
+    weights.linear(block.norms[0], f"{name}.norm_mlstm")
+    weights.linear(block.norms[1], f"{name}.norm_ffn")
+    prefix = f"{name}.mlstm_layer"
+    maps = [layer.q.weight, layer.k.weight, layer.v.weight, layer.out_gate.weight]
+    names = [f"{prefix}.{part}.weight" for part in ("q", "k", "v", "ogate_preact")]
+    together(maps, names, f"{prefix}.qkv_opreact.weight")
+    for part in ("weight", "bias"):
+        gates = list(getattr(layer.gates, part).data.chunk(2))
+        together(gates, [f"{prefix}.{g}gate_preact.{part}" for g in "if"], f"{prefix}.ifgate_preact.{part}")
+    weights.linear(layer.norm, f"{prefix}.multihead_norm")
+    weights.linear(layer.out, f"{prefix}.out_proj")
+    up = list(mlp.up.weight.data.chunk(2))
+    together(
+        up, [f"{name}.ffn.{part}.weight" for part in ("proj_up_gate", "proj_up")], f"{name}.ffn.proj_up_gate_z.weight"
+    )
+    weights.linear(mlp.out, f"{name}.ffn.proj_down")
+
+
 ARCHITECTURES: dict[str, Callable[[Mapping[str, Any], _Weights], TokenModel]] = {
     "mamba": _mamba,
     "falcon_mamba": _mamba,
+    "mamba2": _mamba2,
+    "xlstm": _xlstm,
 }
