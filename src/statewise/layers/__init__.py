@@ -13,6 +13,7 @@ from .hgrn2 import HGRN2
 from .jordan import Jordan
 from .lightnet import LightNet, LightNetState
 from .linear_attention import LinearAttention, LinearAttentionState
+from .lmu import LMU
 from .lru import LRU
 from .lstm import LSTMLayer, LSTMState
 from .mamba import Mamba, MambaState
@@ -23,6 +24,7 @@ from .mlstm import MLSTM, MatrixMemory, MLSTMLarge, MLSTMState
 from .reservoir import Reservoir
 from .retnet import RetNet, RetNetState
 from .rwkv7 import RWKV7, RWKV7State
+from .s4 import S4
 from .s4d import S4D
 from .s5 import S5
 from .short_conv import ShortConv
@@ -41,6 +43,7 @@ __all__ = [
     "GatedDeltaNet",
     "HGRN2",
     "Jordan",
+    "LMU",
     "LRU",
     "LSTMLayer",
     "LSTMState",
@@ -63,6 +66,7 @@ __all__ = [
     "Reservoir",
     "RetNet",
     "RetNetState",
+    "S4",
     "S4D",
     "S5",
     "ShortConv",

@@ -89,7 +89,7 @@ class LTI(Cell[Tensor]):
             before = states[-1]
             if segment is not None:
                 before = torch.where((segment[:, i, -1] > 0)[:, None, None], 0, before)
-            states.append(_moved(squares, before, size) + remains[:, i])
+            states.append(moved(squares, before, size) + remains[:, i])
         return torch.stack(states, 1)
 
 
@@ -139,10 +139,10 @@ def _state_at(
         state = torch.where((last > 0)[..., None], 0, state)
     back = t - (size - rest)  # the row's last step is to stand last
     u = torch.where((back >= 0)[..., None], u.gather(1, back.clamp(min=0)[..., None].expand_as(u)), 0)
-    return _moved(squares, state, rest[..., None]) + _remains(u[:, None], left, None)[:, 0]
+    return moved(squares, state, rest[..., None]) + _remains(u[:, None], left, None)[:, 0]
 
 
-def _moved(squares: list[Tensor], x: Tensor, steps: int | Tensor) -> Tensor:
+def moved(squares: list[Tensor], x: Tensor, steps: int | Tensor) -> Tensor:
     """A^steps x, x (B, D, n), steps a number or (B, 1, 1)."""
     for k, a in enumerate(squares):
         bit = steps >> k & 1
