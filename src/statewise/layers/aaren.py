@@ -28,7 +28,7 @@ class Scored(NamedTuple):
 class Aaren(Cell[SoftmaxState]):
     """y_t = W_o sum_{s <= t} softmax_s(q . k_s / sqrt(K)) v_s, per head, k and v linear in x_s, q = W_q theta.
 
-    Attention whose query theta (D,) is learned and the same at all times, so that a running maximum and two running sums
+    Attention whose query theta (D,) is learned and the same at all times, so that a running maximum and two sums
     replace the cache. The answers of a step do not depend on what is asked: associative recall is out of reach.
 
     State: SoftmaxState (m, u, w), H (V + 2) numbers, float32 or wider. theta starts Gaussian, the linear maps as in

@@ -2,20 +2,104 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import op
+from ...core import UsageError, wide
+from ..dispatch import Backend, op
 from ..looping import loop
+
+_WIDE = (torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    *,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> None:
+    name = "selective_scan"
+    if x.ndim != 3 or a.ndim != 2:
+        raise UsageError(f"{name}: x is {tuple(x.shape)}, a {tuple(a.shape)}; expected (B, T, D) and (D, N)")
+    batch, steps, width = x.shape
+    shapes = dict(dt=x.shape, a=(width, a.shape[1]), b=(batch, steps, a.shape[1]), c=(batch, steps, a.shape[1]))
+    given = dict(x=x, dt=dt, a=a, b=b, c=c, state=state)
+    for what, shape in (shapes | dict(state=(batch, width, a.shape[1]))).items():
+        if given[what].shape != shape:
+            raise UsageError(
+                f"{name}: {what} is {tuple(given[what].shape)}; expected {tuple(shape)}, as x is {tuple(x.shape)} and "
+                f"a {tuple(a.shape)}"
+            )
+    for what, t in given.items():
+        if not t.is_floating_point() or torch.promote_types(t.dtype, state.dtype) != state.dtype:
+            raise UsageError(f"{name}: {what} is {t.dtype}, state {state.dtype}; expected none wider than the state")
+        if t.device != x.device:
+            raise UsageError(f"{name}: {what} is on {t.device}, x on {x.device}; move them together")
+    if state.dtype not in _WIDE:
+        raise UsageError(f"{name}: state is {state.dtype}; expected float32 or float64")
+    if reset is not None and (reset.dtype != torch.bool or reset.shape != x.shape[:2]):
+        raise UsageError(f"{name}: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {tuple(x.shape[:2])}")
+    if lengths is not None and lengths.shape != x.shape[:1]:
+        raise UsageError(f"{name}: lengths has shape {tuple(lengths.shape)}; expected ({len(x)},)")
+    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
+        bad = ((lengths < 0) | (lengths > steps)).nonzero()[:, 0].tolist()
+        if bad:
+            raise UsageError(f"{name}: lengths[{bad[0]}] is {int(lengths[bad[0]])}; expected 0 to T = {steps}")
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    one = torch.ones(1, 2, 3, dtype=dtype, device=device)
-    a, state = -torch.ones(3, 2, device=device), torch.zeros(1, 3, 2, device=device)
-    yield dict(x=one, dt=one, a=a, b=one[..., :2], c=one[..., :2], state=state)
+    rng, high = torch.Generator(device).manual_seed(0), wide(dtype)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=rng, device=device, dtype=torch.float64).to(dtype)
+
+    def inputs(batch: int, steps: int, width: int, states: int, **more: Any) -> dict[str, Any]:
+        x, dt, b, c = (normal(batch, steps, n) for n in (width, width, states, states))
+        a, state = -normal(width, states, dtype=high).exp(), normal(batch, width, states, dtype=high)
+        return dict(x=x, dt=dt.abs(), a=a, b=b, c=c, state=state) | more
+
+    def coin(*shape: int, chance: float = 0.3) -> Tensor:
+        return torch.rand(*shape, generator=rng, device=device) < chance
+
+    def ends(*lengths: int) -> Tensor:
+        return torch.tensor(lengths, device=device)
+
+    yield inputs(2, 5, 3, 2)
+    yield inputs(1, 1, 1, 1)
+    yield inputs(2, 0, 3, 2)
+    yield inputs(0, 4, 3, 2)
+    yield inputs(2, 4, 0, 2)
+    yield inputs(2, 4, 3, 0)
+    yield inputs(2, 37, 21, 7)  # no power of two, no whole vectors
+    yield inputs(1, 70, 5, 16)  # several tiles of time
+    yield inputs(1, 9, 67, 3)  # several blocks of channels
+    for rate in (0.0, -1e-6, -1e4, torch.finfo(torch.float32).min, 0.25):  # decay 1, nearly 1, 0, 0 and above 1
+        yield inputs(2, 9, 3, 2, a=torch.full((3, 2), rate, device=device, dtype=high))
+    yield inputs(2, 9, 3, 2, dt=torch.zeros(2, 9, 3, dtype=dtype, device=device))
+    yield inputs(2, 7, 3, 2, dt=normal(2, 7, 1).abs().expand(2, 7, 3))  # one step size for all channels
+    yield inputs(2, 7, 3, 2, a=-normal(3, 1, dtype=high).exp().expand(3, 2), x=normal(7, 2, 3).transpose(0, 1))
+    yield inputs(2, 7, 3, 4, b=normal(2, 4, 7).mT, c=normal(1, 7, 4).expand(2, 7, 4))
+    yield inputs(3, 11, 18, 5, reset=coin(3, 11))
+    yield inputs(2, 75, 3, 2, reset=coin(2, 75, chance=0.05))
+    yield inputs(2, 5, 3, 2, reset=torch.ones(2, 5, dtype=torch.bool, device=device))
+    yield inputs(4, 6, 3, 2, lengths=ends(0, 1, 5, 6))
+    yield inputs(4, 6, 3, 2, lengths=ends(6, 0, 3, 0), reset=coin(4, 6))
+
+
+def _needs_a_gpu(x: Tensor, *_: Any, **__: Any) -> str | None:
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "device cpu (takes cuda, or cpu with TRITON_INTERPRET=1)"
+    return None
 
 
 def selective_step(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +108,17 @@ def selective_step(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a
     return (state * c[:, None]).sum(-1), state
 
 
-@op(samples=_samples)
+@op(
+    Backend(
+        "numba",
+        "statewise.ops.selective_scan.in_numba:scan",
+        devices=("cpu",),
+        dtypes=(*_WIDE, *_HALF),
+        requires=("numba",),
+    ),
+    samples=_samples,
+    check=_check,
+)
 def selective_scan(
     x: Tensor,
     dt: Tensor,
