@@ -2,24 +2,229 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import op
+from ...core import UsageError, wide
+from ..dispatch import Backend, op
 from ..looping import loop
+
+_WIDE = (torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
+_ANYWHERE = ("cpu", "cuda", "mps", "xpu", "meta")
+
+
+def _check_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> None:
+    if q.ndim != 4:
+        raise UsageError(f"delta_scan: q is {tuple(q.shape)}; expected (B, T, H, K)")
+    (batch, steps, heads, keys), values = q.shape, v.shape[-1]
+    several = [*k.shape[2:3]] if k.ndim == 5 else []
+    if several == [0]:
+        raise UsageError(f"delta_scan: k is {tuple(k.shape)}, no correction a step; expected n >= 1 in (B, T, n, H, K)")
+    rows = (batch, steps, *several, heads)
+    for name, t, shape in (("k", k, (*rows, keys)), ("v", v, (*rows, values)), ("beta", beta, rows)):
+        if t.shape != shape:
+            raise UsageError(
+                f"delta_scan: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and beta "
+                f"{tuple(beta.shape)}; expected {name} to be {shape}: (B, T, H, K), (B, T, H, V) and (B, T, H), or "
+                f"with n corrections a step k (B, T, n, H, K), v (B, T, n, H, V) and beta (B, T, n, H)"
+            )
+    _check_rest("delta_scan", q, v, state, log_decay, reset, lengths, {"q": q, "k": k, "v": v, "beta": beta})
+
+
+def _check_dplr(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> None:
+    if q.ndim != 4 or any(t.shape != q.shape for t in (k, a, b)) or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise UsageError(
+            f"dplr_scan: q is {tuple(q.shape)}, k {tuple(k.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)} and v "
+            f"{tuple(v.shape)}; expected (B, T, H, K) four times and (B, T, H, V)"
+        )
+    _check_rest("dplr_scan", q, v, state, log_decay, reset, lengths, {"q": q, "k": k, "v": v, "a": a, "b": b})
+
+
+def _check_rest(
+    name: str,
+    q: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None,
+    reset: Tensor | None,
+    lengths: Tensor | None,
+    inputs: dict[str, Tensor],
+) -> None:
+    (batch, steps, heads, keys), values = q.shape, v.shape[-1]
+    if state.shape != (batch, heads, keys, values):
+        raise UsageError(
+            f"{name}: state is {tuple(state.shape)}; expected (B, H, K, V) = {(batch, heads, keys, values)}"
+        )
+    every = {**inputs, "state": state} | ({} if log_decay is None else {"log_decay": log_decay})
+    if state.dtype not in _WIDE or any(
+        torch.promote_types(t.dtype, state.dtype) != state.dtype for t in every.values()
+    ):
+        raise UsageError(
+            f"{name}: {', '.join(f'{n} is {t.dtype}' for n, t in every.items())}; expected state in float32 or wider, "
+            f"and nothing wider than it"
+        )
+    if any(t.device != state.device for t in every.values()):
+        raise UsageError(
+            f"{name}: {', '.join(f'{n} is on {t.device}' for n, t in every.items())}; move them to one device"
+        )
+    if log_decay is not None:
+        shape, full = (*[1] * (5 - log_decay.ndim), *log_decay.shape), (batch, steps, heads, keys, 1)
+        if log_decay.ndim > 5 or any(m not in (1, n) for m, n in zip(shape, full)):
+            raise UsageError(
+                f"{name}: log_decay is {tuple(log_decay.shape)}; expected a shape that broadcasts to (B, T, H, K, 1) = "
+                f"{full}, such as (H, 1, 1) or (B, T, H, 1, 1)"
+            )
+    if reset is not None and (reset.dtype != torch.bool or reset.shape != (batch, steps)):
+        raise UsageError(f"{name}: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {(batch, steps)}")
+    if lengths is not None and lengths.shape != (batch,):
+        raise UsageError(f"{name}: lengths has shape {tuple(lengths.shape)}; expected ({batch},)")
+    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
+        bad = ((lengths < 0) | (lengths > steps)).nonzero()[:, 0].tolist()
+        if bad:
+            raise UsageError(f"{name}: lengths[{bad[0]}] is {int(lengths[bad[0]])}; expected 0 to T = {steps}")
+
+
+class _Draw:
+    """Random inputs of both ops, keys of length one, and the calls that try what has broken such kernels before."""
+
+    def __init__(self, device: str, dtype: torch.dtype):
+        self.rng, self.device, self.dtype = torch.Generator(device).manual_seed(0), device, dtype
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(*shape, generator=self.rng, device=self.device, dtype=torch.float64)
+        return drawn.to(self.dtype if dtype is None else dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.rng, device=self.device, dtype=torch.float64)
+
+    def unit(self, *shape: int) -> Tensor:
+        return torch.nn.functional.normalize(self.normal(*shape, dtype=torch.float64), dim=-1).to(self.dtype)
+
+    def decay(self, *shape: int) -> Tensor:
+        """Logs of decays, some exactly 0 or 1 and some far below what exp can hold."""
+        drawn = self.uniform(*shape).log()
+        kind, lowest = self.uniform(*shape), torch.finfo(wide(self.dtype)).min
+        for below, value in ((0.3, 0.0), (0.2, -1e4), (0.15, -torch.inf), (0.1, -40.0), (0.05, lowest)):
+            drawn = drawn.masked_fill(kind < below, value)
+        return drawn.to(wide(self.dtype))
+
+    def coin(self, *shape: int) -> Tensor:
+        return self.uniform(*shape) < 0.2
+
+    def ends(self, *lengths: int) -> Tensor:
+        return torch.tensor(lengths, device=self.device)
+
+    def state(self, batch: int, heads: int, keys: int, values: int) -> Tensor:
+        return self.normal(batch, heads, keys, values, dtype=wide(self.dtype))
+
+    def delta(
+        self, batch: int, steps: int, heads: int, keys: int, values: int, *several: int, **more: Any
+    ) -> dict[str, Any]:
+        rows = (batch, steps, *several, heads)
+        beta = (2 * self.uniform(*rows)).to(self.dtype)
+        return {
+            "q": self.normal(batch, steps, heads, keys),
+            "k": self.unit(*rows, keys),
+            "v": self.normal(*rows, values),
+            "beta": more.pop("beta", beta),
+            "state": self.state(batch, heads, keys, values),
+            **more,
+        }
+
+    def dplr(self, batch: int, steps: int, heads: int, keys: int, values: int, **more: Any) -> dict[str, Any]:
+        shape = (batch, steps, heads, keys)
+        a = self.unit(*shape)
+        return {
+            "q": self.normal(*shape),
+            "k": self.normal(*shape),
+            "v": self.normal(batch, steps, heads, values),
+            "a": -a,
+            "b": (a * self.uniform(*shape)).to(self.dtype),
+            "state": self.state(batch, heads, keys, values),
+            **more,
+        }
+
+    def hard(self, make: Any) -> Iterator[dict[str, Any]]:
+        """Shapes and decays that either op is called with. make: self.delta or self.dplr."""
+        yield make(2, 5, 2, 3, 4)
+        yield make(1, 1, 1, 1, 1)
+        yield make(2, 0, 2, 3, 4)
+        yield make(0, 4, 2, 3, 4)
+        yield make(2, 7, 2, 1, 3)
+        yield make(1, 66, 2, 3, 2, log_decay=-self.uniform(1, 66, 2, 1, 1).to(wide(self.dtype)))
+        yield make(1, 150, 1, 4, 3, log_decay=self.decay(1, 150, 1, 1, 1), reset=self.coin(1, 150))
+        yield make(2, 40, 2, 3, 2, log_decay=self.decay(2, 40, 2, 1, 1))
+        yield make(2, 9, 2, 3, 2, log_decay=self.decay(2, 1, 1))
+        yield make(2, 9, 2, 3, 2, log_decay=-self.uniform(2, 1, 1).to(wide(self.dtype)).expand(2, 9, 2, 1, 1))
+        for constant in (0.0, -1e-6, -1e4, -torch.inf, torch.finfo(wide(self.dtype)).min):
+            log_decay = torch.full((1, 1), constant, device=self.device, dtype=wide(self.dtype))
+            yield make(1, 19, 1, 3, 2, log_decay=log_decay)
+        yield make(3, 20, 2, 3, 2, reset=self.coin(3, 20))
+        yield make(3, 20, 2, 3, 2, lengths=self.ends(0, 7, 20), log_decay=self.decay(3, 20, 2, 1, 1))
+        yield make(3, 20, 2, 3, 2, lengths=self.ends(20, 1, 17), reset=self.coin(3, 20))
+        yield make(2, 21, 2, 3, 4, log_decay=self.decay(2, 21, 2, 3, 1))  # per key
+        yield make(2, 70, 1, 4, 2, log_decay=self.decay(70, 1, 4, 1), reset=self.coin(2, 70), lengths=self.ends(70, 67))
+        yield make(1, 17, 1, 3, 2, log_decay=-60 * self.uniform(1, 17, 1, 3, 1).to(wide(self.dtype)))
+        slow = {n: t.transpose(0, 1).contiguous().transpose(0, 1) for n, t in make(2, 18, 2, 3, 4).items()}
+        yield slow | {"v": slow["v"][:, :1].expand(slow["v"].shape)}
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    one = torch.ones(1, 2, 1, 2, dtype=dtype, device=device)
-    yield dict(q=one, k=one, v=one, beta=one[..., 0], state=torch.zeros(1, 1, 2, 2, device=device))
+    draw = _Draw(device, dtype)
+    yield from draw.hard(draw.delta)
+    for beta in (0, 1, 2):
+        fixed = torch.full((1, 33, 2), beta, device=device, dtype=dtype)
+        yield draw.delta(1, 33, 2, 3, 2, beta=fixed, log_decay=draw.decay(1, 33, 2, 1, 1))
+    same = draw.unit(1, 1, 1, 4).expand(1, 40, 1, 4)
+    yield draw.delta(1, 40, 1, 4, 2) | {"k": same}  # one key over and over
+    yield draw.delta(2, 9, 2, 3, 4, 1)
+    yield draw.delta(2, 40, 2, 3, 4, 2, log_decay=draw.decay(2, 40, 2, 1, 1), reset=draw.coin(2, 40))
+    yield draw.delta(2, 35, 1, 4, 3, 3, log_decay=draw.decay(1, 1, 1), lengths=draw.ends(35, 12))
+    yield draw.delta(1, 7, 1, 4, 3, 5)
+    yield draw.delta(2, 23, 1, 3, 2, 3, log_decay=draw.decay(2, 23, 1, 3, 1), reset=draw.coin(2, 23))
 
 
 def _dplr_samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    one = torch.ones(1, 2, 1, 2, dtype=dtype, device=device)
-    yield dict(q=one, k=one, v=one, a=one, b=-one, state=torch.zeros(1, 1, 2, 2, device=device))
+    draw = _Draw(device, dtype)
+    yield from draw.hard(draw.dplr)
+
+
+def _per_key(q: Tensor, *_: Any, log_decay: Tensor | None = None, **__: Any) -> str | None:
+    if log_decay is not None and log_decay.ndim > 1 and log_decay.shape[-2] > 1:
+        return "a decay per key channel (takes one per head)"
+    return None
+
+
+def _needs_a_gpu(q: Tensor, *_: Any, **__: Any) -> str | None:
+    if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "device cpu (takes cuda, or cpu with TRITON_INTERPRET=1)"
+    return None
 
 
 def delta_step(
@@ -37,7 +242,13 @@ def delta_step(
     return (q[..., None] * state).sum(-2), state
 
 
-@op(samples=_samples)
+@op(
+    Backend(
+        "torch", "statewise.ops.delta_scan.in_torch:delta", devices=_ANYWHERE, dtypes=(*_WIDE, *_HALF), limits=_per_key
+    ),
+    samples=_samples,
+    check=_check_delta,
+)
 def delta_scan(
     q: Tensor,
     k: Tensor,
@@ -83,7 +294,7 @@ def dplr_step(
     return (q[..., None] * state).sum(-2), state
 
 
-@op(samples=_dplr_samples)
+@op(samples=_dplr_samples, check=_check_dplr)
 def dplr_scan(
     q: Tensor,
     k: Tensor,

@@ -1,0 +1,112 @@
+"""What chunked forms of the delta rule share: how time is cut up, how decays become factors, how a chunk is solved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CUT = -750.0  # exp(CUT) is zero in float64 too: a log decay below it, or a reset, cuts the past off
+_BLOCK = 16
+
+
+class Plan(NamedTuple):
+    """How T steps of n corrections each are cut into chunks, and chunks into spans that fit the caches."""
+
+    steps: int
+    per_step: int  # corrections a step
+    tokens: int  # steps a chunk
+    chunks: int
+    span: int  # chunks worked on at once
+
+    @property
+    def rows(self) -> int:
+        """Corrections a chunk."""
+        return self.tokens * self.per_step
+
+    def spans(self) -> list[tuple[int, int]]:
+        return [(lo, min(lo + self.span, self.chunks)) for lo in range(0, self.chunks, self.span)]
+
+
+def plan(steps: int, per_step: int, heads: int, rows: int, together: int) -> Plan:
+    """Chunks of about `rows` corrections, a multiple of 16; spans of about `together` chunks over all rows and heads."""
+    least = _BLOCK // math.gcd(_BLOCK, per_step)
+    tokens = least * max(1, min(rows // (least * per_step), -(-steps // least)))
+    return Plan(steps, per_step, tokens, -(-steps // tokens), max(1, together // max(1, heads)))
+
+
+def fold(x: Tensor, lo: int, hi: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Chunks lo to hi of x (B, T, H, W) as (hi - lo, B H, rows, W), zeros past the end."""
+    x = x[:, lo * rows : hi * rows]
+    missing = (hi - lo) * rows - x.shape[1]
+    if missing:
+        x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1)
+    return x.unflatten(1, (hi - lo, rows)).permute(1, 0, 3, 2, 4).to(dtype).reshape(hi - lo, -1, rows, x.shape[-1])
+
+
+def unfold(into: Tensor, lo: int, hi: int, chunks: Tensor) -> None:
+    """Write (hi - lo, B H, rows, W) back to its place in (B, T, H, W), T a multiple of rows."""
+    rows = chunks.shape[2]
+    place = into[:, lo * rows : hi * rows].unflatten(1, (hi - lo, rows)).permute(1, 0, 3, 2, 4)
+    place.copy_(chunks.view(place.shape))
+
+
+class Sums(NamedTuple):
+    """Log decays summed from the first row of a chunk on: cuts are counted apart, so that they cost no precision."""
+
+    logs: Tensor  # float64, without the cuts
+    cuts: Tensor  # float64 counts
+
+    @classmethod
+    def of(cls, g: Tensor, dim: int) -> Sums:
+        cut = g <= CUT
+        return cls(g.double().masked_fill(cut, 0).cumsum(dim), cut.double().cumsum(dim))
+
+    def __sub__(self, other: Sums) -> Sums:
+        return Sums(self.logs - other.logs, self.cuts - other.cuts)
+
+    def exp(self, dtype: torch.dtype) -> Tensor:
+        return (self.logs + CUT * self.cuts).exp().to(dtype)
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> Sums:
+        return Sums(f(self.logs), f(self.cuts))
+
+
+def between(sums: Sums, strict_upper: Tensor) -> Tensor:
+    """exp(log_{j+1} + ... + log_i) for j <= i, else 0. sums: (..., C).
+
+    Differences of long sums lose what small ones hold; a part on a coarse grid, whose differences are exact, and the
+    rest do not.
+    """
+    dtype, grid = strict_upper.dtype, 128
+    coarse = (sums.logs * grid).round_().div_(grid)
+    fine = (sums.logs - coarse).to(dtype)
+    coarse, one = coarse.add_(sums.cuts, alpha=CUT).to(dtype), torch.ones_like(fine)
+    rows = torch.stack([coarse, one, fine, one], -1).flatten(0, -3)
+    columns = torch.stack([one, -coarse, one, -fine], -2).flatten(0, -3)
+    return torch.baddbmm(strict_upper, rows, columns).exp_().view(*fine.shape, fine.shape[-1])
+
+
+def inverse(a: Tensor) -> Tensor:
+    """(I + tril(a, -1))^-1 of (M, C, C), C a multiple of 16: rows in small blocks, then blocks in pairs."""
+    many, size, n = a.shape[0], a.shape[1], _BLOCK
+    count = size // n
+    blocks = a.view(many, count, n, count, n).diagonal(0, 1, 3).permute(1, 2, 0, 3).reshape(n, n, -1).neg()
+    small = torch.zeros_like(blocks)  # the many blocks come last, so that each row is one long multiply and add
+    small.diagonal(0, 0, 1).fill_(1)
+    for i in range(1, n):
+        torch.sum(blocks[i, :i, None] * small[:i, :i], 0, out=small[i, :i])
+    small = small.view(n, n, many, count).permute(2, 3, 0, 1)
+    z = a.new_zeros(a.shape)
+    for b in range(count):
+        z[:, b * n : b * n + n, b * n : b * n + n] = small[:, b]
+    while n < size:
+        for p in range(0, size - n, 2 * n):
+            q, r = p + n, min(p + 2 * n, size)
+            below = torch.bmm(a[:, q:r, p:q], z[:, p:q, p:q])
+            z[:, q:r, p:q] = torch.bmm(z[:, q:r, q:r], below).neg_()
+        n *= 2
+    return z

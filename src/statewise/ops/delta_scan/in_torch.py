@@ -1,0 +1,223 @@
+"""The delta rule by chunks of matrix products, after the WY and UT forms (arXiv:2406.06484, 2412.06464).
+
+Within a chunk, with G the sums of the log decays from its first row on, D_ij = exp(G_i - G_j) for i >= j, and S the
+state before it:
+    A = tril(K K^T . D, -1) diag(beta),   R = (I + A)^-1 (V - exp(G) K S)   what each correction finds missing
+    O = exp(G) Q S + tril(Q K^T . D) (beta R),   S' = exp(G_C) S + (exp(G_C - G) K)^T (beta R).
+Rows depend on the state by products only, so the chunks are solved one after the other, all else many at a time.
+
+Kept for the backward pass: the inputs, the states between chunks, R and (I + A)^-1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import clear_past_end, past_end
+from ..looping import loop
+from . import delta_step
+from .chunks import CUT, Plan, Sums, between, fold, inverse, plan, unfold
+from .kernel import differentiable
+
+_ROWS, _TOGETHER = 64, 64
+
+
+class _Decay:
+    """The factors of a span of chunks, from log decays summed in float64. All are at most 1."""
+
+    def __init__(self, g: Tensor, p: Plan, dtype: torch.dtype):
+        """g: (chunks, G, tokens), at least CUT."""
+        sums = Sums.of(g, -1)
+        if p.per_step > 1:
+            sums = sums.each(lambda s: s.repeat_interleave(p.per_step, -1))
+        end = sums.each(lambda s: s[..., -1:])
+        self.d = between(sums, _mask(p.rows, dtype, g.device))
+        self.from_start, self.to_end = sums.exp(dtype)[..., None], (end - sums).exp(dtype)[..., None]
+        self.whole = end.exp(dtype)[..., None]
+
+
+def _mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((size, size), -torch.inf, dtype=dtype, device=device).triu_(1)
+
+
+def _past(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=dtype, device=device).tril_()
+
+
+def _plan(q: Tensor, k: Tensor) -> Plan:
+    steps, heads = q.shape[1], len(q) * q.shape[2]
+    return plan(steps, k.shape[1] // steps, heads, _ROWS, _TOGETHER)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
+) -> tuple[Tensor, ...]:
+    p, dtype = _plan(q, k), state.dtype
+    batch, heads, n, c = len(q), q.shape[2], p.per_step, p.rows
+    size = batch * heads
+    out = v.new_empty(batch, p.chunks * p.tokens, heads, v.shape[-1])
+    states = state.new_empty(p.chunks, size, *state.shape[2:])
+    z = state.new_empty(p.chunks, size, c, c)
+    r = state.new_empty(p.chunks, size, c, v.shape[-1])
+    s = state.reshape(size, *state.shape[2:])
+    for lo, hi in p.spans():
+        q_ = fold(q, lo, hi, p.tokens, dtype)
+        k_, v_, b_ = (fold(x, lo, hi, c, dtype) for x in (k, v, beta[..., None]))
+        kk, qk = k_ @ k_.mT, q_ @ k_.mT
+        k_read, k_write = k_, k_ * b_
+        if g is None:
+            qk.mul_(_past(c, dtype, q.device)[n - 1 :: n])
+            whole = None
+        else:
+            decay = _Decay(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
+            kk.mul_(decay.d)
+            qk.mul_(decay.d[..., n - 1 :: n, :])
+            q_.mul_(decay.from_start[..., n - 1 :: n, :])
+            k_read, whole = k_ * decay.from_start, decay.whole
+            k_write.mul_(decay.to_end)
+        kk.mul_(b_.mT)
+        z[lo:hi] = inverse(kk.flatten(0, 1)).view_as(kk)
+        for i in range(hi - lo):
+            states[lo + i] = s
+            torch.bmm(z[lo + i], torch.baddbmm(v_[i], k_read[i], s, alpha=-1), out=r[lo + i])
+            s = torch.baddbmm(s if whole is None else s * whole[i], k_write[i].mT, r[lo + i])
+        o = q_ @ states[lo:hi]
+        o.flatten(0, 1).baddbmm_(qk.flatten(0, 1), (r[lo:hi] * b_).flatten(0, 1))
+        unfold(out, lo, hi, o)
+    return out[:, : p.steps].contiguous(), s.view(state.shape), states, z, r
+
+
+def _backward(
+    d_out: Tensor,
+    d_last: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    reset: Tensor | None,
+    state: Tensor,
+    states: Tensor,
+    z: Tensor,
+    r: Tensor,
+) -> tuple[Tensor, ...]:
+    p, dtype = _plan(q, k), states.dtype
+    n, c = p.per_step, p.rows
+    d_q, d_k, d_v, d_beta, d_g = (
+        None if x is None else x.new_empty(len(x), p.chunks * rows, *x.shape[2:])
+        for x, rows in ((q, p.tokens), (k, c), (v, c), (beta, c), (g, p.tokens))
+    )
+    ds = d_last.to(dtype).reshape(states.shape[1:])
+    past = _past(c, dtype, q.device)
+    for lo, hi in reversed(p.spans()):
+        q_, do = (fold(x, lo, hi, p.tokens, dtype) for x in (q, d_out))
+        k_, b_ = (fold(x, lo, hi, c, dtype) for x in (k, beta[..., None]))
+        r_, s_ = r[lo:hi], states[lo:hi]
+        qk = q_ @ k_.mT
+        if g is None:
+            d, d_read = past, past[n - 1 :: n]
+            q_read, k_read, k_write, whole = q_, k_, k_, None
+        else:
+            decay = _Decay(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
+            d, d_read, whole = decay.d, decay.d[..., n - 1 :: n, :], decay.whole
+            q_read, k_read, k_write = (
+                q_ * decay.from_start[..., n - 1 :: n, :],
+                k_ * decay.from_start,
+                k_ * decay.to_end,
+            )
+        d_new = qk.mul_(d_read).mT @ do  # of beta r
+        y, ds_after = torch.empty_like(d_new), torch.empty_like(s_)  # gradients of V - exp(G) K S, and of S'
+        for i in reversed(range(hi - lo)):
+            ds_after[i] = ds
+            d_new[i].baddbmm_(k_write[i], ds)
+            torch.bmm(z[lo + i].mT, d_new[i] * b_[i], out=y[i])
+            ds = torch.baddbmm(ds if whole is None else ds * whole[i], q_read[i].mT, do[i])
+            ds.baddbmm_(k_read[i].mT, y[i], alpha=-1)
+        new = r_ * b_
+        d_qk = (do @ new.mT).mul_(d_read)
+        d_kk = (y @ r_.mT).mul_(d).neg_()
+        d_kk.diagonal(0, -2, -1).zero_()
+        dq_, dk_read, dk_write = do @ s_.mT, (y @ s_.mT).neg_(), new @ ds_after.mT
+        if g is not None:
+            dq_.mul_(decay.from_start[..., n - 1 :: n, :])
+            dk_read.mul_(decay.from_start)
+            dk_write.mul_(decay.to_end)
+            at_end = (k_ * dk_write).sum((-1, -2)) + (s_ * ds_after).sum((-1, -2)) * whole[..., 0, 0]
+        _add(dq_, d_qk, k_)
+        _add(dk_read, d_kk, k_ * b_)
+        _add(dk_write, d_qk.mT, q_)
+        columns = d_kk.mT @ k_
+        db_ = (d_new * r_).sum(-1) + (k_ * columns).sum(-1)
+        dk_write.addcmul_(columns, b_)
+        if g is not None:
+            d_total = (k_ * (dk_read - dk_write)).sum(-1).unflatten(-1, (-1, n)).sum(-1) + (q_ * dq_).sum(-1)
+            d_total[..., -1] += at_end
+            unfold(d_g[..., None], lo, hi, d_total.double().flip(-1).cumsum(-1).flip(-1)[..., None])
+        unfold(d_q, lo, hi, dq_)
+        unfold(d_k, lo, hi, dk_read.add_(dk_write))
+        unfold(d_v, lo, hi, y)
+        unfold(d_beta[..., None], lo, hi, db_[..., None])
+    ends = (p.steps, p.steps * n, p.steps * n, p.steps * n, p.steps)
+    grads = [x[:, :end].contiguous() for x, end in zip((d_q, d_k, d_v, d_beta, d_g), ends) if x is not None]
+    return *grads, ds.reshape(state.shape)
+
+
+def _add(into: Tensor, x: Tensor, y: Tensor) -> None:
+    into.flatten(0, 1).baddbmm_(x.flatten(0, 1), y.flatten(0, 1))
+
+
+def _by_loop(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    k, v, beta = (x.unflatten(1, (q.shape[1], -1)) for x in (k, v, beta))
+    log_decay = None if g is None else g[..., None, None]
+    fresh, inputs = torch.zeros_like(state), (q, k, v, beta, log_decay)
+    return loop(delta_step, inputs, state, fresh=fresh, like=v[:, :, 0], reset=reset, lengths=None)
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
+) -> tuple[Tensor, ...]:
+    p, size = _plan(q, k), state.shape[0] * state.shape[1]
+    return (
+        v.new_empty(*q.shape[:3], v.shape[-1]),
+        state.new_empty(state.shape),
+        state.new_empty(p.chunks, size, *state.shape[2:]),
+        state.new_empty(p.chunks, size, p.rows, p.rows),
+        state.new_empty(p.chunks, size, p.rows, v.shape[-1]),
+    )
+
+
+_run = differentiable("delta_chunks", "q k v beta g? reset? state", _forward, _backward, _by_loop, _fake)
+
+
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    like = v if v.ndim == 4 else v[:, :, 0]
+    if not like.shape[1] or not like.shape[0]:
+        return like, state
+    g = None if log_decay is None else log_decay.to(state.dtype).expand(*q.shape[:3], 1, 1)[..., 0, 0].clamp(min=CUT)
+    if lengths is not None:
+        lengths = lengths.to(q.device)
+        q, k, v, beta = (clear_past_end(x, lengths) for x in (q, k, v, beta))
+        g = None if g is None else clear_past_end(g, lengths)
+        reset = None if reset is None else reset & ~past_end(lengths, q.shape[1])
+    if reset is not None:
+        g = torch.zeros(q.shape[:3], dtype=state.dtype, device=q.device) if g is None else g
+        g = g.masked_fill(reset[..., None], CUT)
+    if k.ndim == 5:
+        k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+    out, last = _run(q, k, v, beta, g, reset, state)
+    return (out if lengths is None else clear_past_end(out, lengths)), last
