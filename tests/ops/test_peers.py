@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from in_float64 import InFloat64
+from statewise.layers.mlstm import Gated, MatrixMemory, memory_scan
 from statewise.ops import Op, delta_scan, dplr_scan, linear_scan, outer_scan, selective_scan
 
 # What is imported, and what must be installed for it. Module -> packages.
@@ -30,6 +32,10 @@ PEERS = {
     "transformers": ("transformers",),
 }
 TOLERANCE = 1e-10
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # s5-pytorch
+    pytest.mark.filterwarnings("ignore:Triton is not supported"),  # fla, of a machine without a GPU
+]
 
 
 def missing(module: str) -> str | None:
@@ -94,6 +100,12 @@ def why_not(op: Op, backend: str) -> str | None:
     sample = next(iter(op.samples("cpu", torch.float64)))
     sample = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in sample.items()}
     return op.backends[backend].why_not((), sample)
+
+
+def torch_path(model: str, name: str) -> Callable[..., Any]:
+    """A function of transformers in plain torch, also where an installed package would take its place."""
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    return inspect.unwrap(getattr(module, name))
 
 
 # ---- linear_scan
@@ -182,7 +194,7 @@ def mamba_inputs(batch: int, steps: int, width: int, states: int) -> dict[str, T
 
 @needs("transformers")
 def test_selective_scan_equals_transformers_mamba():
-    scan = importlib.import_module("transformers.models.mamba.modeling_mamba").mamba_selective_scan
+    scan = torch_path("mamba", "mamba_selective_scan")
 
     def theirs(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         y, last = scan(x.mT, dt.mT, a, b.mT, c.mT, return_last_state=True)
@@ -201,7 +213,7 @@ def test_selective_scan_equals_transformers_mamba():
 
 @needs("transformers")
 def test_outer_scan_with_a_scalar_decay_and_groups_equals_transformers_mamba2():
-    scan = importlib.import_module("transformers.models.mamba2.modeling_mamba2").mamba2_chunk_scan
+    scan = torch_path("mamba2", "mamba2_chunk_scan")
     heads = 6
 
     def ours(run: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Any:
@@ -295,7 +307,7 @@ def unit(t: Tensor) -> Tensor:
 @needs("transformers")
 @pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
 def test_delta_scan_with_a_gate_equals_transformers_qwen3_next(name: str):
-    rule = getattr(importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next"), name)
+    rule = torch_path("qwen3_next", name)
 
     def theirs(q: Tensor, k: Tensor, v: Tensor, state: Tensor, beta: Tensor, g: Tensor) -> Any:
         return rule(q, unit(k), v, g=g, beta=beta.sigmoid(), initial_state=state, output_final_state=True)
@@ -349,9 +361,7 @@ def test_delta_scan_with_a_gate_equals_fla_naive_gated_delta_rule():
 
 @needs("fla.ops.gla.naive")
 def test_delta_scan_with_three_corrections_a_step_equals_fla_naive_gated_delta_product():
-    naive = importlib.import_module(
-        "fla.ops.gated_delta_product.naive"
-    ).naive_recurrent_gated_delta_product  # fmt: skip
+    naive = importlib.import_module("fla.ops.gated_delta_product.naive").naive_recurrent_gated_delta_product
     n, steps = 3, 40
 
     def theirs(q: Tensor, k: Tensor, v: Tensor, state: Tensor, beta: Tensor, g: Tensor) -> Any:
@@ -401,3 +411,82 @@ def test_dplr_scan_equals_fla_naive_dplr():
         b=draw(2, 70, 3, 5, seed=5),
         g=log_decay(2, 70, 3, 5, seed=6),
     )
+
+
+# ---- the memory of mLSTM, which is outer_scan with a normaliser
+
+MLSTM = dict(
+    q=draw(2, 3, 64, 5),
+    k=draw(2, 3, 64, 5, seed=1),
+    v=draw(2, 3, 64, 4),
+    i=3 * draw(2, 3, 64),
+    f=3 + 3 * draw(2, 3, 64, seed=1),
+    c=draw(2, 3, 5, 4),
+    n=draw(2, 3, 5),
+)
+
+
+def our_mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, i, f = (t.transpose(1, 2) for t in (q, k, v, i, f))  # time before heads
+    state = MatrixMemory(c, n, torch.zeros_like(n[..., 0]))
+    h, (c, n, m) = memory_scan(Gated(q, k, v, i, F.logsigmoid(f)), state, None, None)
+    return h.transpose(1, 2), m.exp()[..., None, None] * c, m.exp()[..., None] * n
+
+
+def their_mlstm(kernel: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        m = torch.zeros(2, 3, 1)
+        h, (c, n, m) = kernel(
+            q, k, v, i, f, c_initial=c, n_initial=n, m_initial=m, return_last_states=True, eps=0.0, **how
+        )
+        return h, m.exp()[..., None] * c, m.exp() * n
+
+    return run
+
+
+def mlstm_kernel(name: str) -> Callable[..., Any]:
+    return importlib.import_module("mlstm_kernels.torch").get_mlstm_kernel(name)
+
+
+@needs("mlstm_kernels.torch")
+def test_mlstm_equals_mlstm_kernels_native_by_autograd():
+    with InFloat64():
+        want = outcome(their_mlstm(mlstm_kernel("chunkwise--native_autograd"), chunk_size=16), MLSTM)
+    assert max(apart(outcome(our_mlstm, MLSTM), want)) < TOLERANCE
+
+
+@needs("mlstm_kernels.torch")
+def test_mlstm_kernels_own_backward_drops_the_gradient_of_the_normaliser():
+    """Its values are right; its gradients are those of another function, and those of the first n are zero."""
+    with InFloat64():
+        theirs = outcome(their_mlstm(mlstm_kernel("chunkwise--native_custbw"), chunk_size=16), MLSTM)
+    ours = outcome(our_mlstm, MLSTM)
+    names = ("h", "last c", "last n", *MLSTM)
+    off = dict(zip(names, apart(theirs, ours), strict=True))
+    assert all(off[name] < TOLERANCE for name in ("h", "last c", "last n", "v", "c"))
+    assert all(off[name] > 0.1 for name in ("q", "k", "i", "f", "n")), off
+    assert theirs[-1].abs().max() == 0
+
+
+@needs("transformers")
+def test_mlstm_equals_transformers_xlstm():
+    module = importlib.import_module("transformers.models.xlstm.modeling_xlstm")
+    kernel = module.mlstm_chunkwise_native_autograd
+    with InFloat64():
+        want = outcome(their_mlstm(kernel, chunk_size=16), MLSTM)
+    assert max(apart(outcome(our_mlstm, MLSTM), want)) < TOLERANCE
+
+
+# ---- where transformers rounds
+
+
+@needs("transformers")
+def test_transformers_gated_delta_rule_of_float64_inputs_is_only_as_good_as_float32():
+    rule = torch_path("qwen3_next", "torch_chunk_gated_delta_rule")
+    x = attention_inputs(75)
+    q, k, v, state = x["q"], unit(x["k"]), x["v"], x["state"]
+    g, beta = log_decay(2, 75, 3), draw(2, 75, 3).sigmoid()
+    theirs, last = rule(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True)
+    want, _ = delta_scan(q * 5**-0.5, k, v, beta, state, log_decay=g[..., None, None], backend="reference")
+    assert theirs.dtype == torch.float64 and last.dtype == torch.float32
+    assert 1e-9 < apart([theirs], [want])[0] < 1e-4
