@@ -2,7 +2,8 @@
 """Set up an environment beside this file and run something in it. Needs Python 3.11 or later and nothing else.
 
 python3 dev.py demo     train five recurrent layers on spoken digits, compare them, write the report
-python3 dev.py test     ruff, mypy and the fast tests            (--with triton: its interpreter tests too)
+python3 dev.py test     ruff, mypy and the fast tests            (--with triton: its interpreter tests too;
+                        --with peers: other implementations, to compare ours with)
 python3 dev.py slow     the tests marked slow
 python3 dev.py docs     build the documentation into site/
 python3 dev.py bench    time the kernels and layers on this machine
