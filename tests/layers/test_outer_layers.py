@@ -166,8 +166,6 @@ def test_hgrn2_keeps_what_enters_when_its_gate_is_shut():
     shut = layer.encode(torch.full((1, 2), 1.0))
     torch.testing.assert_close(shut.k.double(), -shut.log_decay[..., 0].double().expm1(), rtol=1e-6, atol=0)
     assert 0 < shut.k.max() < 1e-16 < open_.k.min()  # 1 - f as written would be 0
-    with pytest.raises(UsageError, match=r"lower_bound 1\.0; expected at least 0 and less than 1"):
-        HGRN2(2, heads=1, key=2, value=2, lower_bound=1.0)
 
 
 def test_lightnet_is_a_causal_softmax_of_every_key_channel():
@@ -328,6 +326,8 @@ def test_mlstm_gates_start_open_to_remember():
 @pytest.mark.parametrize(
     "make, words",
     [
+        (lambda: HGRN2(2, heads=1, key=2, value=2, lower_bound=1.0), r"lower_bound 1\.0; expected 0, or at least 1e-6"),
+        (lambda: GLA(2, heads=1, key=2, value=2, temper=0.0), r"temper 0\.0; expected more than 0"),
         (lambda: MLSTM(3, heads=4), "6 inner channels .* not a multiple of heads 4"),
         (lambda: MLSTM(3, heads=2, block=4), "6 is not a multiple of the block size 4"),
         (lambda: MLSTM(4, heads=2, forget="tanh"), "forget 'tanh'; expected 'sigmoid' or 'exponential'"),
@@ -335,7 +335,7 @@ def test_mlstm_gates_start_open_to_remember():
         (lambda: MLSTMLarge(3, heads=2, key=2, value=2, eps=-1.0), "eps -1.0; expected at least 0"),
     ],
 )
-def test_mlstm_refuses_in_words(make, words):
+def test_bad_arguments_are_refused_in_words(make, words):
     with pytest.raises(UsageError, match=words):
         make()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import Traits, UsageError, register_layer, wide
 from ..nn import HeadNorm
@@ -29,22 +29,20 @@ class HGRN2(OuterCell):
     The paper raises b from layer to layer, from 0 at the bottom, so that upper layers remember longer.
     State S (B, H, K, V), float32 or wider. Linear maps have no bias and start as in torch.nn.Linear.
 
-    Raises UsageError unless 0 <= lower_bound < 1.
+    Raises UsageError unless lower_bound is 0, or at least 1e-6 and less than 1.
     """
 
     traits = Traits(time_invariant=True)
 
     def __init__(self, width: int, *, heads: int, key: int, value: int, lower_bound: float = 0.0):
         super().__init__(width, heads=heads, key=key, value=value)
-        if not 0 <= lower_bound < 1:
-            raise UsageError(f"HGRN2: lower_bound {lower_bound}; expected at least 0 and less than 1")
+        if not (lower_bound == 0 or 1e-6 <= lower_bound < 1):  # between, float32 cannot take log(1 - k)
+            raise UsageError(f"HGRN2: lower_bound {lower_bound}; expected 0, or at least 1e-6 and less than 1")
         self.lower_bound = lower_bound
-        self.qkv = nn.Linear(width, heads * (2 * key + value), bias=False)
         self.norm = HeadNorm(heads, value)
-        self.out = nn.Linear(heads * value, width, bias=False)
 
     def encode(self, x: Tensor) -> Outer:
-        q, f, v = self.split(self.qkv(x)).split([self.key, self.key, self.value], -1)
+        q, f, v = self.project(x)
         f = f.to(wide(f.dtype))
         k = (1 - self.lower_bound) * torch.sigmoid(-f)  # 1 - f_t, right to the last digit where f_t is near one
         log_decay = torch.log1p(-k) if self.lower_bound else F.logsigmoid(f)

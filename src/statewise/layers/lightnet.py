@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Cell, check_sizes, clear_past_end, register_layer, wide
+from ..core import check_sizes, clear_past_end, register_layer, wide
 from ..nn import HeadNorm
 from ..ops import log_sum_exp_scan, outer_scan, outer_step
-from .outer_cell import Outer, usual_heads
+from .outer_cell import MemoryCell, Outer, empty_memory, usual_heads
 
 
 class LightNetState(NamedTuple):
@@ -27,7 +27,7 @@ class LightNetState(NamedTuple):
         width=width, heads=(h := usual_heads(width)), key=max(1, width // h), value=max(2, width // h)
     ),
 )
-class LightNet(Cell[LightNetState]):
+class LightNet(MemoryCell[LightNetState]):
     """z_t = log(e^{z_{t-1}} + e^{k_t}),  S_t = diag(e^{z_{t-1} - z_t}) S_{t-1} + e^{k_t - z_t} v_t^T,  o_t = S_t^T q_t.
 
     Per head; decay and input weight of each key channel sum to one, so S_t is the softmax average of v over all steps
@@ -38,22 +38,17 @@ class LightNet(Cell[LightNetState]):
     """
 
     def __init__(self, width: int, *, heads: int, key: int, value: int, rank: int = 16):
-        super().__init__()
-        check_sizes("LightNet", width=width, heads=heads, key=key, value=value, rank=rank)
-        self.width = self.out_width = width
-        self.heads, self.key, self.value = heads, key, value
-        self.qkv = nn.Linear(width, heads * (2 * key + value), bias=False)
+        super().__init__(width, heads=heads, key=key, value=value)
+        check_sizes("LightNet", rank=rank)
         self.gate = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, heads * value, bias=False))
         self.norm = HeadNorm(heads, value)
-        self.out = nn.Linear(heads * value, width, bias=False)
 
     def initial_state(self, batch: int) -> LightNetState:
-        weight = self.out.weight
-        s = weight.new_zeros(batch, self.heads, self.key, self.value, dtype=wide(weight.dtype))
+        s = empty_memory(self, batch)
         return LightNetState(s, torch.full_like(s[..., 0], torch.finfo(s.dtype).min))
 
     def encode(self, x: Tensor) -> Outer:
-        q, k, v = self.qkv(x).unflatten(-1, (self.heads, -1)).split([self.key, self.key, self.value], -1)
+        q, k, v = self.project(x)
         return Outer(F.silu(q), k.to(wide(k.dtype)), v)
 
     def transition(self, u: Outer, state: LightNetState) -> tuple[Tensor, LightNetState]:

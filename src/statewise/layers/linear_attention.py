@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ..core import Cell, UsageError, check_sizes, register_layer, tree_map, wide
+from ..core import UsageError, register_layer, tree_map, wide
 from ..nn import POSITIVE, Feature, HeadNorm, check_feature, features
 from ..ops import normalised_outer_scan, outer_scan, outer_step
-from .outer_cell import Outer, normalised_step, usual_heads
+from .outer_cell import MemoryCell, Outer, empty_memory, normalised_step, usual_heads
 
 Normaliser = Literal["sum", "learnt", "rms", "none"]
 EPS = 1e-6  # keeps 0 / 0 out where no key answers the query
@@ -36,7 +36,7 @@ class LinearAttentionState(NamedTuple):
         width=width, heads=(h := usual_heads(width)), key=max(1, width // h), value=max(1, width // h)
     ),
 )
-class LinearAttention(Cell[LinearAttentionState]):
+class LinearAttention(MemoryCell[LinearAttentionState]):
     """S_t = S_{t-1} + phi(k_t) v_t^T,  y_t = W_o (S_t^T phi(q_t) / z_t),  per head.
 
     q, k, v = W x without bias. feature, phi: "elu" for elu + 1, "relu", "softmax" over channels, "silu", "identity".
@@ -57,8 +57,7 @@ class LinearAttention(Cell[LinearAttentionState]):
         feature: Feature = "elu",
         normaliser: Normaliser = "sum",
     ):
-        super().__init__()
-        check_sizes("LinearAttention", width=width, heads=heads, key=key, value=value)
+        super().__init__(width, heads=heads, key=key, value=value)
         check_feature("LinearAttention", feature)
         if normaliser not in get_args(Normaliser):
             known = ", ".join(get_args(Normaliser))
@@ -71,20 +70,17 @@ class LinearAttention(Cell[LinearAttentionState]):
         self.width = self.out_width = width
         self.heads, self.key, self.value = heads, key, value
         self.feature, self.normaliser = feature, normaliser
-        self.qkv = nn.Linear(width, heads * (2 * key + value), bias=False)
         self.norm = HeadNorm(heads, value) if normaliser == "rms" else None
         self.log_z = nn.Linear(width, heads, bias=False) if normaliser == "learnt" else None
         if self.log_z is not None:
             nn.init.zeros_(self.log_z.weight)
-        self.out = nn.Linear(heads * value, width, bias=False)
 
     def initial_state(self, batch: int) -> LinearAttentionState:
-        weight = self.out.weight
-        s = weight.new_zeros(batch, self.heads, self.key, self.value, dtype=wide(weight.dtype))
+        s = empty_memory(self, batch)
         return LinearAttentionState(s, torch.zeros_like(s[..., 0]) if self.normaliser == "sum" else None)
 
     def encode(self, x: Tensor) -> Outer:
-        q, k, v = self.qkv(x).unflatten(-1, (self.heads, -1)).split([self.key, self.key, self.value], -1)
+        q, k, v = self.project(x)
         q, k = features(q, self.feature), features(k, self.feature)
         if self.normaliser == "sum":  # before the division o is a sum over all time, too large for half precision
             return Outer(q, k, v.to(wide(v.dtype)))
@@ -95,7 +91,7 @@ class LinearAttention(Cell[LinearAttentionState]):
         if state.n is None:
             o, s = outer_step(q, k, v, None, state.s)
             return o.to(u.v.dtype), LinearAttentionState(s, None)
-        o, z, s, n = normalised_step(q, k, v, None, *state)
+        o, z, s, n = normalised_step(q, k, v, None, state.s, state.n)
         return o / (z[..., None] + EPS), LinearAttentionState(s, n)
 
     def scan(

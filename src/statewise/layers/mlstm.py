@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core import Cell, UsageError, check_sizes, register_layer, tree_map, wide
 from ..nn import BlockLinear, HeadNorm, ShortConvolution, decayed_max
 from ..ops import normalised_outer_scan
-from .outer_cell import normalised_step, usual_heads
+from .outer_cell import empty_memory, normalised_step, usual_heads
 
 Forget = Literal["sigmoid", "exponential"]
 
@@ -88,9 +88,8 @@ def _denominator(z: Tensor, m: Tensor, eps: float) -> Tensor:
     return (torch.maximum(z.abs(), (-m).exp()).clamp_min(tiny) + eps)[..., None]
 
 
-def _empty(layer: Any, batch: int) -> MatrixMemory:
-    weight = layer.out.weight
-    c = weight.new_zeros(batch, layer.heads, layer.key, layer.value, dtype=wide(weight.dtype))
+def _nothing(layer: Any, batch: int) -> MatrixMemory:
+    c = empty_memory(layer, batch)
     return MatrixMemory(c, torch.zeros_like(c[..., 0]), torch.zeros_like(c[..., 0, 0]))
 
 
@@ -174,7 +173,7 @@ class MLSTM(Cell[MLSTMState]):
         _start_gates(self.gates, heads, forget)
 
     def initial_state(self, batch: int) -> MLSTMState:
-        return MLSTMState(self.conv.initial_state(batch), _empty(self, batch))
+        return MLSTMState(self.conv.initial_state(batch), _nothing(self, batch))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         u, z = self.up(x).chunk(2, -1)
@@ -261,7 +260,7 @@ class MLSTMLarge(Cell[MatrixMemory]):
         _start_gates(self.gates, heads, forget)
 
     def initial_state(self, batch: int) -> MatrixMemory:
-        return _empty(self, batch)
+        return _nothing(self, batch)
 
     def encode(self, x: Tensor) -> Gated:
         gates = self.gates(x).to(wide(x.dtype))

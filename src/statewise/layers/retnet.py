@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Cell, Traits, check_sizes, register_layer, tree_map, wide
+from ..core import Traits, register_layer, tree_map, wide
 from ..nn import HeadNorm, positions, rotate, tail
 from ..ops import outer_scan, outer_step
-from .outer_cell import Outer, usual_heads
+from .outer_cell import MemoryCell, Outer, empty_memory, usual_heads
 
 
 class RetNetState(NamedTuple):
@@ -27,7 +27,7 @@ class RetNetState(NamedTuple):
         width=width, heads=(h := usual_heads(width)), key=max(1, width // h), value=max(2, 2 * width // h)
     ),
 )
-class RetNet(Cell[RetNetState]):
+class RetNet(MemoryCell[RetNetState]):
     """S_t = g_h S_{t-1} + (R_t k_t) v_t^T,  o_t = S_t^T R_t q_t,  y_t = W_o (norm(o_t) * silu(W_g x_t)).
 
     Head h = 0, 1, ... forgets by g_h = 1 - 2^(-5-h); R_t turns channel pair i by t 10000^(-2i/K) (rotary), so that
@@ -38,22 +38,16 @@ class RetNet(Cell[RetNetState]):
     traits = Traits(time_invariant=True)
 
     def __init__(self, width: int, *, heads: int, key: int, value: int):
-        super().__init__()
-        check_sizes("RetNet", width=width, heads=heads, key=key, value=value)
-        self.width = self.out_width = width
-        self.heads, self.key, self.value = heads, key, value
-        self.qkv = nn.Linear(width, heads * (2 * key + value), bias=False)
+        super().__init__(width, heads=heads, key=key, value=value)
         self.gate = nn.Linear(width, heads * value, bias=False)
         self.norm = HeadNorm(heads, value, centred=True)
-        self.out = nn.Linear(heads * value, width, bias=False)
 
     def initial_state(self, batch: int) -> RetNetState:
-        weight = self.out.weight
-        s = weight.new_zeros(batch, self.heads, self.key, self.value, dtype=wide(weight.dtype))
-        return RetNetState(s, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+        s = empty_memory(self, batch)
+        return RetNetState(s, torch.zeros(batch, dtype=torch.int64, device=s.device))
 
     def encode(self, x: Tensor) -> Outer:
-        q, k, v = self.qkv(x).unflatten(-1, (self.heads, -1)).split([self.key, self.key, self.value], -1)
+        q, k, v = self.project(x)
         return Outer(q, k * self.key**-0.5, v)
 
     def transition(self, u: Outer, state: RetNetState) -> tuple[Tensor, RetNetState]:
