@@ -215,12 +215,6 @@ def _dplr_samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield from draw.hard(draw.dplr)
 
 
-def _per_key(q: Tensor, *_: Any, log_decay: Tensor | None = None, **__: Any) -> str | None:
-    if log_decay is not None and log_decay.ndim > 1 and log_decay.shape[-2] > 1:
-        return "a decay per key channel (takes one per head)"
-    return None
-
-
 def _needs_a_gpu(q: Tensor, *_: Any, **__: Any) -> str | None:
     if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "device cpu (takes cuda, or cpu with TRITON_INTERPRET=1)"
@@ -243,9 +237,7 @@ def delta_step(
 
 
 @op(
-    Backend(
-        "torch", "statewise.ops.delta_scan.in_torch:delta", devices=_ANYWHERE, dtypes=(*_WIDE, *_HALF), limits=_per_key
-    ),
+    Backend("torch", "statewise.ops.delta_scan.in_torch:delta", devices=_ANYWHERE, dtypes=(*_WIDE, *_HALF)),
     samples=_samples,
     check=_check_delta,
 )
@@ -294,7 +286,11 @@ def dplr_step(
     return (q[..., None] * state).sum(-2), state
 
 
-@op(samples=_dplr_samples, check=_check_dplr)
+@op(
+    Backend("torch", "statewise.ops.delta_scan.dplr_in_torch:scan", devices=_ANYWHERE, dtypes=(*_WIDE, *_HALF)),
+    samples=_dplr_samples,
+    check=_check_dplr,
+)
 def dplr_scan(
     q: Tensor,
     k: Tensor,

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...core import clear_past_end, past_end
+
 CUT = -750.0  # exp(CUT) is zero in float64 too: a log decay below it, or a reset, cuts the past off
 _BLOCK = 16
 
@@ -32,10 +34,30 @@ class Plan(NamedTuple):
 
 
 def plan(steps: int, per_step: int, heads: int, rows: int, together: int) -> Plan:
-    """Chunks of about `rows` corrections, a multiple of 16; spans of about `together` chunks over all rows and heads."""
+    """Chunks of about `rows` corrections, a multiple of 16; spans of about `together` chunks, heads counted."""
     least = _BLOCK // math.gcd(_BLOCK, per_step)
     tokens = least * max(1, min(rows // (least * per_step), -(-steps // least)))
     return Plan(steps, per_step, tokens, -(-steps // tokens), max(1, together // max(1, heads)))
+
+
+def by_row(
+    q: Tensor, state: Tensor, log_decay: Tensor | None, reset: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Log decays (B, T, H, K | 1) or None: CUT where the past is cut off, 0 past the end. And resets before the end."""
+    if reset is not None and lengths is not None:
+        reset = reset & ~past_end(lengths.to(reset.device), reset.shape[1])
+    if log_decay is None and reset is None:
+        return None, None
+    if log_decay is None:
+        g = torch.zeros(*q.shape[:3], 1, dtype=state.dtype, device=state.device)
+    else:
+        keys = log_decay.shape[-2] if log_decay.ndim > 1 else 1
+        g = cleared(log_decay.to(state.dtype).expand(*q.shape[:3], keys, 1)[..., 0].clamp(min=CUT), lengths)
+    return (g if reset is None else g.masked_fill(reset[..., None, None], CUT)), reset
+
+
+def cleared(x: Tensor, lengths: Tensor | None) -> Tensor:
+    return x if lengths is None else clear_past_end(x, lengths.to(x.device))
 
 
 def fold(x: Tensor, lo: int, hi: int, rows: int, dtype: torch.dtype) -> Tensor:

@@ -11,15 +11,13 @@ Kept for the backward pass: the inputs, the states between chunks, R and (I + A)
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ...core import clear_past_end, past_end
 from ..looping import loop
 from . import delta_step
-from .chunks import CUT, Plan, Sums, between, fold, inverse, plan, unfold
+from .chunks import Plan, Sums, between, by_row, cleared, fold, inverse, plan, unfold
+from .dplr_in_torch import run as dplr
 from .kernel import differentiable
 
 _ROWS, _TOGETHER = 64, 64
@@ -206,18 +204,30 @@ def delta(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     like = v if v.ndim == 4 else v[:, :, 0]
-    if not like.shape[1] or not like.shape[0]:
+    if not like.shape[0] or not like.shape[1]:
         return like, state
-    g = None if log_decay is None else log_decay.to(state.dtype).expand(*q.shape[:3], 1, 1)[..., 0, 0].clamp(min=CUT)
-    if lengths is not None:
-        lengths = lengths.to(q.device)
-        q, k, v, beta = (clear_past_end(x, lengths) for x in (q, k, v, beta))
-        g = None if g is None else clear_past_end(g, lengths)
-        reset = None if reset is None else reset & ~past_end(lengths, q.shape[1])
-    if reset is not None:
-        g = torch.zeros(q.shape[:3], dtype=state.dtype, device=q.device) if g is None else g
-        g = g.masked_fill(reset[..., None], CUT)
+    g, reset = by_row(q, state, log_decay, reset, lengths)
+    q, k, v, beta = (cleared(x, lengths) for x in (q, k, v, beta))
     if k.ndim == 5:
         k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
-    out, last = _run(q, k, v, beta, g, reset, state)
-    return (out if lengths is None else clear_past_end(out, lengths)), last
+    if g is not None and g.shape[-1] > 1:
+        out, last = _per_key(q, k, v, beta, g, reset, state)
+    else:
+        out, last = _run(q, k, v, beta, None if g is None else g[..., 0], reset, state)
+    return cleared(out, lengths), last
+
+
+def _per_key(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, reset: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As diagonal plus rank one: a = exp(g) k, b = -beta k, keys beta k; a correction a step, decays with the first."""
+    n = k.shape[1] // q.shape[1]
+    k, beta = k.to(state.dtype), beta.to(state.dtype)
+    if n > 1:
+        first = torch.arange(k.shape[1], device=k.device) % n == 0
+        g = g.repeat_interleave(n, 1).masked_fill(~first[:, None, None], 0)
+        q = torch.nn.functional.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)  # read after the last
+        reset = None if reset is None else reset.repeat_interleave(n, 1) & first
+    write = beta[..., None] * k
+    out, last = dplr(q, write, v, k * g.exp(), -write, g, reset, state)
+    return out[:, n - 1 :: n], last
