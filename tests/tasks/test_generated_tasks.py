@@ -10,7 +10,20 @@ import pytest
 import torch
 
 from statewise.core import UsageError, leaves
-from statewise.tasks import SPLITS, Adding, Batch, Copy, Delay, Events, Parity, SelectiveCopy, Task, WordProblem, tasks
+from statewise.tasks import (
+    SPLITS,
+    Adding,
+    Batch,
+    Copy,
+    Delay,
+    Events,
+    Parity,
+    Recall,
+    SelectiveCopy,
+    Task,
+    WordProblem,
+    tasks,
+)
 from statewise.tasks.base import certain
 from statewise.tasks.generated import Generated
 from statewise.tasks.word_problem import table
@@ -29,6 +42,8 @@ CASES: list[Generated] = [
     Delay(length=16, delay=0, band=1.0),
     Events(),
     Events(length=12, clocks=2),
+    Recall(),
+    Recall(length=9, pairs=3, symbols=3),
     *(WordProblem(group, length=9, test_length=21) for group in ("Z2", "S3", "S4", "A5", "S5", "Z60")),  # type: ignore[arg-type]
 ]
 
@@ -36,7 +51,7 @@ CASES: list[Generated] = [
 def test_every_generated_task_is_here() -> None:
     generated = {info.cls for info in tasks if issubclass(info.cls, Generated)}
     assert generated == {type(case) for case in CASES}
-    assert len(generated) == 7
+    assert len(generated) == 8
 
 
 def by_hand(task: Task, batch: Batch) -> dict[tuple[int, int], Any]:
@@ -61,6 +76,13 @@ def by_hand(task: Task, batch: Batch) -> dict[tuple[int, int], Any]:
         elif isinstance(task, Delay):
             for t in range(task.delay, len(row)):
                 found[b, t] = row[t - task.delay][0]
+        elif isinstance(task, Recall):
+            told = dict(zip(row[0 : 2 * task.pairs : 2], row[1 : 2 * task.pairs : 2], strict=True))
+            assert len(told) == len(set(told.values())) == task.pairs
+            for t in range(2 * task.pairs, len(row)):
+                if row[t]:
+                    found[b, t] = told.pop(row[t]) - 1 - task.symbols
+            assert not told
         elif isinstance(task, Events):
             found |= {(b, t): clock for t, clock in next_strokes(row, batch.weight[b]).items()}
         elif isinstance(task, WordProblem):
@@ -298,6 +320,8 @@ def test_events_baseline_is_a_rule_and_not_the_answer() -> None:
         lambda: Delay(length=10, band=0.01),
         lambda: Events(clocks=1),
         lambda: Events(length=5),
+        lambda: Recall(pairs=5, symbols=4),
+        lambda: Recall(length=11),
     ],
 )
 def test_settings_out_of_range(make: Any) -> None:

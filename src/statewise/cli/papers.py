@@ -45,7 +45,7 @@ def run(options: Options) -> int:
         scale = f"scale {results.scale}" if results.runs else "not run"
         table(columns, rows, title=f"{name}: {recipe.paper.cite()}; {scale}")
         print()
-    outcomes = [verdict.outcome for _, _, verdicts in found.values() for verdict in verdicts]
+    outcomes: list[str] = [verdict.outcome for _, _, verdicts in found.values() for verdict in verdicts]
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in OUTCOMES)
     print(f"{len(found)} papers, {len(outcomes)} claims: {counts}")
     if not any(results.runs for _, results, _ in found.values()):

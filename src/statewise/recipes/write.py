@@ -29,12 +29,12 @@ def show_values(values: Values, number: str) -> str:
     """Mean ± spread; accuracies in per cent, everything else in a few figures."""
     metric = "accuracy" if "accuracy" in number else number
     shown = [show_score(values.mean, metric), show_spread(values.spread, metric)]
-    return " ".join(shown if len(values) > 1 else [*shown[:1], "(one seed)"])
+    return " ".join(shown if len(values) > 1 else [*shown[:1], "(1 seed)"])
 
 
 def run_lines(results: Results, verdicts: Sequence[Verdict] = ()) -> list[tuple[str, ...]]:
     """(run, number, measured, baseline, chance, time a seed) of every run's metric and whatever a claim read."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for run, entry in results.runs.items():
         rows = results.rows(run)
         also = [number for verdict in verdicts for name, number in verdict.read if name == run]
@@ -52,10 +52,11 @@ def run_lines(results: Results, verdicts: Sequence[Verdict] = ()) -> list[tuple[
 def beside(results: Results, run: str, number: str) -> tuple[str, str]:
     """Baseline and chance of a run where they are of this number."""
     metric = results.runs[run]["metric"]
-    if number != metric and not (metric == "accuracy" and number.startswith("accuracy_")):
+    part = metric == "accuracy" and number.startswith("accuracy_")  # guessing scores the same on a part of the answers
+    if number != metric and not part:
         return "", ""
     baseline, chance = (show_score(results.fixed(run, name), metric) for name in ("baseline", "chance"))
-    return baseline, chance
+    return "" if part else baseline, chance
 
 
 def measured(verdict: Verdict, results: Results) -> list[str]:

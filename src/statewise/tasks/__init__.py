@@ -12,6 +12,7 @@ from .generated import Generated
 from .japanese_vowels import JapaneseVowels
 from .mnist import MnistPixels, MnistRows
 from .parity import Parity
+from .recall import Recall
 from .series import Series
 from .spoken_digits import SpokenDigits
 from .text import Text
@@ -20,6 +21,6 @@ from .word_problem import WordProblem
 
 __all__ = [
     "SPLITS", "Adding", "Batch", "Copy", "Delay", "Digits", "Events", "FashionMnistPixels", "FashionMnistRows",
-    "Forecast", "Generated", "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "SelectiveCopy", "Series", "Split",
-    "SpokenDigits", "Task", "TaskInfo", "Text", "TextFile", "WordProblem", "register_task", "tasks",
+    "Forecast", "Generated", "JapaneseVowels", "MnistPixels", "MnistRows", "Parity", "Recall", "SelectiveCopy",
+    "Series", "Split", "SpokenDigits", "Task", "TaskInfo", "Text", "TextFile", "WordProblem", "register_task", "tasks",
 ]  # fmt: skip
