@@ -15,6 +15,7 @@ from .lightnet import LightNet, LightNetState
 from .linear_attention import LinearAttention, LinearAttentionState
 from .lmu import LMU
 from .lru import LRU
+from .lssl import LSSL
 from .lstm import LSTMLayer, LSTMState
 from .mamba import Mamba, MambaState
 from .mamba2 import Mamba2, Mamba2State
@@ -45,6 +46,7 @@ __all__ = [
     "Jordan",
     "LMU",
     "LRU",
+    "LSSL",
     "LSTMLayer",
     "LSTMState",
     "LightNet",

@@ -37,9 +37,7 @@ class S4(LTI):
 
     traits = Traits(linear_in_input=True, time_invariant=True)
 
-    def __init__(
-        self, width: int, states: int = 64, *, copies: int = 1, dt_min: float = 0.001, dt_max: float = 0.1
-    ):
+    def __init__(self, width: int, states: int = 64, *, copies: int = 1, dt_min: float = 0.001, dt_max: float = 0.1):
         super().__init__()
         check_sizes("S4", width=width, states=states, copies=copies)
         if width % copies:

@@ -80,9 +80,7 @@ class LTI(Cell[Tensor]):
         return o, _state_at(ends, states, u, segment, squares, left)
 
     @staticmethod
-    def _states(
-        squares: list[Tensor], size: int, remains: Tensor, state: Tensor, segment: Tensor | None
-    ) -> Tensor:
+    def _states(squares: list[Tensor], size: int, remains: Tensor, state: Tensor, segment: Tensor | None) -> Tensor:
         """The states before each block and after the last: (B, blocks + 1, D, n)."""
         states = [state]
         for i in range(remains.shape[1]):

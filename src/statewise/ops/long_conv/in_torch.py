@@ -59,7 +59,7 @@ def _by_halves(u: Tensor, kernel: Tensor, segment: Tensor) -> Tensor:
     segment = torch.cat([segment, segment[..., -1:].expand(*segment.shape[:-1], whole - steps)], -1)
     y = _tap_by_tap(_blocks(u, size), kernel[..., None, :size], _blocks(segment, size)).flatten(-2)
     while size < whole:
-        first, second = _blocks(u, size).unflatten(-2, (-1, 2)).unbind(-2)  # (B, N..., blocks, size)
+        first = _blocks(u, size)[..., ::2, :]  # (B, N..., blocks, size)
         before, after = _blocks(segment, size).unflatten(-2, (-1, 2)).unbind(-2)
         at_border = before[..., -1:]
         since = torch.where(before == at_border, first, 0)
