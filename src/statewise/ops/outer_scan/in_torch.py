@@ -16,9 +16,10 @@ fully decayed element is NaN though that element plays no part, so such chunks a
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,21 @@ def _finite(*tensors: Tensor) -> bool:
     return math.isfinite(sum(float(t.sum()) for t in tensors))
 
 
+def _wide(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same under autocast: products of states and decays keep their digits."""
+
+    @functools.wraps(run)
+    def exactly(*args: Any) -> Any:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return run(*args)
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    return exactly
+
+
+@_wide
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,10 +167,16 @@ def _forward(
         for span in _spans(steps, size, len(parts[2]) * v.shape[2]):
             if kind != "full":
                 y, starts, after = _of_kind(kind).forward(*_cut_all(parts, cuts, span, state.dtype), before)
-                if _finite(y, after):
+                if not _finite(y, after):
+                    now = parts, cuts, span, before
+                    y, starts, after, spoilt = _without_the_spoilt(*now, kind)
                     _paste(out, span, y)
-                    kept[span.chunks], before = starts, after
+                    kept[span.chunks] = starts
+                    before = _put_the_spoilt(out, kept, after, spoilt, *now, kind)
                     continue
+                _paste(out, span, y)
+                kept[span.chunks], before = starts, after
+                continue
             for number, time in _chunks(span):
                 kept[number] = before
                 cut = None if cuts is None else cuts[:, time]
@@ -163,6 +185,55 @@ def _forward(
     return o, last, states
 
 
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _without_the_spoilt(
+    parts: _Parts, reset: Tensor | None, span: Span, before: Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The span by matrix products, without what is not finite: other rows and earlier steps keep their bits.
+
+    Returns what a kind's forward does, and (B, S) bool: where a row is spoilt, from its first bad step on.
+    """
+    q, k, v, g = now = _at(parts, span.time)
+    bad = ~torch.stack([t.isfinite().flatten(2).all(2) for t in (q, k, v)]).all(0)  # type: ignore[union-attr]
+    if g is not None:
+        bad |= (g.isnan() | (g > 0) & g.isinf()).flatten(2).any(2)
+    lost = ~before.isfinite().flatten(1).all(1)
+    spoilt = bad.cummax(1).values | lost[:, None]
+    clean = [None if t is None else t.masked_fill(spoilt.view(*spoilt.shape, *[1] * (t.ndim - 2)), 0) for t in now]
+    cut = None if reset is None else reset[:, span.time]
+    inputs = _cut_all(tuple(clean), cut, span._replace(start=0), before.dtype)  # type: ignore[arg-type]
+    y, starts, after = _of_kind(kind).forward(*inputs, before.masked_fill(lost[:, None, None, None], 0))
+    over = ~(y.isfinite().transpose(0, 1).flatten(1).all(1) & after.isfinite().flatten(1).all(1))
+    return y, starts, after, spoilt | over[:, None]
+
+
+def _put_the_spoilt(
+    out: Tensor,
+    kept: Tensor,
+    after: Tensor,
+    spoilt: Tensor,
+    parts: _Parts,
+    reset: Tensor | None,
+    span: Span,
+    before: Tensor,
+    kind: str,
+) -> Tensor:
+    """Spoilt rows again by the elementwise scan, put into out, kept and the state at the end, which is returned."""
+    at = spoilt.any(1).nonzero()[:, 0]
+    rows = tuple(None if t is None else t[at] for t in parts)
+    state, reset, late = before[at], None if reset is None else reset[at], spoilt[at]
+    for number, time in _chunks(span):
+        kept[number, at] = state
+        cut = None if reset is None else reset[:, time]
+        o, state = _elementwise(*_at(rows, time), state, cut, kind)  # type: ignore[arg-type]
+        here = late[:, time.start - span.start : time.stop - span.start, None, None]
+        out[at, time] = torch.where(here, o, out[at, time])
+    return after.index_copy(0, at, state)
+
+
+@_wide
 def _backward(
     d_o: Tensor,
     d_last: Tensor,
@@ -285,9 +356,15 @@ class _Scalar:
             later = weights.sum(2) - weights.sum(1) + (q * d_q).sum(2)
             earlier = (k * d_k).sum(2)
             whole = (starts * ends).flatten(1).sum(1) * of_start[:, -1]
-            d_g = later.flip(1).cumsum(1).flip(1) + whole[:, None]
+            gone = g.view(later.shape).exp() == 0
+            if gone.any():  # nothing passes a decay of 0, not even the rounding of sums that cancel
+                part = gone.cumsum(1)
+                d_g = torch.bmm((part[:, :, None] == part[:, None]).triu_().to(later.dtype), later[..., None])[..., 0]
+            else:
+                d_g = later.flip(1).cumsum(1).flip(1)
+            d_g += whole[:, None]
             d_g[:, 1:] += earlier.cumsum(1)[:, :-1]
-            d_g = d_g.masked_fill_(g.view(d_g.shape).exp() == 0, 0).view(g.shape)
+            d_g = d_g.masked_fill_(gone, 0).view(g.shape)
             d_weights.mul_(decay)
             d_q.mul_(of_start[..., None]), d_k.mul_(to_end[..., None])
         if group > 1:
