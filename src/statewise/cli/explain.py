@@ -25,8 +25,9 @@ class Options:
 
     what: Positional[str]
     """An op (linear_scan) or a registered layer (lru)."""
-    shape: str = "8,2048,512"
-    """B,T,N of an op's x; B,T,D of a layer's, or of a gated loop's, whose hidden width is then D too."""
+    shape: str = ""
+    """B,T,N of an op's x; B,T,H,K of the queries of one with heads; B,T,D of a layer's, or of a gated loop's, whose
+    hidden width is then D too. If empty, 8,2048,512 or 4,2048,8,64."""
     dtype: str = "float32"
     """Of x, and of the layer's parameters."""
     device: str = "cpu"
@@ -54,10 +55,13 @@ def run(options: Options) -> int:
     from ..training import choose_device
 
     importlib.import_module("statewise.layers")
-    shape, dtype, device = read_shape(options.shape), read_dtype(options.dtype), choose_device(options.device)
+    dtype, device = read_dtype(options.dtype), choose_device(options.device)
+    heads = options.what in ops and len(first_shape(ops[options.what], dtype)) == 4
+    text = options.shape or ("4,2048,8,64" if heads else "8,2048,512")
+    shape = read_shape(text)
     need, have = 8 * math.prod(shape) * dtype.itemsize, free_memory()  # inputs, a gate, outputs and some more
     if have is not None and need > have:
-        raise ResourceError(f"--shape {options.shape} takes {show_bytes(need)}; {show_bytes(have)} are free: try less")
+        raise ResourceError(f"--shape {text} takes {show_bytes(need)}; {show_bytes(have)} are free: try less")
     if options.what in ops:
         show_op(ops[options.what], arguments_for(ops[options.what], shape, dtype, device))
         return 0
@@ -91,6 +95,21 @@ def read_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def first_shape(op: Op, dtype: torch.dtype) -> tuple[int, ...]:
+    """That of the first tensor with three dimensions or more in the op's first sample call."""
+    sample = next(iter(op.samples("cpu", dtype)))
+    return next(tuple(t.shape) for t in leaves(tuple(sample.values())) if t.ndim >= 3)
+
+
+def leaves(tree: Any) -> list[torch.Tensor]:
+    """The tensors among values and tuples of values."""
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [t for part in tree for t in leaves(part)] if isinstance(tree, tuple) else []
+
+
 def arguments_for(op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The op's first sample call with its batch, time and widths stretched to `shape`. Holds memory, no values.
 
@@ -101,14 +120,16 @@ def arguments_for(op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: to
     from ..core import UsageError
 
     sample = next(iter(op.samples(str(device), dtype)))
-    small = next(value for value in sample.values() if isinstance(value, torch.Tensor) and value.ndim >= 3).shape
+    small = first_shape(op, dtype)
     if len(shape) != len(small):
-        raise UsageError(f"--shape {shape}: {op.name} takes {len(small)} dimensions, as in {tuple(small)}")
-    sizes = {n for value in sample.values() if isinstance(value, torch.Tensor) for n in value.shape}
+        raise UsageError(f"--shape {shape}: {op.name} takes {len(small)} dimensions, as in {small}")
+    sizes = {n for value in leaves(tuple(sample.values())) for n in value.shape}
     hidden = sorted(sizes - {1, *small})
     to = {n: shape[-1] * (1 if n % hidden[0] else n // hidden[0]) for n in hidden} | dict(zip(small, shape))
 
     def stretch(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*map(stretch, value))
         if not isinstance(value, torch.Tensor):
             return value
         return value.new_empty([to.get(n, n) for n in value.shape])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core import RecurrentLayer, ResourceError, UsageError, leaves, tree_map, where
 from ..core.machine import free_memory
+from ..nn import LTI
 from ..ops import Op, nothing_seen, observe, softmax_step
 
 
@@ -25,7 +26,7 @@ class Dynamics:
     linear and time-invariant x and y are the layer's own input and output.
     """
 
-    op: str  # the op that was called, or "step" for a layer that was probed
+    op: str  # the op that was called, or "step" for a layer that was probed, "system" for one that gives it
     transition: Tensor  # Lambda: (B, T, H, N) where diagonal, else (B, T, H, N, N)
     write: Tensor  # B: (B, T, H, N, R)
     read: Tensor  # C: (B, T, H, E, N)
@@ -87,6 +88,8 @@ def dynamics(layer: RecurrentLayer[Any], x: Tensor) -> Dynamics:
     with torch.no_grad():
         if layer.traits.linear_in_input and layer.traits.time_invariant:
             return _probed(layer, x.double())
+        if isinstance(layer, LTI):
+            return _time_invariant(layer, x.double())
         calls: list[tuple[Op, Mapping[str, Any]]] = []
 
         def note(op: Op, _: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -141,6 +144,23 @@ def _probed(layer: RecurrentLayer[Any], x: Tensor) -> Dynamics:
         x[:, :, None, :, None],
         layer(x)[0][:, :, None, :, None],
     )
+
+
+def _time_invariant(layer: LTI, x: Tensor) -> Dynamics:
+    """The system of each feature between an encode and a decode that are not linear."""
+    a, b, c = layer.system()
+    if a.is_complex():  # pairs of real states
+        a = torch.diag_embed(a) if a.ndim == 2 else a
+        a = torch.cat([torch.cat([a.real, -a.imag], 2), torch.cat([a.imag, a.real], 2)], 1)
+        b, c = torch.cat([b.real, b.imag], 1), torch.cat([c.real, -c.imag], 2)
+    u = layer.encode(x)
+    o, _ = layer.scan(u, layer.initial_state(len(x)), None, None)
+    shape = (*u.shape[:2], u.shape[2])
+    a, b, c = a.expand(u.shape[2], *a.shape[1:]), b.expand(u.shape[2], -1), c.expand(u.shape[2], *c.shape[1:])
+    return Dynamics(
+        "system", a.expand(*shape, *a.shape[1:]), b[..., None].expand(*shape, -1, 1), c.expand(*shape, *c.shape[1:]),
+        c.new_zeros(c.shape[1], 1), u[..., None, None], o[..., None],
+    )  # fmt: skip
 
 
 def real(leaf: Tensor) -> Tensor:
