@@ -18,10 +18,11 @@ Row = dict[str, Any]
 class Options:
     """Measure speed and memory in one run, beside the Python loop, torch.nn and installed peers."""
 
-    what: Positional[Literal["linear_scan", "layers", "streaming"]]
-    """linear_scan: beside the byte floor. layers: beside torch.nn. streaming: a million steps, is the last as fast?"""
+    what: Positional[Literal["linear_scan", "layers", "streaming", "peers"]]
+    """linear_scan: beside the byte floor. layers: beside torch.nn. streaming: a million steps, is the last as fast?
+    peers: the linear family beside other implementations and beside matrix products."""
     layers: str = ""
-    """Names with commas, for layers and streaming; all of them if empty."""
+    """Names with commas, for layers, streaming and the cases of peers; all of them if empty."""
     shape: Repeated[str] = ()
     """B,T,D as often as needed."""
     repeats: int = 0
@@ -94,6 +95,43 @@ def measure_streaming(options: Options) -> list[Row]:
     return rows
 
 
+def measure_peers(options: Options) -> list[Row]:
+    from ..bench import peers
+    from .show import table
+
+    say = lambda line: print(line, flush=True)
+    rows = peers.run(names(options.layers), repeats=options.repeats or 5, say=say)
+    columns = ("way", "time", "x ours", "first call", "peak", "off")
+    for case, shape in dict.fromkeys((row["case"], row["shape"]) for row in rows):
+        found = [row for row in rows if (row["case"], row["shape"]) == (case, shape)]
+        title = f"{case}: {shape}, float32, forward and backward"
+        if case == "gemm":
+            heads = ("op", "way", "time", "GFLOP/s", "of GEMM", "least")
+            table(heads, map(gemm_cells, found), right=heads[2:], title=f"products: {shape}, float32")
+        else:
+            table(columns, map(peer_cells, found), right=columns[1:], title=title)
+    return rows
+
+
+def peer_cells(row: Row) -> list[str]:
+    from ..report import show_bytes, show_time
+
+    if "failed" in row:
+        return [row["way"], row["failed"], *[""] * 4]
+    off = f"{row['off']:.1e}" if "off" in row else ""
+    return [
+        row["way"], show_time(row["time"]) + (" (once)" if row["rounds"] == 1 else ""), times(row["ratio"]),
+        show_time(row["first"]), show_bytes(row.get("peak")), off,
+    ]  # fmt: skip
+
+
+def gemm_cells(row: Row) -> list[str]:
+    from ..report import show_time
+
+    speeds = [f"{row['gflops']:.3g}", times(row["fraction"]), times(row["least"])]
+    return [row["op"], row["way"], show_time(row["time"]), *speeds]
+
+
 def measure_linear_scan(options: Options) -> list[Row]:
     from ..bench import linear_scan
     from ..training import choose_device
@@ -143,4 +181,9 @@ def generic(rows: Iterable[Row]) -> None:
     table(columns, [[cell(row.get(c, "")) for c in columns] for row in rows], right=columns)
 
 
-MEASURES = {"linear_scan": measure_linear_scan, "layers": measure_layers, "streaming": measure_streaming}
+MEASURES = {
+    "linear_scan": measure_linear_scan,
+    "layers": measure_layers,
+    "streaming": measure_streaming,
+    "peers": measure_peers,
+}

@@ -1,0 +1,74 @@
+"""Rows of the bench of peers: rivals that compute the same, in one run with ours."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from statewise.bench import peers
+from statewise.core import Unknown, UsageError
+
+OPS = ["mamba2_scan", "gated_delta", "mlstm"]
+
+
+@pytest.mark.parametrize("name", peers.CASES)
+def test_rivals_compute_what_ours_does(name: str):
+    said: list[str] = []
+    ours, *rivals = peers.run([name], repeats=2, small=True, say=said.append)
+    assert ours["way"] == "statewise" and len(rivals) >= 1 and len(said) == 1 + len(rivals)
+    if "failed" in ours:
+        assert importlib.util.find_spec("transformers") is None and name in ("mamba", "mamba2")
+        return
+    assert ours["ratio"] == 1 and ours["rounds"] == 2 and ours["off"] == 0
+    for row in rivals:
+        if "failed" in row:
+            assert "not installed" in row["failed"], row
+        else:
+            assert row["time"] > 0 and row["first"] > 0
+            assert row["ratio"] == row["time"] / ours["time"]
+            assert row.get("off", 0) < 1e-4, row
+            assert ("off" in row) == (row["way"] != "mambapy")
+
+
+def test_a_missing_peer_has_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    ours, *rivals = peers.run(["mlstm"], repeats=1, small=True)
+    assert ours["time"] > 0
+    assert [row["failed"] for row in rivals] == ["mlstm_kernels not installed (pip install 'statewise[peers]')"] * 2
+
+
+def test_a_peer_that_is_very_slow_is_called_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "ONCE", 0.0)
+    calls = []
+
+    def make() -> peers.Work:
+        return lambda: calls.append(1) or torch.ones(1)
+
+    (row,) = peers._case(peers.Case("slow", "", lambda: [peers.Contender("slow", make)]), 5, lambda line: None)
+    assert len(calls) == 1 and row["rounds"] == 1 and row["time"] == row["first"]
+
+
+def test_products_are_counted_as_they_are_run():
+    a, b, c = torch.ones(3, 5, 7), torch.ones(3, 7, 11), torch.ones(3, 5, 11)
+    each = 2 * 3 * 5 * 7 * 11
+    assert peers._products(lambda: a @ b) == each
+    assert peers._products(lambda: c.baddbmm_(a, b) + torch.bmm(a, b)) == 2 * each
+    assert peers._products(lambda: torch.einsum("bij,bjk->bik", a, b)) == each
+    w = torch.ones(7, 2, requires_grad=True)
+    assert peers._products(lambda: torch.autograd.grad((a[0] @ w).sum(), w)[0]) == 2 * (2 * 5 * 7 * 2)
+
+
+def test_fractions_of_the_speed_of_products():
+    rows = peers.run(["gemm"], repeats=1, small=True)
+    assert len(rows) == 10 and {row["way"] for row in rows} == {"forward", "training"}
+    for row in rows:
+        assert row["least"] > 0 and row["fraction"] > 0 and row["gemm"] > 0, row
+
+
+def test_what_cannot_be_measured_is_one_line():
+    with pytest.raises(Unknown, match=r"mamba3.*near"):
+        peers.run(["mamba3"])
+    with pytest.raises(UsageError, match="repeats 0"):
+        peers.run(repeats=0)
