@@ -40,13 +40,13 @@ def _check(
                 f"{name}: {what} is {tuple(given[what].shape)}; expected {tuple(shape)}, as x is {tuple(x.shape)} and "
                 f"a {tuple(a.shape)}"
             )
+    if state.dtype not in _WIDE:
+        raise UsageError(f"{name}: state is {state.dtype}; expected float32 or float64")
     for what, t in given.items():
         if not t.is_floating_point() or torch.promote_types(t.dtype, state.dtype) != state.dtype:
             raise UsageError(f"{name}: {what} is {t.dtype}, state {state.dtype}; expected none wider than the state")
         if t.device != x.device:
             raise UsageError(f"{name}: {what} is on {t.device}, x on {x.device}; move them together")
-    if state.dtype not in _WIDE:
-        raise UsageError(f"{name}: state is {state.dtype}; expected float32 or float64")
     if reset is not None and (reset.dtype != torch.bool or reset.shape != x.shape[:2]):
         raise UsageError(f"{name}: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {tuple(x.shape[:2])}")
     if lengths is not None and lengths.shape != x.shape[:1]:
@@ -104,7 +104,8 @@ def _needs_a_gpu(x: Tensor, *_: Any, **__: Any) -> str | None:
 
 def selective_step(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """One step in plain arithmetic: x, dt (B, D), b, c (B, N), state (B, D, N), a (D, N) -> y (B, D), state."""
-    state = (dt[..., None] * a).exp() * state + (dt * x)[..., None] * b[:, None]
+    # h + (decay - 1) h: float32 has few numbers near 1, and what they miss would be missed at every step
+    state = state + torch.expm1(dt[..., None] * a) * state + (dt * x)[..., None] * b[:, None]
     return (state * c[:, None]).sum(-1), state
 
 
@@ -115,6 +116,12 @@ def selective_step(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a
         devices=("cpu",),
         dtypes=(*_WIDE, *_HALF),
         requires=("numba",),
+    ),
+    Backend(
+        "torch",
+        "statewise.ops.selective_scan.in_torch:scan",
+        devices=("cpu", "cuda", "mps", "xpu", "meta"),
+        dtypes=(*_WIDE, *_HALF),
     ),
     samples=_samples,
     check=_check,
