@@ -74,7 +74,6 @@ def _is_traced(x: Tensor) -> bool:
         or type(x) not in (Tensor, nn.Parameter)
         or x.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
     )
 
 
@@ -457,7 +456,7 @@ class _Vector:
             (q1, k0), (v0, o1) = (_half(q, size, 1), _half(k, size, 0)), (_half(v, size, 0), _half(o, size, 1))
             upto, after = _half(start, size, 1).exp(), _half(end, size, 0).exp()
             if self.key:
-                o1.baddbmm_(torch.bmm(q1 * upto, (k0 * after).mT), v0)
+                _add_product(o1, torch.bmm(q1 * upto, (k0 * after).mT), v0)
             else:
                 o1 += torch.bmm(torch.bmm(q1, k0.mT), v0 * after).mul_(upto)
             _merge(start, end, size)
@@ -510,7 +509,7 @@ class _Vector:
             if self.key:
                 q1, k0 = q1 * upto, k0 * after
                 d_weights = torch.bmm(do1, v0.mT)
-                dv0.baddbmm_(torch.bmm(k0, q1.mT), do1)
+                _add_product(dv0, torch.bmm(k0, q1.mT), do1)
                 dq, dk = torch.bmm(d_weights, k0), torch.bmm(d_weights.mT, q1)
                 ds1.addcmul_(dq, q1), de0.addcmul_(dk, k0)
                 dq1.addcmul_(dq, upto), dk0.addcmul_(dk, after)
@@ -518,7 +517,8 @@ class _Vector:
                 do1, v0 = do1 * upto, v0 * after
                 weights, d_weights = torch.bmm(q1, k0.mT), torch.bmm(do1, v0.mT)
                 dv = torch.bmm(weights.mT, do1)
-                dq1.baddbmm_(d_weights, k0), dk0.baddbmm_(d_weights.mT, q1)
+                _add_product(dq1, d_weights, k0)
+                _add_product(dk0, d_weights.mT, q1)
                 ds1.addcmul_(do1, torch.bmm(weights, v0)), de0.addcmul_(dv, v0)
                 dv0.addcmul_(dv, after)
         if group > 1:
@@ -529,6 +529,14 @@ class _Vector:
 def _half(t: Tensor, size: int, which: int) -> Tensor:
     """The earlier (0) or later (1) half of each block of 2 size steps: (n, C, D) -> (blocks, size, D), a view."""
     return t.view(-1, 2 * size, t.shape[2])[:, size * which : size * (which + 1)]
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b; a tiny product straight into a view would be done matrix by matrix, with a call for each."""
+    if a.shape[2] < 8:
+        out.add_(torch.bmm(a, b))
+    else:
+        out.baddbmm_(a, b)
 
 
 def _merge(start: Tensor, end: Tensor, size: int) -> None:
@@ -556,14 +564,9 @@ def _elementwise(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor]:
     """By a scan of every element of the state."""
-    dtype, group = state.dtype, v.shape[2] // q.shape[2]
-    q, k = (t.to(dtype).repeat_interleave(group, 2) for t in (q, k))
-    if g is None:
-        a = v.new_ones(1, dtype=dtype)
-    else:
-        a = (g if kind == "full" else g[..., None, :] if kind == "value" else g[..., None]).exp()
-    h, last = linear_scan(a, k[..., None] * v.to(dtype)[..., None, :], state, reset=reset)
-    return (q[..., None] * h).sum(3).to(v.dtype), last
+    q, k, v_, a = _outer_parts(q, k, v, g, state.dtype, kind)
+    h, last = linear_scan(a, k * v_, state, reset=reset)
+    return (q * h).sum(3).to(v.dtype), last
 
 
 def _elementwise_backward(
@@ -576,14 +579,38 @@ def _elementwise_backward(
     state: Tensor,
     reset: Tensor | None,
     kind: str,
-) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        inputs = [None if t is None else t.detach().requires_grad_() for t in (q, k, v, g, state)]
-        o, last = _elementwise(*inputs, reset, kind)
-        wanted = [t for t in inputs if t is not None]
-        found = iter(torch.autograd.grad((o, last), wanted, (d_o, d_last), allow_unused=True))
-    grads = [None if t is None else next(found) for t in inputs]
-    return tuple(torch.zeros_like(t) if d is None and t is not None else d for d, t in zip(grads, inputs))
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """lam_t = q_t do_t^T + a_{t+1} lam_{t+1} is the gradient that reaches S_t."""
+    (batch, steps, heads, _), groups, dtype = v.shape, q.shape[2], state.dtype
+    q, k, v, a = _outer_parts(q, k, v, g, dtype, kind)
+    a = a.expand(batch, steps, heads, *a.shape[3:])
+    d_o = d_o.to(dtype)[..., None, :]
+    cut = torch.zeros(batch, steps, dtype=torch.bool, device=v.device) if reset is None else reset
+    h, _ = linear_scan(a, k * v, state, reset=cut)
+    later_a = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], 1)
+    later_cut = torch.cat([cut[:, 1:], torch.zeros_like(cut[:, :1])], 1)
+    lam, _ = linear_scan(later_a.flip(1), (q * d_o).flip(1), d_last, reset=later_cut.flip(1))
+    lam = lam.flip(1)
+    through = lam.masked_fill(cut[..., None, None, None], 0)  # the gradient that crosses from t - 1 to t
+    d_g = None
+    if g is not None:
+        d_a = through * torch.cat([state[:, None], h[:, :-1]], 1).masked_fill(cut[..., None, None, None], 0)
+        d_g = (d_a * a).sum_to_size(a.shape).view(g.shape)
+    d_q, d_k = ((h * d_o).sum(4), (lam * v).sum(4))
+    d_q, d_k = (t.unflatten(2, (groups, -1)).sum(3) for t in (d_q, d_k))
+    return d_q, d_k, (lam * k).sum(3), d_g, a[:, 0] * through[:, 0]
+
+
+def _outer_parts(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, dtype: torch.dtype, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k (B, T, H, K, 1), v (B, T, H, 1, V), and the decay in a shape that broadcasts with them."""
+    q, k = (t.to(dtype).repeat_interleave(v.shape[2] // t.shape[2], 2)[..., None] for t in (q, k))
+    if g is None:
+        a = v.new_ones(1, 1, 1, 1, 1, dtype=dtype)
+    else:
+        a = (g if kind == "full" else g[..., None, :] if kind == "value" else g[..., None]).exp()
+    return q, k, v.to(dtype)[..., None, :], a
 
 
 class _Run(torch.autograd.Function):
@@ -597,9 +624,22 @@ class _Run(torch.autograd.Function):
         _keep(ctx, inputs, output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_o, d_last, _):
-        return _run_backward(ctx, d_o, d_last, _backward)
+        return _run_backward(ctx, d_o, d_last, _Adjoint.apply)
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(d_o, d_last, q, k, v, g, reset, states, kind):
+        return _backward(d_o, d_last, q, k, v, g, reset, states, kind)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("outer_scan has first derivatives only; backend='reference' has all of them")
 
 
 def _keep(ctx, inputs, output):
