@@ -25,6 +25,9 @@ class LMU(LTI):
     Raises UsageError unless window > 0.
     """
 
+    a: Tensor  # (N, N)
+    b: Tensor  # (N,)
+
     def __init__(self, width: int, hidden: int, *, order: int, window: float, memories: int = 1):
         super().__init__()
         check_sizes("LMU", width=width, hidden=hidden, order=order, memories=memories)

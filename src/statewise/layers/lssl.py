@@ -47,6 +47,16 @@ class LSSL(LTI):
 
     traits = Traits(linear_in_input=True, time_invariant=True)
 
+    log_dt: Tensor  # (D,)
+    a: Tensor  # (N, N)
+    b: Tensor  # (N,)
+    low: Tensor  # (N-1,)
+    middle: Tensor  # (N,)
+    up: Tensor  # (N-1,)
+    left: Tensor  # (N,)
+    right: Tensor  # (N,)
+    shift: Tensor  # (N,)
+
     def __init__(
         self,
         width: int,

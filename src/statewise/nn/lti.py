@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..core import Cell, wide
-from ..ops import long_conv
+from ..ops import linear_scan, long_conv
 
-BLOCK = 256  # steps in a block: a power of two
+BLOCK = 128  # steps in a block: long enough for few blocks, short enough for small powers of A
 
 
 class LinearSystem(NamedTuple):
@@ -71,24 +71,13 @@ class LTI(Cell[Tensor]):
         within = None if reset is None else _blocks(reset, size).flatten(0, 1)
         o = long_conv(u.flatten(0, 1)[..., None], self.kernel(system, squares, size), reset=within)
         o = o.unflatten(0, u.shape[:2])  # (B, blocks, size, D, M)
-        states = self._states(squares, size, _remains(u, left, segment), state, segment)
+        states = _between(squares, _remains(u, left, segment), state, size, segment)
         o = o + _shown(system.c, squares, states[:, :-1], size, segment)
         o = o.flatten(1, 2)[:, :steps]
         if lengths is None and steps % size == 0:
             return o, states[:, -1].clone()
         ends = torch.full((len(u),), steps, device=u.device) if lengths is None else lengths.long()
         return o, _state_at(ends, states, u, segment, squares, left)
-
-    @staticmethod
-    def _states(squares: list[Tensor], size: int, remains: Tensor, state: Tensor, segment: Tensor | None) -> Tensor:
-        """The states before each block and after the last: (B, blocks + 1, D, n)."""
-        states = [state]
-        for i in range(remains.shape[1]):
-            before = states[-1]
-            if segment is not None:
-                before = torch.where((segment[:, i, -1] > 0)[:, None, None], 0, before)
-            states.append(moved(squares, before, size) + remains[:, i])
-        return torch.stack(states, 1)
 
 
 def _blocks(t: Tensor, size: int) -> Tensor:
@@ -107,6 +96,19 @@ def _remains(u: Tensor, left: Tensor, segment: Tensor | None) -> Tensor:
     if not left.is_complex():
         return torch.einsum("bisd,dns->bidn", u, left)
     return torch.complex(*torch.einsum("bisd,dns->bidn", u, _as_real(left, 1)).chunk(2, -1))
+
+
+def _between(squares: list[Tensor], remains: Tensor, state: Tensor, size: int, segment: Tensor | None) -> Tensor:
+    """The states before each block and after the last: (B, blocks + 1, D, n)."""
+    cut = None if segment is None else segment[..., -1] > 0
+    if squares[0].ndim == 2:
+        after, _ = linear_scan(moved(squares, torch.ones_like(squares[0]), size), remains, state, reset=cut)
+        return torch.cat([state[:, None], after], 1)
+    states = [state]
+    for i, new in enumerate(remains.unbind(1)):
+        before = states[-1] if cut is None else torch.where(cut[:, i, None, None], 0, states[-1])
+        states.append(moved(squares, before, size) + new)
+    return torch.stack(states, 1)
 
 
 def _shown(c: Tensor, squares: list[Tensor], states: Tensor, size: int, segment: Tensor | None) -> Tensor:

@@ -27,8 +27,8 @@ def convolve(u: Tensor, kernel: Tensor, *, reset: Tensor | None = None, lengths:
     elif length <= FEW:
         y = _tap_by_tap(u, kernel, segment)
     else:
-        spoilt = _spoilt(u, length, segment)
-        u = torch.where(u.isfinite(), u, 0)
+        bad = u.detach() * 0  # NaN where u is NaN or infinite
+        spoilt, u = _spoilt(bad, length, segment), torch.where(bad == 0, u, 0)
         y = _by_fft(u, kernel) if segment is None else _by_halves(u, kernel, segment)
         y = y + spoilt
     y = y.movedim(-1, 1).to(dtype)
@@ -85,15 +85,14 @@ def _smooth(size: int) -> int:
     return 3 * power // 4 if 3 * power // 4 >= size else power
 
 
-def _spoilt(u: Tensor, length: int, segment: Tensor | None) -> Tensor:
-    """NaN for outputs that a NaN or infinity in u reaches, else 0: a transform would spread it over all times."""
-    u = u.detach()
-    if length == u.shape[-1] and segment is None:
-        return (u * 0).cumsum(-1)
-    t = torch.arange(u.shape[-1], device=u.device)
-    bad = torch.where(u.isfinite(), -1, t).cummax(-1).values
+def _spoilt(bad: Tensor, length: int, segment: Tensor | None) -> Tensor:
+    """NaN for outputs that a NaN in bad reaches, else 0: a transform would spread it over all times."""
+    if length == bad.shape[-1] and segment is None:
+        return bad.cumsum(-1)
+    t = torch.arange(bad.shape[-1], device=bad.device)
+    latest = torch.where(bad == 0, -1, t).cummax(-1).values
     first = (t - length).clamp(min=-1)
     if segment is not None:  # the first step of each segment
         begins = torch.diff(segment, dim=-1, prepend=segment.new_full((*segment.shape[:-1], 1), -1)) != 0
         first = torch.maximum(first, torch.where(begins, t, -1).cummax(-1).values - 1)
-    return torch.where(bad > first, torch.nan, 0.0).to(u.dtype)
+    return torch.where(latest > first, torch.nan, 0.0).to(bad.dtype)
