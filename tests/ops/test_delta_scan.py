@@ -261,6 +261,16 @@ def test_a_reset_clears_what_is_not_finite(op):
 
 
 @pytest.mark.parametrize("op", [delta_scan, dplr_scan], ids=["delta", "dplr"])
+def test_inputs_are_left_alone(op):
+    """One row, one head and whole chunks are where a copy in chunks could be no copy."""
+    x = (_inputs if op is delta_scan else _dplr_inputs)(1, 128, 1, 4, 4) | {"log_decay": _log_decay(1, 128, 1, 1, 1)}
+    leaves = _leaves(x)
+    op(**leaves)[0].square().sum().backward()
+    for name, t in x.items():
+        assert torch.equal(leaves[name], t), name
+
+
+@pytest.mark.parametrize("op", [delta_scan, dplr_scan], ids=["delta", "dplr"])
 def test_padding_reaches_nothing(op):
     x = (_inputs if op is delta_scan else _dplr_inputs)(2, 70, 1, 3, 2)
     lengths = torch.tensor([66, 3])

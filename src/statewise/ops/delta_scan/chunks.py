@@ -66,7 +66,9 @@ def fold(x: Tensor, lo: int, hi: int, rows: int, dtype: torch.dtype) -> Tensor:
     missing = (hi - lo) * rows - x.shape[1]
     if missing:
         x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1)
-    return x.unflatten(1, (hi - lo, rows)).permute(1, 0, 3, 2, 4).to(dtype).reshape(hi - lo, -1, rows, x.shape[-1])
+    place = x.unflatten(1, (hi - lo, rows)).permute(1, 0, 3, 2, 4)
+    chunks = torch.empty(place.shape, dtype=dtype, device=x.device)  # never a view: it is written to
+    return chunks.copy_(place).flatten(1, 2)
 
 
 def unfold(into: Tensor, lo: int, hi: int, chunks: Tensor) -> None:
@@ -112,8 +114,8 @@ def between(sums: Sums, strict_upper: Tensor) -> Tensor:
     return torch.baddbmm(strict_upper, rows, columns).exp_().view(*fine.shape, fine.shape[-1])
 
 
-def inverse(a: Tensor) -> Tensor:
-    """(I + tril(a, -1))^-1 of (M, C, C), C a multiple of 16: rows in small blocks, then blocks in pairs."""
+def inverse(a: Tensor, z: Tensor) -> None:
+    """z = (I + tril(a, -1))^-1 of (M, C, C), C a multiple of 16: rows in small blocks, then blocks in pairs."""
     many, size, n = a.shape[0], a.shape[1], _BLOCK
     count = size // n
     blocks = a.view(many, count, n, count, n).diagonal(0, 1, 3).permute(1, 2, 0, 3).reshape(n, n, -1).neg()
@@ -122,7 +124,7 @@ def inverse(a: Tensor) -> Tensor:
     for i in range(1, n):
         torch.sum(blocks[i, :i, None] * small[:i, :i], 0, out=small[i, :i])
     small = small.view(n, n, many, count).permute(2, 3, 0, 1)
-    z = a.new_zeros(a.shape)
+    z.zero_()
     for b in range(count):
         z[:, b * n : b * n + n, b * n : b * n + n] = small[:, b]
     while n < size:
@@ -131,4 +133,3 @@ def inverse(a: Tensor) -> Tensor:
             below = torch.bmm(a[:, q:r, p:q], z[:, p:q, p:q])
             z[:, q:r, p:q] = torch.bmm(z[:, q:r, q:r], below).neg_()
         n *= 2
-    return z

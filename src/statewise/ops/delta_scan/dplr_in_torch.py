@@ -173,7 +173,7 @@ def _forward(
     for lo, hi in p.spans():
         x, v_ = _span(p, lo, hi, dtype, q, a, b, k, g), fold(v, lo, hi, c, dtype)
         by = _by(size)
-        z[lo:hi] = by(inverse(x.scores[:, 0, :, 0].neg()))
+        inverse(x.scores[:, 0, :, 0].neg(), z[lo:hi].flatten(0, 1))
         u = torch.bmm(x.scores[:, 0, :, 1], v_.flatten(0, 1))
         a_read, write, whole, u = by(x.a_read), by(x.write), by(x.whole), by(u)
         both = torch.cat([torch.empty_like(v_), v_], 2)  # P, then V

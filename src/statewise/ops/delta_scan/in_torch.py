@@ -57,35 +57,35 @@ def _forward(
     batch, heads, n, c = len(q), q.shape[2], p.per_step, p.rows
     size = batch * heads
     out = v.new_empty(batch, p.chunks * p.tokens, heads, v.shape[-1])
-    states = state.new_empty(p.chunks, size, *state.shape[2:])
+    states = state.new_empty(p.chunks + 1, size, *state.shape[2:])
     z = state.new_empty(p.chunks, size, c, c)
     r = state.new_empty(p.chunks, size, c, v.shape[-1])
-    s = state.reshape(size, *state.shape[2:])
+    states[0] = state.flatten(0, 1)
     for lo, hi in p.spans():
         q_ = fold(q, lo, hi, p.tokens, dtype)
         k_, v_, b_ = (fold(x, lo, hi, c, dtype) for x in (k, v, beta[..., None]))
         kk, qk = k_ @ k_.mT, q_ @ k_.mT
-        k_read, k_write = k_, k_ * b_
+        k_read, k_write, whole = k_, b_, None
         if g is None:
             qk.mul_(_past(c, dtype, q.device)[n - 1 :: n])
-            whole = None
         else:
             decay = _Decay(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
             kk.mul_(decay.d)
             qk.mul_(decay.d[..., n - 1 :: n, :])
             q_.mul_(decay.from_start[..., n - 1 :: n, :])
             k_read, whole = k_ * decay.from_start, decay.whole
-            k_write.mul_(decay.to_end)
-        kk.mul_(b_.mT)
-        z[lo:hi] = inverse(kk.flatten(0, 1)).view_as(kk)
+            k_write = b_ * decay.to_end
+        k_write = k_ * k_write
+        inverse(kk.mul_(b_.mT).flatten(0, 1), z[lo:hi].flatten(0, 1))
         for i in range(hi - lo):
-            states[lo + i] = s
-            torch.bmm(z[lo + i], torch.baddbmm(v_[i], k_read[i], s, alpha=-1), out=r[lo + i])
-            s = torch.baddbmm(s if whole is None else s * whole[i], k_write[i].mT, r[lo + i])
+            before, after = states[lo + i], states[lo + i + 1]
+            torch.bmm(z[lo + i], v_[i].baddbmm_(k_read[i], before, alpha=-1), out=r[lo + i])
+            torch.mul(before, 1 if whole is None else whole[i], out=after)
+            after.baddbmm_(k_write[i].mT, r[lo + i])
         o = q_ @ states[lo:hi]
         o.flatten(0, 1).baddbmm_(qk.flatten(0, 1), (r[lo:hi] * b_).flatten(0, 1))
         unfold(out, lo, hi, o)
-    return out[:, : p.steps].contiguous(), s.view(state.shape), states, z, r
+    return out[:, : p.steps].contiguous(), states[-1].view(state.shape).clone(), states, z, r
 
 
 def _backward(
@@ -108,7 +108,7 @@ def _backward(
         None if x is None else x.new_empty(len(x), p.chunks * rows, *x.shape[2:])
         for x, rows in ((q, p.tokens), (k, c), (v, c), (beta, c), (g, p.tokens))
     )
-    ds = d_last.to(dtype).reshape(states.shape[1:])
+    ds = d_last.flatten(0, 1)
     past = _past(c, dtype, q.device)
     for lo, hi in reversed(p.spans()):
         q_, do = (fold(x, lo, hi, p.tokens, dtype) for x in (q, d_out))
@@ -127,18 +127,21 @@ def _backward(
                 k_ * decay.to_end,
             )
         d_new = qk.mul_(d_read).mT @ do  # of beta r
-        y, ds_after = torch.empty_like(d_new), torch.empty_like(s_)  # gradients of V - exp(G) K S, and of S'
+        y = torch.empty_like(d_new)  # gradient of V - exp(G) K S
+        d_states = states.new_empty(hi - lo + 1, *states.shape[1:])
+        d_states[-1] = ds
+        ds_after = d_states[1:]
         for i in reversed(range(hi - lo)):
-            ds_after[i] = ds
-            d_new[i].baddbmm_(k_write[i], ds)
+            ds, after = d_states[i], d_states[i + 1]
+            d_new[i].baddbmm_(k_write[i], after)
             torch.bmm(z[lo + i].mT, d_new[i] * b_[i], out=y[i])
-            ds = torch.baddbmm(ds if whole is None else ds * whole[i], q_read[i].mT, do[i])
-            ds.baddbmm_(k_read[i].mT, y[i], alpha=-1)
+            torch.mul(after, 1 if whole is None else whole[i], out=ds)
+            ds.baddbmm_(q_read[i].mT, do[i]).baddbmm_(k_read[i].mT, y[i], alpha=-1)
         new = r_ * b_
         d_qk = (do @ new.mT).mul_(d_read)
-        d_kk = (y @ r_.mT).mul_(d).neg_()
+        d_kk = _minus(y, r_.mT).mul_(d)
         d_kk.diagonal(0, -2, -1).zero_()
-        dq_, dk_read, dk_write = do @ s_.mT, (y @ s_.mT).neg_(), new @ ds_after.mT
+        dq_, dk_read, dk_write = do @ s_.mT, _minus(y, s_.mT), new @ ds_after.mT
         if g is not None:
             dq_.mul_(decay.from_start[..., n - 1 :: n, :])
             dk_read.mul_(decay.from_start)
@@ -163,6 +166,11 @@ def _backward(
     return *grads, ds.reshape(state.shape)
 
 
+def _minus(x: Tensor, y: Tensor) -> Tensor:
+    x, y, lead = x.flatten(0, 1), y.flatten(0, 1), x.shape[:2]
+    return torch.baddbmm(x.new_zeros(1), x, y, beta=0, alpha=-1).unflatten(0, lead)
+
+
 def _add(into: Tensor, x: Tensor, y: Tensor) -> None:
     into.flatten(0, 1).baddbmm_(x.flatten(0, 1), y.flatten(0, 1))
 
@@ -183,7 +191,7 @@ def _fake(
     return (
         v.new_empty(*q.shape[:3], v.shape[-1]),
         state.new_empty(state.shape),
-        state.new_empty(p.chunks, size, *state.shape[2:]),
+        state.new_empty(p.chunks + 1, size, *state.shape[2:]),
         state.new_empty(p.chunks, size, p.rows, p.rows),
         state.new_empty(p.chunks, size, p.rows, v.shape[-1]),
     )
