@@ -332,11 +332,10 @@ def test_compiles_to_one_graph(backend, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind):
-    inputs = {n: t.requires_grad_() for n, t in _inputs(kind, 2, 5).items()}
-    g, name = in_torch._by_kind(inputs.pop("log_decay", None), inputs["v"], inputs["state"])
-    q, k, v, state = inputs.values()
-    g = None if g is None else g.detach().requires_grad_()
-    torch.library.opcheck(torch.ops.statewise.outer_scan, (q, k, v, g, state, None, name))
+    inputs = _inputs(kind, 2, 5)
+    args = in_torch.normal(*(inputs.get(n) for n in ("q", "k", "v", "log_decay", "state")), None, None)
+    args = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in args]
+    torch.library.opcheck(torch.ops.statewise.outer_scan_torch, args)
 
 
 @pytest.mark.parametrize(

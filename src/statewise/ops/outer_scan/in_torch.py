@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...core import clear_past_end
 from ..linear_scan import linear_scan
+from .adjoint import differentiable, normal
 
 CHUNK = {"scalar": 128, "key": 64, "value": 64}  # steps; by measurement
 LEAF = 16  # size of the diagonal blocks that are exponentials of their own
@@ -44,37 +44,8 @@ def scan(
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    g, kind = _by_kind(log_decay, v, state)
-    if lengths is not None:
-        lengths = lengths.to(v.device)
-        q, k, v = (clear_past_end(t, lengths) for t in (q, k, v))
-        g = None if g is None else clear_past_end(g, lengths)
-        reset = None if reset is None else clear_past_end(reset, lengths)
-    run = _traced if _is_traced(v) else _plain
-    o, last, _ = run(q, k, v, g, state, reset, kind)
+    o, last, _ = _run(*normal(q, k, v, log_decay, state, reset, lengths))
     return o, last
-
-
-def _by_kind(log_decay: Tensor | None, v: Tensor, state: Tensor) -> tuple[Tensor | None, str]:
-    """(B, T, H, 1), (B, T, H, K), (B, T, H, V) or (B, T, H, K, V)."""
-    if log_decay is None:
-        return None, "scalar"
-    g = log_decay.to(state.dtype)
-    g = g.view(*[1] * (5 - g.ndim), *g.shape)
-    key, value = g.shape[3] > 1, g.shape[4] > 1
-    if key and value:
-        return g.expand(*v.shape[:3], *g.shape[3:]), "full"
-    g = g.expand(*v.shape[:3], *g.shape[3:]).flatten(3)
-    return g, "key" if key else "value" if value else "scalar"
-
-
-def _is_traced(x: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, nn.Parameter)
-        or x.is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 class Span(NamedTuple):
@@ -613,89 +584,4 @@ def _outer_parts(
     return q, k, v.to(dtype)[..., None, :], a
 
 
-class _Run(torch.autograd.Function):
-    @staticmethod
-    def forward(q, k, v, g, state, reset, kind):
-        return _forward(q, k, v, g, state, reset, kind)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(output[2])
-        _keep(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx, d_o, d_last, _):
-        return _run_backward(ctx, d_o, d_last, _Adjoint.apply)
-
-
-class _Adjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(d_o, d_last, q, k, v, g, reset, states, kind):
-        return _backward(d_o, d_last, q, k, v, g, reset, states, kind)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("outer_scan has first derivatives only; backend='reference' has all of them")
-
-
-def _keep(ctx, inputs, output):
-    q, k, v, g, _, reset, kind = inputs
-    ctx.save_for_backward(q, k, v, g, reset, output[2])
-    ctx.kind = kind
-    ctx.set_materialize_grads(False)
-
-
-def _run_backward(ctx, d_o, d_last, backward):
-    q, k, v, g, reset, states = ctx.saved_tensors
-    d_o = torch.zeros_like(v) if d_o is None else d_o
-    if d_last is None:
-        d_last = states.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    d_q, d_k, d_v, d_g, d_state = backward(d_o, d_last, q, k, v, g, reset, states, ctx.kind)
-    return d_q, d_k, d_v, None if g is None else d_g, d_state, None, None
-
-
-_plain = _Run.apply
-
-
-@torch.library.custom_op("statewise::outer_scan", mutates_args=())
-def _traced(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(q, k, v, g, state, reset, kind)
-
-
-@torch.library.custom_op("statewise::outer_scan_backward", mutates_args=())
-def _traced_backward(
-    d_o: Tensor,
-    d_last: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    reset: Tensor | None,
-    states: Tensor,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_q, d_k, d_v, d_g, d_state = _backward(d_o, d_last, q, k, v, g, reset, states, kind)
-    return d_q, d_k, d_v, v.new_empty(0) if d_g is None else d_g, d_state
-
-
-@_traced.register_fake
-def _(q, k, v, g, state, reset, kind):
-    count = -(-v.shape[1] // _chunk(kind, v, q.shape[3]))
-    return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty((count, *state.shape))
-
-
-@_traced_backward.register_fake
-def _(d_o, d_last, q, k, v, g, reset, states, kind):
-    d_g = v.new_empty(0) if g is None else g.new_empty(g.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_g, d_last.new_empty(d_last.shape)
-
-
-_traced.register_autograd(
-    lambda ctx, d_o, d_last, _: _run_backward(ctx, d_o, d_last, _traced_backward), setup_context=_keep
-)
+_run = differentiable("outer_scan_torch", None, _forward, _backward, _chunk)
