@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def run(options: Options) -> int:
     chosen = [find(name) for name in asked]
     for name, recipe in chosen:
         made = recipe.runs(options.scale)
-        print(f"{name}: {recipe.paper.cite()}", flush=True)
+        print(textwrap.fill(f"{name}: {recipe.paper.cite()}", 80, subsequent_indent="    "), flush=True)
         with progress(len(made), options.scale) as on_event:
             results = reproduce(
                 name, options.scale, results=options.results, runs=options.runs, again=options.again,
@@ -83,7 +84,8 @@ def show(recipe: Recipe, results: Results) -> None:
     for verdict in verdicts:
         why = f": {verdict.why}" if verdict.why else ""
         print(f"  {verdict.outcome.upper() if verdict.outcome != 'holds' else 'holds'}{why}")
-        print(f"      {verdict.claim.says} ({verdict.claim.where})")
+        said = f"{verdict.claim.says} ({verdict.claim.where})"
+        print(textwrap.fill(said, 80, initial_indent="      ", subsequent_indent="      "))
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def runs(scale: Scale) -> dict[str, Run]:
         "expansion": Measure(expansion, "error", {**size, "orders": [2, 4, 8, 16]}, higher_is_better=False),
     }
     task = Recall(length=16, pairs=2, symbols=8) if smoke else Recall(length=64, pairs=4, symbols=64)
-    train = Train(steps=3, batch=8) if smoke else Train(steps=700, batch=64, lr=4e-3, warmup=50, evaluate_every=175)
+    train = Train(steps=3, batch=8) if smoke else Train(steps=600, batch=32, lr=4e-3, warmup=50, evaluate_every=150)
     width = 8 if smoke else 64
     if scale == "paper":
         task, width = Recall(length=512, pairs=64, symbols=4096), 512
