@@ -268,6 +268,18 @@ def test_broken_xlstm_configurations_are_one_line(tmp_path: Path):
     from_transformers(tmp_path)
 
 
+def test_an_intermediate_size_counts_and_not_expand(tmp_path: Path):
+    """falcon-mamba-7b says expand 16 and an intermediate_size of twice its width, and means the latter."""
+    theirs, x = shuffled(falcon_mamba(expand=16, intermediate_size=48)), ids(2, 9)
+    assert theirs.config.expand == 16 and theirs.backbone.layers[0].mixer.intermediate_size == 48
+    theirs.save_pretrained(tmp_path)
+    for ours in (from_transformers(theirs), from_transformers(tmp_path)):
+        assert error(ours(x)[0], logits(theirs, x)) < 1e-4
+    change_config(tmp_path, intermediate_size=50)
+    with refused(UsageError, "intermediate_size", "50", "24"):
+        from_transformers(tmp_path)
+
+
 def test_half_precision_weights_are_held_in_float32(tmp_path: Path):
     theirs, x = random("mamba", torch.bfloat16), ids(2, 9)
     theirs.save_pretrained(tmp_path)

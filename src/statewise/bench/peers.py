@@ -6,6 +6,8 @@ compute the same function: a rival with other numbers is no rival.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -105,11 +107,18 @@ def _warm_up(one: Contender) -> None:
         one.first = seconds(lambda: outs.append(one.work()), CPU)  # type: ignore[misc]
         one.out = outs[0]
         if one.first < ONCE:
+            _give_back_memory()
             one.peak = peak_memory(one.work, CPU)  # type: ignore[arg-type]
         else:
             one.times.append(one.first)
     except (RuntimeError, ImportError, TypeError, ValueError, AttributeError, KeyError) as error:
         one.why_not, one.work = (str(error).splitlines() or [type(error).__name__])[0][:100], None
+
+
+def _give_back_memory() -> None:
+    """What glibc keeps of the call before would hide what the next one needs."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _row(case: Case, one: Contender, ours: Contender) -> Row:

@@ -60,7 +60,9 @@ def _in_memory(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], str
 
 def _in_directory(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     if not path.is_dir():
-        raise DataError(f"from_transformers: no directory {path}; expected one with config.json and {SINGLE}")
+        raise DataError(
+            f"from_transformers: no directory {path} (nothing is fetched); expected one with config.json and {SINGLE}"
+        )
     config = read_json(path / "config.json", allow_nonfinite=True)
     if (path / INDEX).is_file():
         shards = read_json(path / INDEX, limit=1 << 26).get("weight_map")
@@ -171,6 +173,7 @@ class _MambaConfig:
     num_hidden_layers: int = 32
     layer_norm_epsilon: float = 1e-5
     expand: int = 2
+    intermediate_size: Any = None  # where it is given, it counts and not expand: falcon-mamba-7b has both, at odds
     conv_kernel: int = 4
     use_bias: bool = False
     use_conv_bias: bool = True
@@ -183,13 +186,15 @@ class _MambaConfig:
 def _mamba(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
     config = _config(_MambaConfig, found)
     _require(config, hidden_act="silu")
-    rank, width = config.time_step_rank, config.hidden_size
+    rank, width, inner = config.time_step_rank, config.hidden_size, config.intermediate_size
+    if inner is not None and (type(inner) is not int or width < 1 or inner % width):
+        raise UsageError(f"config.json: intermediate_size is {inner!r}; expected a multiple of hidden_size, {width}")
 
     def layer() -> Mamba:
         return Mamba(
             width,
             states=config.state_size,
-            expand=config.expand,
+            expand=config.expand if inner is None else inner // width,
             taps=config.conv_kernel,
             dt_rank=math.ceil(width / 16) if rank in (None, "auto") else rank,
             bias=config.use_bias,
@@ -364,7 +369,7 @@ def _xlstm(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
         _read_xlstm_block(one, weights, f"backbone.blocks.{i}", fused=config.weight_mode == "fused")
     if config.tie_word_embeddings:
         weights.left.pop("lm_head.weight", None)
-        fill(head.weight, model.body.embed.weight)
+        fill(head.weight, model.body.embed.weight)  # a copy: a TokenModel that is tied has no cap
     else:
         weights.linear(head, "lm_head")
     return model
