@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -122,6 +123,16 @@ def test_chunks_hand_over(cls: type[LTI], arguments: dict[str, Any]):
             near(last, after, 1e-10)
 
 
+@pytest.mark.slow
+@each
+def test_float32_stays_near_float64_over_65536_steps(cls: type[LTI], arguments: dict[str, Any]):
+    low = made(cls, arguments, torch.float32)
+    high, x = copy.deepcopy(low).double(), normal(1, 65536, low.width).float()
+    with torch.no_grad():
+        got, want = low(x)[0], high(x.double())[0]
+    assert (got - want).pow(2).mean().sqrt() <= 2e-5 * want.pow(2).mean().sqrt()
+
+
 def test_lssl_over_a_thousand_steps_in_float32():
     """Convolution against loop at N = 64, L = 1024: within 1e-4."""
     for measure in ("legs", "legt", "lagt"):
@@ -167,6 +178,16 @@ def test_s4_kernels_of_all_lengths_agree():
         longest = _kernel(layer, 300)
         for steps in (1, 2, 5, 100, 255, 256, 299):
             near(_kernel(layer, steps), longest[..., :steps].contiguous(), 1e-11)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 32])
+def test_s4_kernels_of_few_steps_keep_their_digits(steps: int):
+    """In steps far shorter than its memory A^L is near I, and C (I - A^L) alone would be lost in rounding."""
+    low = made(S4, dict(width=4, states=64, dt_min=1e-5, dt_max=1e-5), torch.float32)
+    high = copy.deepcopy(low).double()
+    with torch.no_grad():
+        got, want = _kernel(low, steps).double(), _kernel(high, steps)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_s4_is_born_as_legs():

@@ -28,8 +28,8 @@ class S4(LTI):
     there are; features share them in turn.
 
     step solves by Woodbury's identity in O(N). The kernel of L steps is the inverse transform of its generating
-    function at the roots of unity w: Cauchy sums of C (I - A_^L), made anew for each L, so that it is the kernel of the
-    step whatever L is. The GELU and gated linear unit of the paper's block are the model's business. State
+    function: Cauchy sums of C (I - A_^L w^L), made anew for each L, at w around a circle, so that it is the kernel of
+    the step whatever L is. The GELU and gated linear unit of the paper's block are the model's business. State
     x (B, D, N/2), complex64 or wider.
 
     Raises UsageError for an odd number of states and a width that is no multiple of copies.
@@ -83,32 +83,30 @@ class S4(LTI):
         return LinearSystem(_pairs(a).movedim(0, -1), _pairs(start), 2 * _pairs(c.conj())[:, None])
 
     def kernel(self, system: LinearSystem, squares: list[Tensor], steps: int) -> Tensor:
-        lam, p, b, _, dt = self._parts()
-        transposed = [a.mT for a in squares]
-        c = system.c[:, 0] - moved(transposed, system.c.movedim(1, 0), steps)[0]  # C (I - A_^L)
-        c = torch.view_as_complex((c / 2).unflatten(-1, (-1, 2)).contiguous()).conj()
-        angle = torch.arange(steps // 2 + 1, dtype=dt.dtype, device=dt.device) * (torch.pi / steps)
+        lam, p, b, c, dt = self._parts()
+        # On the circle w^L = 1/2, and not 1, C (I - A_^L w^L) keeps its digits where A_^L is near I
+        ahead = moved([a.mT for a in squares], system.c.movedim(1, 0), steps)[0]  # 2 C A_^L
+        c = c - torch.view_as_complex(ahead.unflatten(-1, (-1, 2)).contiguous()).conj() / 4
+        time = torch.arange(steps, dtype=dt.dtype, device=dt.device) / steps
+        w = torch.polar(torch.full_like(time, 0.5 ** (1 / steps)), -2 * torch.pi * time)[: steps // 2 + 1]
         products = torch.stack([c * b, c * p, p.conj() * b, p.conj() * p])  # (4, D, N/2)
-        spectrum = [self._generated(products, lam, dt, part) for part in angle.split(SPAN)]
-        return torch.fft.irfft(torch.cat(spectrum, -1), steps)[:, None]
+        spectrum = torch.cat([self._generated(products, lam, dt, part) for part in w.split(SPAN)], -1)
+        return (torch.fft.irfft(spectrum, steps) * 2**time)[:, None]
 
     @staticmethod
-    def _generated(products: Tensor, lam: Tensor, dt: Tensor, angle: Tensor) -> Tensor:
-        """sum_l C A_^l B_ w^l at w = exp(-2i angle): (D, frequencies).
+    def _generated(products: Tensor, lam: Tensor, dt: Tensor, w: Tensor) -> Tensor:
+        """sum_l C A_^l B_ w^l, from products of C (I - A_^L w^L): (D, frequencies).
 
-        (I - w A_)^-1 B_ = 2 dt (alpha - beta A)^-1 B, alpha = 2 (1 - w), beta = dt (1 + w). Up to a phase e^(-i angle)
-        alpha = 4i sin(angle), beta = 2 dt cos(angle): nothing is infinite at w = -1.
+        (I - w A_)^-1 B_ = 2 dt (alpha - beta A)^-1 B, alpha = 2 (1 - w), beta = dt (1 + w), and Woodbury's identity.
         """
-        alpha, beta = 4 * angle.sin(), 2 * dt * angle.cos()  # (F,), (D, F): alpha lacks its i
-        size = lam.abs() ** 2
-        real = beta[:, None] ** 2 * size[..., None] - alpha**2
-        under = torch.complex(real, -2 * alpha * beta[:, None] * lam.real[..., None])  # (D, N/2, F)
-        # v / (alpha - beta lam) plus its conjugate pair's: real sums over a common denominator
-        one = torch.stack([products.real, (products * lam.conj()).real]).to(under.dtype)  # (2, 4, D, N/2)
-        direct, crossed = torch.einsum("kvdn,dnf->kvdf", one, under.reciprocal())
-        cb, cp, pb, pp = 2 * (1j * alpha * direct - beta * crossed)
-        phase = torch.polar(torch.ones_like(angle), angle)
-        return 2 * dt * phase * (cb - beta * cp * pb / (1 + beta * pp))
+        alpha, beta = 2 * (1 - w), dt * (1 + w)  # (F,), (D, F)
+        many = beta[:, None]
+        under = alpha**2 - 2 * alpha * many * lam.real[..., None] + many**2 * (lam.abs() ** 2)[..., None]  # (D, N/2, F)
+        # v / (alpha - beta lam) and its conjugate pair's share a denominator; the rest is real
+        over = torch.stack([products.real, (products * lam.conj()).real]).to(under.dtype)  # (2, 4, D, N/2)
+        direct, crossed = torch.einsum("kvdn,dnf->kvdf", over, under.reciprocal())
+        cb, cp, pb, pp = 2 * (alpha * direct - beta * crossed)
+        return 2 * dt * (cb - beta * cp * pb / (1 + beta * pp))
 
     @staticmethod
     def _step(lam: Tensor, p: Tensor, dt: Tensor, x: Tensor, bu: Tensor) -> Tensor:
