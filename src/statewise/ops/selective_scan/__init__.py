@@ -111,6 +111,14 @@ def selective_step(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a
 
 @op(
     Backend(
+        "triton",
+        "statewise.ops.selective_scan.in_triton:scan",
+        devices=("cuda", "xpu", "cpu"),
+        dtypes=(*_WIDE, *_HALF),
+        requires=("triton",),
+        limits=_needs_a_gpu,
+    ),
+    Backend(
         "numba",
         "statewise.ops.selective_scan.in_numba:scan",
         devices=("cpu",),

@@ -1,0 +1,75 @@
+"""The Triton kernels of the selective scan in interpreter mode, in a process of their own (see test_triton.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+
+CROSS = """
+import torch
+from statewise.ops import selective_scan
+from test_backends import check
+
+torch.set_num_threads(1)
+short = lambda sample: sample["x"].shape[1] <= 12
+for dtype in (torch.float32, torch.bfloat16):
+    print(dtype, check(selective_scan, "triton", dtype, short))
+"""
+
+TILES = """
+import importlib
+import torch
+from statewise.ops import selective_scan
+
+importlib.import_module("statewise.ops.selective_scan.in_triton").TILE = 4
+torch.manual_seed(0)
+torch.set_num_threads(1)
+reset = torch.tensor([[0, 0, 0, 0, 1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]]).bool()
+shapes = (2, 10, 35), (2, 10, 35), (35, 3), (2, 10, 3), (2, 10, 3), (2, 35, 3)
+inputs = [torch.randn(s, dtype=torch.float64) for s in shapes]
+inputs[1], inputs[2] = inputs[1].abs(), -inputs[2].exp()
+inputs = [t.requires_grad_() for t in inputs]
+results = []
+for backend in ("triton", "reference"):
+    y, last = selective_scan(*inputs, reset=reset, lengths=torch.tensor([10, 7]), backend=backend)
+    results.append([y, last, *torch.autograd.grad(y.pow(2).sum() + last.sin().sum(), inputs)])
+for p, q in zip(*results, strict=True):
+    torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
+print("done")
+"""
+
+
+def _interpreted(code: str) -> str:
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_equals_the_reference():
+    assert len(_interpreted(CROSS).splitlines()) == 2
+
+
+def test_equals_the_reference_over_several_tiles_and_blocks():
+    assert "done" in _interpreted(TILES)
+
+
+def test_without_a_gpu_it_says_so():
+    code = """
+import torch
+from statewise.ops import selective_scan
+x = torch.ones(1, 2, 1)
+print(selective_scan.explain(x, x, x[0, :1], x, x, x[:, :1])["triton"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "takes cuda" in done.stdout
