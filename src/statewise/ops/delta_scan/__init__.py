@@ -15,7 +15,7 @@ from ..looping import loop
 
 _WIDE = (torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
-_ANYWHERE = ("cpu", "cuda", "mps", "xpu", "meta")
+_ANYWHERE = ("cpu", "cuda", "xpu", "meta")
 
 
 def _check_delta(
@@ -237,6 +237,14 @@ def delta_step(
 
 
 @op(
+    Backend(
+        "triton",
+        "statewise.ops.delta_scan.in_triton:delta",
+        devices=("cuda", "xpu", "cpu"),
+        dtypes=(torch.float32, *_HALF),
+        requires=("triton",),
+        limits=_needs_a_gpu,
+    ),
     Backend("torch", "statewise.ops.delta_scan.in_torch:delta", devices=_ANYWHERE, dtypes=(*_WIDE, *_HALF)),
     samples=_samples,
     check=_check_delta,
@@ -287,6 +295,14 @@ def dplr_step(
 
 
 @op(
+    Backend(
+        "triton",
+        "statewise.ops.delta_scan.in_triton:dplr",
+        devices=("cuda", "xpu", "cpu"),
+        dtypes=(torch.float32, *_HALF),
+        requires=("triton",),
+        limits=_needs_a_gpu,
+    ),
     Backend("torch", "statewise.ops.delta_scan.dplr_in_torch:scan", devices=_ANYWHERE, dtypes=(*_WIDE, *_HALF)),
     samples=_dplr_samples,
     check=_check_dplr,

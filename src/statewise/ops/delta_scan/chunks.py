@@ -114,6 +114,53 @@ def between(sums: Sums, strict_upper: Tensor) -> Tensor:
     return torch.baddbmm(strict_upper, rows, columns).exp_().view(*fine.shape, fine.shape[-1])
 
 
+class Passes(NamedTuple):
+    """The two loops over chunks, one state after the other; all tensors (chunks, B H, ...).
+
+    ahead(states, r, base, read, z, write, whole, extra): r = z (base + read S), S' = whole S + extra + write^T r, with
+        states[0] given and states[1:] and r filled; base may be overwritten.
+    back(d_states, d_r, y, scale, z, read, write, whole, extra): d_r += write dS', y = z^T (scale d_r),
+        dS = whole dS' + extra + read^T y, with d_states[-1] given and d_states[:-1], d_r and y filled.
+    whole is (1, 1) or (K, 1) wide or None, scale (C, 1) wide or None, extra (K, V) or None.
+    together: chunks worked on at once, heads counted.
+    """
+
+    ahead: Callable[..., None]
+    back: Callable[..., None]
+    together: int
+
+
+def ahead(
+    states: Tensor, r: Tensor, base: Tensor, read: Tensor, z: Tensor, write: Tensor, whole: Tensor | None,
+    extra: Tensor | None,
+) -> None:  # fmt: skip
+    for i in range(len(r)):
+        before, after = states[i], states[i + 1]
+        torch.bmm(z[i], base[i].baddbmm_(read[i], before), out=r[i])
+        torch.mul(before, 1 if whole is None else whole[i], out=after)
+        if extra is not None:
+            after.add_(extra[i])
+        after.baddbmm_(write[i].mT, r[i])
+
+
+def back(
+    d_states: Tensor, d_r: Tensor, y: Tensor, scale: Tensor | None, z: Tensor, read: Tensor, write: Tensor,
+    whole: Tensor | None, extra: Tensor,
+) -> None:  # fmt: skip
+    for i in reversed(range(len(y))):
+        before, after = d_states[i], d_states[i + 1]
+        d_r[i].baddbmm_(write[i], after)
+        torch.bmm(z[i].mT, d_r[i] if scale is None else d_r[i] * scale[i], out=y[i])
+        if whole is None:
+            torch.add(after, extra[i], out=before)
+        else:
+            torch.addcmul(extra[i], after, whole[i], out=before)
+        before.baddbmm_(read[i].mT, y[i])
+
+
+IN_TORCH = Passes(ahead, back, 64)
+
+
 def inverse(a: Tensor, z: Tensor) -> None:
     """z = (I + tril(a, -1))^-1 of (M, C, C), C a multiple of 16: rows in small blocks, then blocks in pairs."""
     many, size, n = a.shape[0], a.shape[1], _BLOCK

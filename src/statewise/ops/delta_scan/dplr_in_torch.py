@@ -14,6 +14,7 @@ Kept for the backward pass: the inputs, the states between chunks, P and (I - A_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from ..looping import loop
 from . import dplr_step
-from .chunks import Plan, by_row, cleared, fold, inverse, plan, unfold
+from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, fold, inverse, plan, unfold
 from .kernel import differentiable
 
-_ROWS, _TOGETHER = 64, 32
+_ROWS = 64
 
 
 class _Level:
@@ -83,7 +84,7 @@ class _Chunks:
         self.chunk = _Level(g)
         self.q_read, self.a_read = q * self.chunk.back, a * self.chunk.back_before
         self.write = torch.cat([b * self.chunk.ahead, k * self.chunk.ahead], 1)
-        self.whole = self.chunk.back[:, -1]
+        self.whole = self.chunk.back[:, -1, :, None]
 
     def seen(self) -> Tensor:
         """What a row of a and of q sees without decays: (2, C, 1, C)."""
@@ -114,7 +115,7 @@ class _Chunks:
             return d_q + d_rows[:, c:], d_a + d_rows[:, :c], d_write[:, :c], d_write[:, c:], None
         chunk = self.chunk
         d_back, d_back_before = self.q_read * d_q, self.a_read * d_a
-        d_back[:, -1] += d_whole * self.whole
+        d_back[:, -1] += d_whole * self.whole[..., 0]
         d_ahead = (self.write * d_write).unflatten(1, (2, c)).sum(1)
         back, ahead = chunk.d_g(d_back, d_back_before, d_ahead)
         d_g = back + ahead
@@ -146,8 +147,8 @@ class _Chunks:
         return d_q, d_a, d_b, d_k, d_g
 
 
-def _plan(q: Tensor) -> Plan:
-    p = plan(q.shape[1], 1, len(q) * q.shape[2], _ROWS, _TOGETHER)
+def _plan(q: Tensor, together: int) -> Plan:
+    p = plan(q.shape[1], 1, len(q) * q.shape[2], _ROWS, together)
     rows = 1 << (p.rows - 1).bit_length()  # levels want a power of two
     return p._replace(tokens=rows, chunks=-(-p.steps // rows))
 
@@ -161,58 +162,52 @@ def _by(size: int) -> Callable[[Tensor | None], Tensor | None]:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
-) -> tuple[Tensor, ...]:
-    p, dtype = _plan(q), state.dtype
+    passes: Passes, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, reset: Tensor | None,
+    state: Tensor
+) -> tuple[Tensor, ...]:  # fmt: skip
+    p, dtype = _plan(q, passes.together), state.dtype
     size, c = len(q) * q.shape[2], p.rows
+    by = _by(size)
     out = v.new_empty(len(q), p.chunks * c, q.shape[2], v.shape[-1])
-    states = state.new_empty(p.chunks, size, *state.shape[2:])
+    states = state.new_empty(p.chunks + 1, size, *state.shape[2:])
     z = state.new_empty(p.chunks, size, c, c)
     read = state.new_empty(p.chunks, size, c, v.shape[-1])
-    s = state.reshape(size, *state.shape[2:])
+    states[0] = state.flatten(0, 1)
     for lo, hi in p.spans():
-        x, v_ = _span(p, lo, hi, dtype, q, a, b, k, g), fold(v, lo, hi, c, dtype)
-        by = _by(size)
+        x, v_ = _span(p, lo, hi, dtype, q, a, b, k, g), fold(v, lo, hi, c, dtype).flatten(0, 1)
         inverse(x.scores[:, 0, :, 0].neg(), z[lo:hi].flatten(0, 1))
-        u = torch.bmm(x.scores[:, 0, :, 1], v_.flatten(0, 1))
-        a_read, write, whole, u = by(x.a_read), by(x.write), by(x.whole), by(u)
-        both = torch.cat([torch.empty_like(v_), v_], 2)  # P, then V
-        for i in range(hi - lo):
-            states[lo + i] = s
-            both[i, :, :c] = z[lo + i] @ torch.baddbmm(u[i], a_read[i], s)
-            s = torch.baddbmm(s if whole is None else s * whole[i][..., None], write[i].mT, both[i])
-        read[lo:hi] = both[:, :, :c]
+        base, extra = by(torch.bmm(x.scores[:, 0, :, 1], v_)), by(torch.bmm(x.write[:, c:].mT, v_))
+        inside = z[lo:hi], by(x.write[:, :c]), by(x.whole)
+        passes.ahead(states[lo : hi + 1], read[lo:hi], base, by(x.a_read), *inside, extra)
         o = torch.bmm(x.q_read, states[lo:hi].flatten(0, 1))
-        o.baddbmm_(x.scores[:, 1].flatten(2), both.flatten(0, 1))
+        o.baddbmm_(x.scores[:, 1, :, 0], read[lo:hi].flatten(0, 1)).baddbmm_(x.scores[:, 1, :, 1], v_)
         unfold(out, lo, hi, by(o))
-    return out[:, : p.steps].contiguous(), s.view(state.shape), states, z, read
+    return out[:, : p.steps].contiguous(), states[-1].view(state.shape).clone(), states, z, read
 
 
 def _backward(
-    d_out: Tensor, d_last: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None,
-    reset: Tensor | None, state: Tensor, states: Tensor, z: Tensor, read: Tensor
+    passes: Passes, d_out: Tensor, d_last: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor,
+    g: Tensor | None, reset: Tensor | None, state: Tensor, states: Tensor, z: Tensor, read: Tensor
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    p, dtype, size = _plan(q), states.dtype, states.shape[1]
-    c = p.rows
+    p, dtype, size = _plan(q, passes.together), states.dtype, states.shape[1]
+    c, by = p.rows, _by(size)
     wanted = [x for x in (q, k, v, a, b, g) if x is not None]
     grads = [x.new_empty(len(x), p.chunks * c, *x.shape[2:]) for x in wanted]
-    ds = d_last.to(dtype).reshape(states.shape[1:])
+    ds = d_last.flatten(0, 1)
     for lo, hi in reversed(p.spans()):
         x = _span(p, lo, hi, dtype, q, a, b, k, g)
-        v_, do = (fold(t, lo, hi, c, dtype) for t in (v, d_out))
-        by = _by(size)
-        both, s_ = torch.cat([read[lo:hi], v_], 2), states[lo:hi]
-        q_read, a_read, write, whole = by(x.q_read), by(x.a_read), by(x.write), by(x.whole)
-        d_both = by(x.scores[:, 1].flatten(2).mT @ do.flatten(0, 1))
-        y, ds_after = torch.empty_like(do), torch.empty_like(s_)  # gradients of A_ak V + a_read S, and of S'
-        for i in reversed(range(hi - lo)):
-            ds_after[i] = ds
-            d_both[i].baddbmm_(write[i], ds)
-            torch.bmm(z[lo + i].mT, d_both[i, :, :c], out=y[i])
-            ds = torch.baddbmm(ds if whole is None else ds * whole[i][..., None], q_read[i].mT, do[i])
-            ds.baddbmm_(a_read[i].mT, y[i])
-        do, y, both, s_, ds_after = (t.flatten(0, 1) for t in (do, y, both, s_, ds_after))
-        d_v = d_both[:, :, c:].flatten(0, 1).baddbmm_(x.scores[:, 0, :, 1].mT, y)
+        v_, do = (fold(t, lo, hi, c, dtype).flatten(0, 1) for t in (v, d_out))
+        d_states = states.new_empty(hi - lo + 1, *states.shape[1:])
+        d_states[-1] = ds
+        d_read = x.scores[:, 1, :, 0].mT @ do
+        y = torch.empty_like(d_read)  # gradient of A_ak V + a_read S
+        inside = z[lo:hi], by(x.a_read), by(x.write[:, :c]), by(x.whole)
+        passes.back(d_states, by(d_read), by(y), None, *inside, by(x.q_read.mT @ do))
+        ds = d_states[0]
+        s_, ds_after = states[lo:hi].flatten(0, 1), d_states[1:].flatten(0, 1)
+        d_v = x.write[:, c:] @ ds_after
+        d_v.baddbmm_(x.scores[:, 0, :, 1].mT, y).baddbmm_(x.scores[:, 1, :, 1].mT, do)
+        both = torch.cat([read[lo:hi].flatten(0, 1), v_], 1)
         d_scores = torch.stack([y @ both.mT, do @ both.mT], 1).unflatten(-1, (2, c))
         d_whole = None if g is None else (s_ * ds_after).sum(-1)
         d_q, d_a, d_b, d_k, d_g = x.gradients(d_scores, do @ s_.mT, y @ s_.mT, both @ ds_after.mT, d_whole)
@@ -231,17 +226,46 @@ def _by_loop(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
 ) -> tuple[Tensor, ...]:
-    p, size = _plan(q), state.shape[0] * state.shape[1]
+    p, size = _plan(q, 1), state.shape[0] * state.shape[1]
     return (
         v.new_empty(v.shape),
         state.new_empty(state.shape),
-        state.new_empty(p.chunks, size, *state.shape[2:]),
+        state.new_empty(p.chunks + 1, size, *state.shape[2:]),
         state.new_empty(p.chunks, size, p.rows, p.rows),
         state.new_empty(p.chunks, size, p.rows, v.shape[-1]),
     )
 
 
-run = differentiable("dplr_chunks", "q k v a b g? reset? state", _forward, _backward, _by_loop, _fake)
+def chunked(name: str, passes: Passes) -> Callable[..., tuple[Tensor, Tensor]]:
+    """run(q, k, v, a, b, g, reset, state), g (B, T, H, K) or None."""
+    forward, backward = functools.partial(_forward, passes), functools.partial(_backward, passes)
+    return differentiable(name, "q k v a b g? reset? state", forward, backward, _by_loop, _fake)
+
+
+run = chunked("dplr_chunks", IN_TORCH)
+
+
+def solve(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None,
+    reset: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The op, by run."""
+    if not v.shape[0] or not v.shape[1]:
+        return v, state
+    g, reset = by_row(q, state, log_decay, reset, lengths)
+    g = None if g is None else g.expand(q.shape)
+    if reset is not None:  # a reads what was there before the decay, so that no decay can hide it
+        a = a.masked_fill(reset[..., None, None], 0)
+    out, last = run(*(cleared(x, lengths) for x in (q, k, v, a, b)), g, reset, state)
+    return cleared(out, lengths), last
 
 
 def scan(
@@ -256,11 +280,4 @@ def scan(
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if not v.shape[0] or not v.shape[1]:
-        return v, state
-    g, reset = by_row(q, state, log_decay, reset, lengths)
-    g = None if g is None else g.expand(q.shape)
-    if reset is not None:  # a reads what was there before the decay, so that no decay can hide it
-        a = a.masked_fill(reset[..., None, None], 0)
-    out, last = run(*(cleared(x, lengths) for x in (q, k, v, a, b)), g, reset, state)
-    return cleared(out, lengths), last
+    return solve(run, q, k, v, a, b, state, log_decay, reset, lengths)

@@ -11,16 +11,19 @@ Kept for the backward pass: the inputs, the states between chunks, R and (I + A)
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..looping import loop
 from . import delta_step
-from .chunks import Plan, Sums, between, by_row, cleared, fold, inverse, plan, unfold
-from .dplr_in_torch import run as dplr
+from .chunks import IN_TORCH, Passes, Plan, Sums, between, by_row, cleared, fold, inverse, plan, unfold
+from .dplr_in_torch import run as dplr_run
 from .kernel import differentiable
 
-_ROWS, _TOGETHER = 64, 64
+_ROWS = 64
 
 
 class _Decay:
@@ -45,15 +48,15 @@ def _past(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=dtype, device=device).tril_()
 
 
-def _plan(q: Tensor, k: Tensor) -> Plan:
+def _plan(q: Tensor, k: Tensor, together: int) -> Plan:
     steps, heads = q.shape[1], len(q) * q.shape[2]
-    return plan(steps, k.shape[1] // steps, heads, _ROWS, _TOGETHER)
+    return plan(steps, k.shape[1] // steps, heads, _ROWS, together)
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
-) -> tuple[Tensor, ...]:
-    p, dtype = _plan(q, k), state.dtype
+    passes: Passes, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
+) -> tuple[Tensor, ...]:  # fmt: skip
+    p, dtype = _plan(q, k, passes.together), state.dtype
     batch, heads, n, c = len(q), q.shape[2], p.per_step, p.rows
     size = batch * heads
     out = v.new_empty(batch, p.chunks * p.tokens, heads, v.shape[-1])
@@ -65,23 +68,20 @@ def _forward(
         q_ = fold(q, lo, hi, p.tokens, dtype)
         k_, v_, b_ = (fold(x, lo, hi, c, dtype) for x in (k, v, beta[..., None]))
         kk, qk = k_ @ k_.mT, q_ @ k_.mT
-        k_read, k_write, whole = k_, b_, None
+        k_write, whole = b_, None
         if g is None:
             qk.mul_(_past(c, dtype, q.device)[n - 1 :: n])
+            k_read = k_.neg()
         else:
             decay = _Decay(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
             kk.mul_(decay.d)
             qk.mul_(decay.d[..., n - 1 :: n, :])
             q_.mul_(decay.from_start[..., n - 1 :: n, :])
-            k_read, whole = k_ * decay.from_start, decay.whole
+            k_read, whole = k_ * -decay.from_start, decay.whole
             k_write = b_ * decay.to_end
         k_write = k_ * k_write
         inverse(kk.mul_(b_.mT).flatten(0, 1), z[lo:hi].flatten(0, 1))
-        for i in range(hi - lo):
-            before, after = states[lo + i], states[lo + i + 1]
-            torch.bmm(z[lo + i], v_[i].baddbmm_(k_read[i], before, alpha=-1), out=r[lo + i])
-            torch.mul(before, 1 if whole is None else whole[i], out=after)
-            after.baddbmm_(k_write[i].mT, r[lo + i])
+        passes.ahead(states[lo : hi + 1], r[lo:hi], v_, k_read, z[lo:hi], k_write, whole, None)
         o = q_ @ states[lo:hi]
         o.flatten(0, 1).baddbmm_(qk.flatten(0, 1), (r[lo:hi] * b_).flatten(0, 1))
         unfold(out, lo, hi, o)
@@ -89,6 +89,7 @@ def _forward(
 
 
 def _backward(
+    passes: Passes,
     d_out: Tensor,
     d_last: Tensor,
     q: Tensor,
@@ -102,7 +103,7 @@ def _backward(
     z: Tensor,
     r: Tensor,
 ) -> tuple[Tensor, ...]:
-    p, dtype = _plan(q, k), states.dtype
+    p, dtype = _plan(q, k, passes.together), states.dtype
     n, c = p.per_step, p.rows
     d_q, d_k, d_v, d_beta, d_g = (
         None if x is None else x.new_empty(len(x), p.chunks * rows, *x.shape[2:])
@@ -117,13 +118,13 @@ def _backward(
         qk = q_ @ k_.mT
         if g is None:
             d, d_read = past, past[n - 1 :: n]
-            q_read, k_read, k_write, whole = q_, k_, k_, None
+            q_read, k_read, k_write, whole = q_, k_.neg(), k_, None
         else:
             decay = _Decay(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
             d, d_read, whole = decay.d, decay.d[..., n - 1 :: n, :], decay.whole
             q_read, k_read, k_write = (
                 q_ * decay.from_start[..., n - 1 :: n, :],
-                k_ * decay.from_start,
+                k_ * -decay.from_start,
                 k_ * decay.to_end,
             )
         d_new = qk.mul_(d_read).mT @ do  # of beta r
@@ -131,22 +132,20 @@ def _backward(
         d_states = states.new_empty(hi - lo + 1, *states.shape[1:])
         d_states[-1] = ds
         ds_after = d_states[1:]
-        for i in reversed(range(hi - lo)):
-            ds, after = d_states[i], d_states[i + 1]
-            d_new[i].baddbmm_(k_write[i], after)
-            torch.bmm(z[lo + i].mT, d_new[i] * b_[i], out=y[i])
-            torch.mul(after, 1 if whole is None else whole[i], out=ds)
-            ds.baddbmm_(q_read[i].mT, do[i]).baddbmm_(k_read[i].mT, y[i], alpha=-1)
+        passes.back(d_states, d_new, y, b_, z[lo:hi], k_read, k_write, whole, q_read.mT @ do)
+        ds = d_states[0]
         new = r_ * b_
         d_qk = (do @ new.mT).mul_(d_read)
         d_kk = _minus(y, r_.mT).mul_(d)
         d_kk.diagonal(0, -2, -1).zero_()
-        dq_, dk_read, dk_write = do @ s_.mT, _minus(y, s_.mT), new @ ds_after.mT
+        dq_, dk_read, dk_write = do @ s_.mT, y @ s_.mT, new @ ds_after.mT
         if g is not None:
             dq_.mul_(decay.from_start[..., n - 1 :: n, :])
-            dk_read.mul_(decay.from_start)
+            dk_read.mul_(-decay.from_start)
             dk_write.mul_(decay.to_end)
             at_end = (k_ * dk_write).sum((-1, -2)) + (s_ * ds_after).sum((-1, -2)) * whole[..., 0, 0]
+        else:
+            dk_read.neg_()
         _add(dq_, d_qk, k_)
         _add(dk_read, d_kk, k_ * b_)
         _add(dk_write, d_qk.mT, q_)
@@ -187,7 +186,7 @@ def _by_loop(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
 ) -> tuple[Tensor, ...]:
-    p, size = _plan(q, k), state.shape[0] * state.shape[1]
+    p, size = _plan(q, k, 1), state.shape[0] * state.shape[1]
     return (
         v.new_empty(*q.shape[:3], v.shape[-1]),
         state.new_empty(state.shape),
@@ -197,7 +196,57 @@ def _fake(
     )
 
 
-_run = differentiable("delta_chunks", "q k v beta g? reset? state", _forward, _backward, _by_loop, _fake)
+def chunked(name: str, passes: Passes) -> Callable[..., tuple[Tensor, Tensor]]:
+    """run(q, k, v, beta, g, reset, state) with a decay per head, g (B, T, H) or None; k, v, beta (B, n T, H, ...)."""
+    forward, backward = functools.partial(_forward, passes), functools.partial(_backward, passes)
+    return differentiable(name, "q k v beta g? reset? state", forward, backward, _by_loop, _fake)
+
+
+_run = chunked("delta_chunks", IN_TORCH)
+
+
+def solve(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    run_dplr: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None,
+    reset: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The op, by run where the decay is one per head, else by run_dplr."""
+    like = v if v.ndim == 4 else v[:, :, 0]
+    if not like.shape[0] or not like.shape[1]:
+        return like, state
+    g, reset = by_row(q, state, log_decay, reset, lengths)
+    q, k, v, beta = (cleared(x, lengths) for x in (q, k, v, beta))
+    if k.ndim == 5:
+        k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+    if g is not None and g.shape[-1] > 1:
+        out, last = run_dplr(*_as_dplr(q, k, v, beta, g, reset), state)
+        n = k.shape[1] // q.shape[1]
+        out = out[:, n - 1 :: n]
+    else:
+        out, last = run(q, k, v, beta, None if g is None else g[..., 0], reset, state)
+    return cleared(out, lengths), last
+
+
+def _as_dplr(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, reset: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """a = exp(g) k, b = -beta k, keys beta k; a correction a step, decays with the first, read after the last."""
+    n = k.shape[1] // q.shape[1]
+    k, beta = k.to(g.dtype), beta.to(g.dtype)
+    if n > 1:
+        first = torch.arange(k.shape[1], device=k.device) % n == 0
+        g = g.repeat_interleave(n, 1).masked_fill(~first[:, None, None], 0)
+        q = torch.nn.functional.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
+        reset = None if reset is None else reset.repeat_interleave(n, 1) & first
+    write = beta[..., None] * k
+    return q, write, v, k * g.exp(), -write, g, reset
 
 
 def delta(
@@ -211,31 +260,4 @@ def delta(
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    like = v if v.ndim == 4 else v[:, :, 0]
-    if not like.shape[0] or not like.shape[1]:
-        return like, state
-    g, reset = by_row(q, state, log_decay, reset, lengths)
-    q, k, v, beta = (cleared(x, lengths) for x in (q, k, v, beta))
-    if k.ndim == 5:
-        k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
-    if g is not None and g.shape[-1] > 1:
-        out, last = _per_key(q, k, v, beta, g, reset, state)
-    else:
-        out, last = _run(q, k, v, beta, None if g is None else g[..., 0], reset, state)
-    return cleared(out, lengths), last
-
-
-def _per_key(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, reset: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As diagonal plus rank one: a = exp(g) k, b = -beta k, keys beta k; a correction a step, decays with the first."""
-    n = k.shape[1] // q.shape[1]
-    k, beta = k.to(state.dtype), beta.to(state.dtype)
-    if n > 1:
-        first = torch.arange(k.shape[1], device=k.device) % n == 0
-        g = g.repeat_interleave(n, 1).masked_fill(~first[:, None, None], 0)
-        q = torch.nn.functional.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)  # read after the last
-        reset = None if reset is None else reset.repeat_interleave(n, 1) & first
-    write = beta[..., None] * k
-    out, last = dplr(q, write, v, k * g.exp(), -write, g, reset, state)
-    return out[:, n - 1 :: n], last
+    return solve(_run, dplr_run, q, k, v, beta, state, log_decay, reset, lengths)

@@ -28,13 +28,13 @@ def differentiable(
 
     def exact(*inputs: Tensor | None) -> tuple[Tensor, ...]:
         out, last, *kept = forward(*inputs)
-        if not bool(last.isfinite().all()):
+        if not _finite(last):
             out, last = loop(*inputs)
             out, last = out.contiguous(), last.contiguous()
         return out, last, *kept
 
     def adjoint(d_out: Tensor, d_last: Tensor, last: Tensor, inputs: Inputs, kept: Inputs) -> tuple[Tensor, ...]:
-        if bool(last.isfinite().all()):
+        if _finite(last):
             return backward(d_out, d_last, *inputs, *kept)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() if _floating(x) else x for x in inputs]
@@ -108,6 +108,10 @@ def _custom_op(name, names, exact, adjoint, spread, fake):
 
     run.register_autograd(gradients, setup_context=keep)
     return run
+
+
+def _finite(last: Tensor) -> bool:
+    return last.is_meta or bool(last.isfinite().all())
 
 
 def _floating(x: Tensor | None) -> bool:
