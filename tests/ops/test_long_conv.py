@@ -12,14 +12,14 @@ from torch import Tensor
 
 from statewise.core import UsageError
 from statewise.ops import long_conv
-from statewise.ops.long_conv.in_torch import FEW
+from statewise.ops.long_conv.in_torch import SHORT
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("steps, length", [(1, 1), (FEW, FEW), (FEW + 1, FEW + 1), (200, 33), (65, 300), (257, 256)])
+@pytest.mark.parametrize("steps, length", [(1, 1), (SHORT, SHORT), (SHORT + 1, SHORT + 1), (200, 33), (65, 300), (257, 256)])
 def test_equals_numpy(steps: int, length: int):
     u, kernel = normal(2, steps, 3), normal(3, length, seed=1)
     y = long_conv(u, kernel)
@@ -69,7 +69,7 @@ def _pieces(u: Tensor, kernel: Tensor, reset: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("often", [0.0, 0.01, 0.2, 1.0])
-@pytest.mark.parametrize("steps, length", [(20, 20), (FEW + 1, FEW + 1), (128, 128), (300, 300), (300, 70)])
+@pytest.mark.parametrize("steps, length", [(20, 20), (SHORT + 1, SHORT + 1), (128, 128), (300, 300), (300, 70)])
 def test_a_reset_is_a_cut(steps: int, length: int, often: float):
     u, kernel = normal(3, steps, 2), normal(2, length, seed=1)
     reset = torch.rand(3, steps, generator=torch.Generator().manual_seed(2)) < often

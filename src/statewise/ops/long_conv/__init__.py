@@ -103,7 +103,7 @@ def long_conv(u: Tensor, kernel: Tensor, *, reset: Tensor | None = None, lengths
     of eps times the largest of a row, wherever in the row that stands. Raises UsageError for shapes and dtypes that do
     not fit.
 
-    Cost by FFT: T log T; with resets about log2(T / 32) / 2 times that, wherever they stand.
+    Cost by FFT: T log T; with resets some log2(T) / 2 times that, wherever they stand.
 
     >>> long_conv(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[1.0, 10.0]])).flatten().tolist()
     [1.0, 12.0, 23.0]
