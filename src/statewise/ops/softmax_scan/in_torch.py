@@ -34,7 +34,7 @@ def softmax_scan(
     o = (w / torch.where(u == 0, 1, u)).to(like.dtype)  # nothing has weight yet: 0
     if lengths is not None:
         o = clear_past_end(o, lengths.to(o.device))
-    return o, SoftmaxState(m[:, -1], last[..., -1], last[..., :-1])
+    return o, SoftmaxState(m[:, -1].clone(), last[..., -1].clone(), last[..., :-1].clone())  # not views of the past
 
 
 def log_sum_exp_scan(
@@ -48,7 +48,7 @@ def log_sum_exp_scan(
     u, _ = linear_scan(decay, push, first, reset=reset)
     none = u == 0
     z = torch.where(none, -torch.inf, m + torch.where(none, 1, u).log())
-    last = z[:, -1]
+    last = z[:, -1].clone()
     if lengths is not None:
         lengths = lengths.to(z.device)
         empty = (lengths == 0).view(-1, *[1] * (z0.ndim - 1))
