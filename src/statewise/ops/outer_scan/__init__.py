@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...core import UsageError, wide
 from ..dispatch import Backend, op
 from ..looping import loop
+from .adjoint import kind_of
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -139,7 +141,24 @@ def outer_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state:
     return (q[..., None] * state).sum(-2), state
 
 
+def _not_in_triton(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **more: Any) -> str | None:
+    if v.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "device cpu (takes cuda, or cpu with TRITON_INTERPRET=1)"
+    kind = kind_of(more.get("log_decay"))
+    if kind in ("value", "full"):
+        return f"a decay per {'value' if kind == 'value' else 'key and value'} (takes one per head or per key)"
+    return f"{q.shape[3]} keys (takes up to 256)" if q.shape[3] > 256 else None
+
+
 @op(
+    Backend(
+        "triton",
+        "statewise.ops.outer_scan.in_triton:scan",
+        devices=("cuda", "xpu", "cpu"),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        requires=("triton",),
+        limits=_not_in_triton,
+    ),
     Backend(
         "torch",
         "statewise.ops.outer_scan.in_torch:scan",

@@ -1,0 +1,79 @@
+"""The Triton kernels of the outer-product scan in interpreter mode, in a process of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+
+CROSS = """
+import torch
+from statewise.ops import outer_scan
+from test_backends import check
+
+torch.set_num_threads(1)
+short = lambda sample: sample["v"].shape[1] <= 37
+print(check(outer_scan, "triton", torch.float32, short))
+"""
+
+CHUNKS = """
+import torch
+from statewise.ops import outer_scan
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+for sizes in ((1, 1), (3, 1)):
+    q, k = torch.randn(2, 1, 150, 1, 3).unbind()
+    g = torch.rand(1, 150, 2, *sizes).log() / 8
+    g[:, 70] = -1e4
+    inputs = [t.requires_grad_() for t in (q, k, torch.randn(1, 150, 2, 70), torch.randn(1, 2, 3, 70), g)]
+    results = []
+    for backend in ("triton", "torch"):
+        o, last = outer_scan(*inputs[:4], log_decay=g, backend=backend)
+        results.append([o, last, *torch.autograd.grad((o * o).sum() + (last * last).sum(), inputs)])
+    for p, r in zip(*results):
+        assert (p - r).abs().max() <= 1e-5 * r.abs().max(), (sizes, p.shape)
+half = {n: t.detach().bfloat16() for n, t in zip("qkv", inputs)}
+o, last = outer_scan(**half, state=inputs[3], log_decay=g, backend="triton")
+want, end = outer_scan(**{n: t.float() for n, t in half.items()}, state=inputs[3], log_decay=g, backend="torch")
+assert o.dtype == torch.bfloat16 and (o - want).abs().max() <= 2**-7 * want.abs().max()
+assert (last - end).abs().max() <= 1e-5 * end.abs().max()
+print("done")
+"""
+
+
+def _interpreted(code: str) -> str:
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_equals_the_reference():
+    assert int(_interpreted(CROSS)) >= 25
+
+
+def test_several_chunks_and_blocks_of_values():
+    assert "done" in _interpreted(CHUNKS)
+
+
+def test_it_says_what_it_does_not_take():
+    code = """
+import torch
+from statewise.ops import outer_scan
+one = torch.ones(1, 2, 1, 2)
+for g in (None, torch.zeros(2), torch.zeros(2, 2)):
+    print(outer_scan.explain(one, one, one, torch.zeros(1, 1, 2, 2), log_decay=g)["triton"])
+"""
+    assert ["takes" in line for line in _interpreted(code).splitlines()] == [False, True, True]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.count("takes cuda") == 3
