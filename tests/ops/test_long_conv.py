@@ -19,7 +19,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("steps, length", [(1, 1), (SHORT, SHORT), (SHORT + 1, SHORT + 1), (200, 33), (65, 300), (257, 256)])
+@pytest.mark.parametrize("steps, length", [(1, 1), (SHORT, SHORT), (65, 65), (200, 33), (65, 300), (257, 256)])
 def test_equals_numpy(steps: int, length: int):
     u, kernel = normal(2, steps, 3), normal(3, length, seed=1)
     y = long_conv(u, kernel)

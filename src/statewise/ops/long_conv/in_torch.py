@@ -7,7 +7,7 @@ of the inputs since the last reset of the first half, for the outputs up to the 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...core import clear_past_end
@@ -23,15 +23,26 @@ def convolve(u: Tensor, kernel: Tensor, *, reset: Tensor | None = None, lengths:
     segment = None if reset is None else reset.cumsum(1).view(len(u), *[1] * (u.ndim - 2), steps)
     u = u.to(kernel.dtype).movedim(1, -1)  # (B, N..., T)
     if u.numel() and kernel.numel():
-        bad = u.detach() * 0  # NaN where u is NaN or infinite
-        reached, u = _reached(bad, kernel.shape[-1], segment), torch.where(bad == 0, u, 0)
+        reached = None
+        if not _seen_to_be_finite(u):
+            bad = u.detach() * 0  # NaN where u is NaN or infinite
+            reached, u = _reached(bad, kernel.shape[-1], segment), torch.where(bad == 0, u, 0)
         with torch.autocast(u.device.type, enabled=False):
-            y = _whole(u, kernel) if segment is None else _by_halves(u, kernel, segment)
-        y = y + reached
+            y = _whole(u, kernel) if segment is None else _by_halves(u.contiguous(), kernel, segment)
+        y = y if reached is None else y + reached
     else:
         y = (u[..., :0].sum() + kernel[..., :0].sum()).expand(len(u), *shape, steps)
     y = y.movedim(-1, 1).to(dtype)
     return y if lengths is None else clear_past_end(y, lengths.to(y.device))
+
+
+def _seen_to_be_finite(u: Tensor) -> bool:
+    """Whether a look at the numbers shows it: only where looking costs next to nothing, and nothing traces the code."""
+    if u.device.type != "cpu" or torch.compiler.is_compiling() or type(u) not in (Tensor, nn.Parameter):
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return False
+    return bool(u.detach().sum().isfinite())
 
 
 def _whole(u: Tensor, kernel: Tensor) -> Tensor:
@@ -57,7 +68,7 @@ def _by_halves(u: Tensor, kernel: Tensor, segment: Tensor) -> Tensor:
         else:  # twice the size is room enough: what comes round ends before the second half begins
             more = _by_fft(since, taps[..., None, :], 2 * size)[..., size:]
         more = torch.where(after == at_border, more, 0)
-        y = y + torch.stack([torch.zeros_like(more), more], -2).flatten(-3)
+        y = y + pad(more, (size, 0)).flatten(-2)
         size *= 2
     return y[..., :steps]
 
