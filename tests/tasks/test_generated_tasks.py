@@ -26,7 +26,7 @@ from statewise.tasks import (
 )
 from statewise.tasks.base import certain
 from statewise.tasks.generated import Generated
-from statewise.tasks.word_problem import table
+from statewise.tasks.word_problem import few, table
 
 CASES: list[Generated] = [
     Adding(length=2),
@@ -45,6 +45,7 @@ CASES: list[Generated] = [
     Recall(),
     Recall(length=9, pairs=3, symbols=3),
     *(WordProblem(group, length=9, test_length=21) for group in ("Z2", "S3", "S4", "A5", "S5", "Z60")),  # type: ignore[arg-type]
+    WordProblem("S4", length=9, test_length=21, moves="few"),
 ]
 
 
@@ -268,6 +269,11 @@ def test_group_tables(group: Any, order: int) -> None:
     assert (np.sort(times, 1) == everything).all()
     assert (times[0] == everything).all()
     assert (times[:, 0] == everything).all()
+    reached = set(few(group).tolist())
+    for _ in range(60):
+        reached |= {int(times[i, j]) for i in few(group) for j in reached}
+    assert len(reached) == order
+    assert len(few(group)) == 2 + (group[0] != "Z")
     a, b, c = np.random.default_rng(0).integers(0, order, (3, 500))
     assert (times[times[a, b], c] == times[a, times[b, c]]).all()
     assert ((times == times.T).all()) == (group[0] == "Z")

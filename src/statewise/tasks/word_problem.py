@@ -17,6 +17,7 @@ from .base import Batch, Split, certain, register_task
 from .generated import Generated
 
 Group = Literal["Z2", "Z60", "S3", "S4", "A5", "S5"]
+Moves = Literal["all", "few"]
 Permutation = tuple[int, ...]
 
 
@@ -27,14 +28,17 @@ class WordProblem(Generated):
     answer  a ba a 1 c       what they come to, the newest on the left: (0 1), (1 2), (0 2) are a, b, c
 
     group: "S3", "S4", "S5", all orders of so many things; "A5", the even ones of five; "Z60", turns by sixtieths;
-    "Z2", parity. Elements are numbered in the order of their permutations, the identity first. Training and validation
-    have `length` steps, the test has `test_length`: accuracy_trained and accuracy_beyond part its steps there.
-    Chance: accuracy 1 / order; baseline: the newest element, right wherever the product before it was the identity.
+    "Z2", parity. Elements are numbered in the order of their permutations, the identity first. moves: "all" elements
+    are drawn, or a "few": the identity, a cycle of all things, and a swap of two, or in A5 a turn of three.
+    Training and validation have `length` steps, the test has `test_length`: accuracy_trained and accuracy_beyond part
+    its steps there. Chance: accuracy 1 / order; baseline: the newest element, right wherever the product before it was
+    the identity.
     """
 
     group: Group = "S3"
     length: int = 16
     test_length: int = 64
+    moves: Moves = "all"
     name = "word_problem"
     kind = "classification"
     metric = "accuracy"
@@ -42,6 +46,8 @@ class WordProblem(Generated):
     def __post_init__(self) -> None:
         if self.group not in get_args(Group):
             raise UsageError(f"word_problem: group is {self.group!r}; expected one of {', '.join(get_args(Group))}")
+        if self.moves not in get_args(Moves):
+            raise UsageError(f"word_problem: moves is {self.moves!r}; expected 'all' or 'few'")
         if not 1 <= self.length <= self.test_length:
             lengths = f"{self.length}, {self.test_length}"
             raise UsageError(f"word_problem: lengths are {lengths}; expected 1 <= length <= test_length")
@@ -60,7 +66,8 @@ class WordProblem(Generated):
 
     def sample(self, size: int, rng: np.random.Generator, split: Split) -> Batch:
         steps = self.test_length if split == "test" else self.length
-        x = rng.integers(0, self.order, (size, steps))
+        drawn = np.arange(self.order) if self.moves == "all" else few(self.group)
+        x = drawn[rng.integers(0, len(drawn), (size, steps))]
         y = products(x, table(self.group))
         return Batch(torch.from_numpy(x), torch.from_numpy(y), torch.ones(size, steps))
 
@@ -69,7 +76,10 @@ class WordProblem(Generated):
 
     def baseline(self) -> float:
         """The newest element."""
-        return (1 + (self.test_length - 1) / self.order) / self.test_length
+        if self.moves == "all":
+            return (1 + (self.test_length - 1) / self.order) / self.test_length
+        found = [float((batch.x == batch.y).float().mean()) for batch in self.batches("test")]
+        return sum(found) / len(found)
 
     def oracle(self, batch: Batch) -> Tensor:
         return certain(torch.from_numpy(products(batch.x.numpy(), table(self.group))), self.order)
@@ -97,23 +107,29 @@ def products(x: np.ndarray, times: np.ndarray) -> np.ndarray:
 @lru_cache
 def table(group: Group) -> np.ndarray:
     """(order, order): the id of element i after element j."""
-    elements = sorted(_closed(_generators(group)))
+    elements = _elements(group)
     place = {element: i for i, element in enumerate(elements)}
     return np.array([[place[_after(p, q)] for q in elements] for p in elements])
+
+
+@lru_cache
+def few(group: Group) -> np.ndarray:
+    """Ids of the identity and of a few elements whose products are the whole group."""
+    points = tuple(range(int(group[1:])))
+    return np.array([_elements(group).index(move) for move in dict.fromkeys([points, *_generators(group)])])
+
+
+def _elements(group: Group) -> list[Permutation]:
+    return sorted(_closed(_generators(group)))
 
 
 def _generators(group: Group) -> list[Permutation]:
     kind, n = group[0], int(group[1:])
     points = tuple(range(n))
+    cycle = points[1:] + points[:1]
     if kind == "Z":
-        return [points[1:] + points[:1]]
-    if kind == "A":  # cycles of three
-        return [_after(_swap(n, 0, i), _swap(n, 0, 1)) for i in range(2, n)]
-    return [_swap(n, 0, i) for i in range(1, n)]
-
-
-def _swap(n: int, i: int, j: int) -> Permutation:
-    return tuple(j if p == i else i if p == j else p for p in range(n))
+        return [cycle]
+    return [cycle, (1, 0, *points[2:]) if kind == "S" else (1, 2, 0, *points[3:])]
 
 
 def _after(p: Permutation, q: Permutation) -> Permutation:
