@@ -22,12 +22,14 @@ def opaque(
     *,
     results: int,
     kept: int,
+    keep_results: bool = False,
 ) -> Kernel:
     """f(*arguments) -> its results, differentiable once, and a custom op `statewise::name` for whatever traces.
 
     arguments: their names, "x a reset?"; those with a question mark may be None and take no gradient.
     forward(*arguments) -> `results` results, then `kept` tensors that backward wants; none may be an argument itself.
     backward(*gradients of the results, *arguments, *what forward kept) -> a gradient for each argument that takes one.
+    keep_results: whether the results are among what is kept, before the rest.
     like(*arguments) -> empty tensors of the shapes and dtypes that forward returns.
 
     Outside of a trace the kernels are called as they are: the first call of a custom op imports the compiler, which
@@ -35,8 +37,9 @@ def opaque(
     """
     names = arguments.split()
     takes = [not n.endswith("?") for n in names]
-    plain = _function(forward, backward, results, takes)
-    traced = _custom_op(name, devices, names, forward, backward, like, results, kept, takes)
+    first = 0 if keep_results else results  # of what forward returns and backward wants
+    plain = _function(forward, backward, results, first, takes)
+    traced = _custom_op(name, devices, names, forward, backward, like, results, first, kept, takes)
 
     def run(*inputs: Tensor | None) -> tuple[Tensor, ...]:
         return traced(*inputs)[:results] if is_traced(inputs[0]) else plain(*inputs)  # type: ignore[arg-type]
@@ -54,12 +57,12 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
-def _function(forward: Kernel, backward: Kernel, results: int, takes: list[bool]) -> Kernel:
+def _function(forward: Kernel, backward: Kernel, results: int, first: int, takes: list[bool]) -> Kernel:
     class Run(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             outs = forward(*inputs)
-            ctx.save_for_backward(*inputs, *outs[results:])
+            ctx.save_for_backward(*inputs, *outs[first:])
             return outs[:results]
 
         @staticmethod
@@ -78,11 +81,14 @@ def _custom_op(
     backward: Kernel,
     like: Kernel,
     results: int,
+    first: int,
     kept: int,
     takes: list[bool],
 ) -> Kernel:
     given = [("Tensor " if take else "Tensor? ") + n.rstrip("?") for n, take in zip(names, takes)]
-    more = [f"Tensor {kind}{i}" for kind, count in (("g", results), ("kept", kept)) for i in range(count)]
+    more = [
+        f"Tensor {kind}{i}" for kind, count in (("g", results), ("kept", results - first + kept)) for i in range(count)
+    ]
 
     def returns(count: int) -> str:
         return f"({', '.join(['Tensor'] * count)})"
@@ -103,7 +109,7 @@ def _custom_op(
         return tuple(t.new_empty(t.shape) for t, take in zip(inputs, takes) if take)
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs, *output[results:])
+        ctx.save_for_backward(*inputs, *output[first:])
 
     def differentiate(ctx: Any, *grads: Any) -> Any:
         return _spread(adjoint(*grads[:results], *ctx.saved_tensors), takes)

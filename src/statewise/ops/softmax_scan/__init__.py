@@ -177,6 +177,13 @@ def softmax_step(score: Tensor, v: Tensor, state: SoftmaxState) -> tuple[Tensor,
 
 
 @op(
+    Backend(
+        "numba",
+        "statewise.ops.softmax_scan.in_numba:softmax_scan",
+        devices=("cpu",),
+        dtypes=_DTYPES,
+        requires=("numba",),
+    ),
     Backend("torch", "statewise.ops.softmax_scan.in_torch:softmax_scan", devices=_DEVICES, dtypes=_DTYPES),
     samples=_samples,
     check=_check,
