@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from statewise.bench import peers
+from statewise.cli import main
 from statewise.core import Unknown, UsageError
-
-OPS = ["mamba2_scan", "gated_delta", "mlstm"]
 
 
 @pytest.mark.parametrize("name", peers.CASES)
@@ -65,6 +67,20 @@ def test_fractions_of_the_speed_of_products():
     assert len(rows) == 10 and {row["way"] for row in rows} == {"forward", "training"}
     for row in rows:
         assert row["least"] > 0 and row["fraction"] > 0 and row["gemm"] > 0, row
+
+
+def test_the_command_prints_tables_and_writes_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    monkeypatch.setattr(peers, "run", functools.partial(peers.run, small=True))
+    monkeypatch.setattr(peers, "missing", lambda *packages: "mlstm_kernels not installed")
+    argv = ["bench", "peers", "--layers", "mlstm,gemm", "--repeats", "2", "--json", str(tmp_path / "rows.json")]
+    assert main(argv) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mlstm: B 2, T 64, H 2, d 8, float32, forward and backward" in said
+    assert "mlstm: statewise ..." in said and "of GEMM" in said and "dplr_scan" in said
+    assert "mlstm_kernels not installed" in said and "(once)" not in said
+    assert [row["case"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["mlstm"] * 3 + ["gemm"] * 10
 
 
 def test_what_cannot_be_measured_is_one_line():

@@ -109,15 +109,17 @@ def measure_peers(options: Options) -> list[Row]:
             heads = ("op", "way", "time", "GFLOP/s", "of GEMM", "least")
             table(heads, map(gemm_cells, found), right=heads[2:], title=f"products: {shape}, float32")
         else:
-            table(columns, map(peer_cells, found), right=columns[1:], title=title)
+            measured = [row for row in found if "failed" not in row]
+            table(columns, map(peer_cells, measured), right=columns[1:], title=title)
+        for row in found:
+            if "failed" in row:
+                print(f"{row['way']}: {row['failed']}")
     return rows
 
 
 def peer_cells(row: Row) -> list[str]:
     from ..report import show_bytes, show_time
 
-    if "failed" in row:
-        return [row["way"], row["failed"], *[""] * 4]
     off = f"{row['off']:.1e}" if "off" in row else ""
     return [
         row["way"], show_time(row["time"]) + (" (once)" if row["rounds"] == 1 else ""), times(row["ratio"]),
