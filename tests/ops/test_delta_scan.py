@@ -271,6 +271,15 @@ def test_inputs_are_left_alone(op):
 
 
 @pytest.mark.parametrize("op", [delta_scan, dplr_scan], ids=["delta", "dplr"])
+def test_without_gradients_less_is_kept_and_all_is_the_same(op):
+    x = (_inputs if op is delta_scan else _dplr_inputs)(8, 200, 8, 4, 3)  # as many heads as one span takes
+    with torch.no_grad():
+        plain = op(**x)
+    assert_close(op(**_leaves(x)), plain)
+    assert_close(op.reference(**x), plain)
+
+
+@pytest.mark.parametrize("op", [delta_scan, dplr_scan], ids=["delta", "dplr"])
 def test_padding_reaches_nothing(op):
     x = (_inputs if op is delta_scan else _dplr_inputs)(2, 70, 1, 3, 2)
     lengths = torch.tensor([66, 3])

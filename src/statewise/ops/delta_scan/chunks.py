@@ -29,6 +29,10 @@ class Plan(NamedTuple):
         """Corrections a chunk."""
         return self.tokens * self.per_step
 
+    def kept(self, keep: bool) -> int:
+        """Chunks that the forward pass holds at a time: all if a backward pass will come, else a span."""
+        return self.chunks if keep else min(self.span, self.chunks)
+
     def spans(self) -> list[tuple[int, int]]:
         return [(lo, min(lo + self.span, self.chunks)) for lo in range(0, self.chunks, self.span)]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class _Level:
         """As back, but without the row's own decay."""
         return torch.cat([torch.ones_like(self.back[..., :1, :]), self.back[..., :-1, :]], -2)
 
-    def d_g(self, d_back: Tensor | None, d_back_before: Tensor, d_ahead: Tensor) -> tuple[Tensor, Tensor]:
+    def d_g(self, d_back: Tensor, d_back_before: Tensor, d_ahead: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the logs that look back, and of those that look ahead, from those of the exponents."""
         d_back[..., :-1, :] += d_back_before[..., 1:, :]
         return self.upto.mT @ d_back, self.after.mT @ d_ahead
@@ -65,7 +66,7 @@ def _at_level(scores: Tensor, s: int) -> Tensor:
 class _Chunks:
     """A span of chunks: inputs (M, C, K), factors, and the scores (M, 2, C, 2, C) of a and q against b and k."""
 
-    def __init__(self, q: Tensor, a: Tensor, b: Tensor, k: Tensor, g: Tensor | None):
+    def __init__(self, q: Tensor, a: Tensor, b: Tensor, k: Tensor, g: Any):
         self.q, self.a, self.b, self.k, self.g = q, a, b, k, g
         self.scores = q.new_zeros(len(q), 2, q.shape[1], 2, q.shape[1])
         if g is None:
@@ -73,7 +74,7 @@ class _Chunks:
             self.scores = both.view(self.scores.shape).mul_(self.seen())
             self.q_read, self.a_read, self.write, self.whole = q, a, torch.cat([b, k], 1), None
             return
-        self.levels = {}
+        self.levels: dict[int, tuple[_Level, _Level]] = {}
         s = q.shape[1] // 2
         while s:
             rows, columns = self.at(s)
@@ -104,8 +105,8 @@ class _Chunks:
         )
 
     def gradients(
-        self, d_scores: Tensor, d_q: Tensor, d_a: Tensor, d_write: Tensor, d_whole: Tensor | None
-    ) -> tuple[Tensor, ...]:
+        self, d_scores: Tensor, d_q: Tensor, d_a: Tensor, d_write: Tensor, d_whole: Any
+    ) -> tuple[Tensor | None, ...]:
         """From those of scores, q_read, a_read, write and whole to those of q, a, b, k and g."""
         c = self.q.shape[1]
         if self.g is None:
@@ -154,35 +155,43 @@ def _plan(q: Tensor, together: int) -> Plan:
 
 
 def _span(p: Plan, lo: int, hi: int, dtype: torch.dtype, *inputs: Tensor | None) -> _Chunks:
-    return _Chunks(*(None if x is None else fold(x, lo, hi, p.rows, dtype).flatten(0, 1) for x in inputs))
+    folded: list[Any] = [None if x is None else fold(x, lo, hi, p.rows, dtype).flatten(0, 1) for x in inputs]
+    return _Chunks(*folded)
 
 
-def _by(size: int) -> Callable[[Tensor | None], Tensor | None]:
+def _by(size: int) -> Callable[[Any], Any]:
     return lambda t: None if t is None else t.unflatten(0, (-1, size))
 
 
 def _forward(
     passes: Passes, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, reset: Tensor | None,
-    state: Tensor
+    state: Tensor, *, keep: bool
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p, dtype = _plan(q, passes.together), state.dtype
     size, c = len(q) * q.shape[2], p.rows
     by = _by(size)
     out = v.new_empty(len(q), p.chunks * c, q.shape[2], v.shape[-1])
-    states = state.new_empty(p.chunks + 1, size, *state.shape[2:])
-    z = state.new_empty(p.chunks, size, c, c)
-    read = state.new_empty(p.chunks, size, c, v.shape[-1])
+    held = p.kept(keep)
+    states = state.new_empty(held + 1, size, *state.shape[2:])
+    z = state.new_empty(held, size, c, c)
+    read = state.new_empty(held, size, c, v.shape[-1])
     states[0] = state.flatten(0, 1)
     for lo, hi in p.spans():
+        at = slice(lo, hi) if keep else slice(0, hi - lo)
+        inside = states[at.start : at.stop + 1]
+        s_, z_, read_ = inside[:-1], z[at], read[at]
         x, v_ = _span(p, lo, hi, dtype, q, a, b, k, g), fold(v, lo, hi, c, dtype).flatten(0, 1)
-        inverse(x.scores[:, 0, :, 0].neg(), z[lo:hi].flatten(0, 1))
+        inverse(x.scores[:, 0, :, 0].neg(), z_.flatten(0, 1))
         base, extra = by(torch.bmm(x.scores[:, 0, :, 1], v_)), by(torch.bmm(x.write[:, c:].mT, v_))
-        inside = z[lo:hi], by(x.write[:, :c]), by(x.whole)
-        passes.ahead(states[lo : hi + 1], read[lo:hi], base, by(x.a_read), *inside, extra)
-        o = torch.bmm(x.q_read, states[lo:hi].flatten(0, 1))
-        o.baddbmm_(x.scores[:, 1, :, 0], read[lo:hi].flatten(0, 1)).baddbmm_(x.scores[:, 1, :, 1], v_)
+        rest = z_, by(x.write[:, :c]), by(x.whole)
+        passes.ahead(inside, read_, base, by(x.a_read), *rest, extra)
+        o = torch.bmm(x.q_read, s_.flatten(0, 1))
+        o.baddbmm_(x.scores[:, 1, :, 0], read_.flatten(0, 1)).baddbmm_(x.scores[:, 1, :, 1], v_)
+        last = inside[-1]
+        if not keep:
+            last = states[0].copy_(last)
         unfold(out, lo, hi, by(o))
-    return out[:, : p.steps].contiguous(), states[-1].view(state.shape).clone(), states, z, read
+    return out[:, : p.steps].contiguous(), last.view(state.shape).clone(), states, z, read
 
 
 def _backward(

@@ -54,17 +54,22 @@ def _plan(q: Tensor, k: Tensor, together: int) -> Plan:
 
 
 def _forward(
-    passes: Passes, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
+    passes: Passes, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None,
+    state: Tensor, *, keep: bool
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p, dtype = _plan(q, k, passes.together), state.dtype
     batch, heads, n, c = len(q), q.shape[2], p.per_step, p.rows
     size = batch * heads
     out = v.new_empty(batch, p.chunks * p.tokens, heads, v.shape[-1])
-    states = state.new_empty(p.chunks + 1, size, *state.shape[2:])
-    z = state.new_empty(p.chunks, size, c, c)
-    r = state.new_empty(p.chunks, size, c, v.shape[-1])
+    held = p.kept(keep)
+    states = state.new_empty(held + 1, size, *state.shape[2:])
+    z = state.new_empty(held, size, c, c)
+    r = state.new_empty(held, size, c, v.shape[-1])
     states[0] = state.flatten(0, 1)
     for lo, hi in p.spans():
+        at = slice(lo, hi) if keep else slice(0, hi - lo)
+        inside = states[at.start : at.stop + 1]
+        s_, z_, r_ = inside[:-1], z[at], r[at]
         q_ = fold(q, lo, hi, p.tokens, dtype)
         k_, v_, b_ = (fold(x, lo, hi, c, dtype) for x in (k, v, beta[..., None]))
         kk, qk = k_ @ k_.mT, q_ @ k_.mT
@@ -80,12 +85,15 @@ def _forward(
             k_read, whole = k_ * -decay.from_start, decay.whole
             k_write = b_ * decay.to_end
         k_write = k_ * k_write
-        inverse(kk.mul_(b_.mT).flatten(0, 1), z[lo:hi].flatten(0, 1))
-        passes.ahead(states[lo : hi + 1], r[lo:hi], v_, k_read, z[lo:hi], k_write, whole, None)
-        o = q_ @ states[lo:hi]
-        o.flatten(0, 1).baddbmm_(qk.flatten(0, 1), (r[lo:hi] * b_).flatten(0, 1))
+        inverse(kk.mul_(b_.mT).flatten(0, 1), z_.flatten(0, 1))
+        passes.ahead(inside, r_, v_, k_read, z_, k_write, whole, None)
+        o = q_ @ s_
+        o.flatten(0, 1).baddbmm_(qk.flatten(0, 1), (r_ * b_).flatten(0, 1))
+        last = inside[-1]
+        if not keep:
+            last = states[0].copy_(last)
         unfold(out, lo, hi, o)
-    return out[:, : p.steps].contiguous(), states[-1].view(state.shape).clone(), states, z, r
+    return out[:, : p.steps].contiguous(), last.view(state.shape).clone(), states, z, r
 
 
 def _backward(
@@ -106,7 +114,7 @@ def _backward(
     p, dtype = _plan(q, k, passes.together), states.dtype
     n, c = p.per_step, p.rows
     d_q, d_k, d_v, d_beta, d_g = (
-        None if x is None else x.new_empty(len(x), p.chunks * rows, *x.shape[2:])
+        x if x is None else x.new_empty(len(x), p.chunks * rows, *x.shape[2:])
         for x, rows in ((q, p.tokens), (k, c), (v, c), (beta, c), (g, p.tokens))
     )
     ds = d_last.flatten(0, 1)

@@ -17,7 +17,7 @@ def differentiable(
     """run(*inputs) -> (out, last) of two kernels, and a custom op `statewise::name` for whatever traces.
 
     names: of the inputs, those that may be None ending in "?".
-    forward(*inputs) -> out, last, and what backward wants kept. fake: the same, shapes only.
+    forward(*inputs, keep=True) -> out, last, and what backward wants kept. fake: the same, shapes only.
     backward(d_out, d_last, *inputs, *kept) -> gradients of the inputs that are floating and not None.
     loop(*inputs) -> out, last step by step. Products of matrices spread a NaN or infinity over the whole chunk, the
     past included; once there it never leaves the state. So where the state ends up not finite, the loop decides.
@@ -26,8 +26,8 @@ def differentiable(
     takes seconds. There is no second derivative.
     """
 
-    def exact(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-        out, last, *kept = forward(*inputs)
+    def exact(*inputs: Tensor | None, keep: bool = True) -> tuple[Tensor, ...]:
+        out, last, *kept = forward(*inputs, keep=keep)
         if not _finite(last):
             out, last = loop(*inputs)
             out, last = out.contiguous(), last.contiguous()
@@ -37,8 +37,8 @@ def differentiable(
         if _finite(last):
             return backward(d_out, d_last, *inputs, *kept)
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() if _floating(x) else x for x in inputs]
-            wanted = [x for x in leaves if _floating(x)]
+            leaves = [x.detach().requires_grad_() if x is not None and _floating(x) else x for x in inputs]
+            wanted = [x for x in leaves if x is not None and _floating(x)]
             grads = torch.autograd.grad(loop(*leaves), wanted, (d_out, d_last), allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(grads, wanted))
 
@@ -51,8 +51,10 @@ def differentiable(
     class Run(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            out, last, *kept = exact(*inputs)
-            ctx.save_for_backward(last, *inputs, *kept)
+            wanted = any(ctx.needs_input_grad)
+            out, last, *kept = exact(*inputs, keep=wanted)
+            if wanted:
+                ctx.save_for_backward(last, *inputs, *kept)
             return out, last
 
         @staticmethod
