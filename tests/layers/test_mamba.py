@@ -57,3 +57,25 @@ def test_the_step_size_has_a_floor():
 def test_it_refuses_what_makes_no_sense(wrong: dict):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Mamba(4, **wrong)
+
+
+def test_equals_mambapy():
+    peer = pytest.importorskip("mambapy.mamba", reason="mambapy is not installed")
+    torch.set_default_dtype(torch.float64)
+    layer, x = Mamba(20, states=6), torch.randn(2, 33, 20)
+    block = peer.MambaBlock(peer.MambaConfig(d_model=20, n_layers=1, d_state=6))
+    with torch.no_grad():
+        for theirs, ours in (
+            (block.in_proj.weight, layer.inp.weight),
+            (block.conv1d.weight, layer.conv.weight.flip(0).T[:, None]),
+            (block.conv1d.bias, layer.conv.bias),
+            (block.x_proj.weight, layer.select.weight),
+            (block.dt_proj.weight, layer.dt.weight),
+            (block.dt_proj.bias, layer.dt.bias),
+            (block.A_log, layer.a_log),
+            (block.D, layer.d),
+            (block.out_proj.weight, layer.out.weight),
+        ):
+            theirs.copy_(ours)
+    # theirs works in float32 inside
+    torch.testing.assert_close(layer(x)[0], block(x), rtol=1e-5, atol=1e-6)

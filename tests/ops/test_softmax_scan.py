@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -219,3 +221,30 @@ def test_what_does_not_fit_is_refused():
             softmax_scan(**dict(score=score, v=v, state=state) | wrong)
     with pytest.raises(UsageError, match=r"log_sum_exp_scan: .*expected"):
         log_sum_exp_scan(score, score)
+
+
+def test_threads_change_nothing(monkeypatch):
+    threads = importlib.import_module("statewise.ops.linear_scan.in_numba")
+    score, v, *state = (t.requires_grad_() for t in _inputs(3, 50, 4, 5))
+
+    def outcome() -> list[Tensor]:
+        o, last = softmax_scan(score, v, SoftmaxState(*state), backend="numba")
+        loss = o.sin().sum() + last.w.sum() + last.u.sum()
+        return [o, *last, *torch.autograd.grad(loss, (score, v, *state))]
+
+    one = outcome()
+    monkeypatch.setattr(threads, "SMALL", 0)
+    torch.set_num_threads(2)
+    try:
+        two = outcome()
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(p, q) for p, q in zip(one, two))
+
+
+def test_a_second_derivative_is_refused_where_there_is_none():
+    score, v, *state = (t.requires_grad_() for t in _inputs(1, 4, 1, 2))
+    o, _ = softmax_scan(score, v, SoftmaxState(*state), backend="numba")
+    (slope,) = torch.autograd.grad(o.pow(2).sum(), v, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
