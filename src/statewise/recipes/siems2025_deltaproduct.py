@@ -24,11 +24,15 @@ CASES: dict[str, tuple[str, int, bool]] = {
     "s5_one": ("S5", 1, True),
     "s5_four": ("S5", 4, True),
 }
-STEPS = {"Z2": 500, "S3": 900, "S4": 600, "A5": 500, "S5": 500}  # at small scale
+STEPS = {"Z2": 500, "S3": 800, "S4": 600, "A5": 600, "S5": 1000}  # at small scale
 
 
 def runs(scale: Scale) -> dict[str, Run]:
-    """One layer, without convolution, forget gate or output gate, as in the paper's experiments on groups."""
+    """One layer, without convolution, forget gate or output gate, as in the paper's experiments on groups.
+
+    At small scale only parity and S3 draw from all elements: S4, A5 and S5 take more words than there is time for, and
+    draw from three that generate them. Short words are then few enough to be remembered, so what counts is long ones.
+    """
     return {name: experiment(scale, *case) for name, case in CASES.items()}
 
 
@@ -42,7 +46,8 @@ def experiment(scale: Scale, group: str, corrections: int, negative: bool) -> Ex
         "small": Train(steps=STEPS[group], batch=64, lr=3e-3, warmup=20, evaluate_every=STEPS[group] // 4),
         "paper": Train(steps=5000, batch=2048, lr=1e-3, weight_decay=1e-6, warmup=100, evaluate_every=500),
     }[scale]
-    task = WordProblem(group, length=length, test_length=beyond)  # type: ignore[arg-type]
+    moves = "all" if scale == "paper" or group in ("Z2", "S3") else "few"
+    task = WordProblem(group, length=length, test_length=beyond, moves=moves)  # type: ignore[arg-type]
     return Experiment(task, Stack("delta_product", width=width, depth=1, args=args), train)
 
 
@@ -70,8 +75,8 @@ def solves(run: str, less: str) -> Claim:
     group, corrections = CASES[run][:2]
 
     def holds(r: Reader) -> bool:
-        few, enough = r(less, "accuracy_trained"), r(run, "accuracy_trained")
-        return enough.mean > 0.9 > few.mean
+        few, enough = r(less, "accuracy_beyond"), r(run, "accuracy_beyond")
+        return enough.mean > 0.8 and few.mean < 0.5
 
     return Claim(
         "sec. 5.1, fig. 4", f"{corrections} corrections a step follow {group} where {CASES[less][1]} cannot", holds
@@ -79,9 +84,9 @@ def solves(run: str, less: str) -> Claim:
 
 
 def more_is_better(r: Reader) -> bool:
-    pairs = [(r(few, "accuracy_trained"), r(many, "accuracy_trained")) for few, many in
-             (("s3_one", "s3_two"), ("s4_one", "s4_two"), ("a5_one", "a5_two"), ("s5_one", "s5_four"))]  # fmt: skip
-    return all(many.mean > few.mean for few, many in pairs)
+    pairs = (("s3_one", "s3_two"), ("s4_one", "s4_two"), ("a5_one", "a5_two"), ("s5_one", "s5_four"))
+    found = [(r(few, "accuracy_beyond"), r(many, "accuracy_beyond")) for few, many in pairs]
+    return all(many.mean > few.mean for few, many in found)
 
 
 TITLE = "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products"

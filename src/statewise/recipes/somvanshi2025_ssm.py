@@ -37,15 +37,15 @@ def runs(scale: Scale) -> dict[str, Run]:
     }  # fmt: skip
     sizes = {
         "smoke": {"length": 8, "copied": 2, "symbols": 4},
-        "small": {"length": 64, "copied": 8, "symbols": 16},
+        "small": {"length": 32, "copied": 4, "symbols": 8},
         "paper": {"length": 4096, "copied": 16, "symbols": 16},
     }[scale]
     train = {
         "smoke": Train(steps=2, batch=4),
-        "small": Train(steps=700, batch=32, lr=4e-3, warmup=20, evaluate_every=175),
+        "small": Train(steps=900, batch=32, lr=2e-3, warmup=20, evaluate_every=225),
         "paper": Train(steps=400_000, batch=64, lr=1e-4, warmup=1000, evaluate_every=10_000),
     }[scale]
-    width = {"smoke": 8, "small": 32, "paper": 64}[scale]
+    width = {"smoke": 8, "small": 64, "paper": 64}[scale]
     tasks: dict[str, tuple[Task, tuple[str, ...]]] = {
         "selective": (SelectiveCopy(**sizes), (*INVARIANT, *SELECTIVE)),
         "fixed": (Copy(**sizes), INVARIANT[:1]),
