@@ -188,7 +188,9 @@ def outer_scan(
     lengths: (B,) integers; row b ends after lengths[b] steps, o is 0 from there on.
 
     Returns o (B, T, H, V) in the dtype of v, and S at the end (B, H, K, V) in the dtype of state.
-    Differentiable in q, k, v, state and log_decay, through both results.
+    Differentiable once in q, k, v, state and log_decay, through both results. A NaN or infinity stays in its row, head
+    and future. Memory beyond inputs and outputs is a state for each chunk of time. Raises UsageError for shapes and
+    dtypes that do not fit.
 
     >>> one = torch.ones(1, 3, 1, 1)
     >>> outer_scan(one, one, one, torch.zeros(1, 1, 1, 1))[0].flatten().tolist()

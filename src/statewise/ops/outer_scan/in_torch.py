@@ -29,7 +29,7 @@ from .adjoint import differentiable, normal
 
 CHUNK = {"scalar": 128, "key": 64, "value": 64}  # steps; by measurement
 LEAF = 16  # size of the diagonal blocks that are exponentials of their own
-SCRATCH = 1 << 19  # elements of a (chunks, B, H, C, C) array: it stays in the caches from one operation to the next
+SCRATCH = 1 << 18  # elements of a (chunks, B, H, C, C) array: it stays in the caches from one operation to the next
 FULL = 1 << 20  # elements of k v^T at a time
 LOWEST = -1000.0  # e^-1000 is 0 in float64 too, and a sum of such numbers is not infinite
 
@@ -48,12 +48,15 @@ def scan(
     return o, last
 
 
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v and log decays
+
+
 class Span(NamedTuple):
     """Whole chunks, or one that is cut short by the end and filled up with zeros to a power of two."""
 
     first: int  # number of its first chunk
     start: int
-    count: int  # chunks
+    many: int  # chunks
     size: int  # steps of each
     steps: int  # that there are
 
@@ -63,7 +66,7 @@ class Span(NamedTuple):
 
     @property
     def chunks(self) -> slice:
-        return slice(self.first, self.first + self.count)
+        return slice(self.first, self.first + self.many)
 
 
 def _chunk(kind: str, v: Tensor, keys: int) -> int:
@@ -88,8 +91,8 @@ def _spans(steps: int, size: int, rows: int) -> list[Span]:
 def _cut(t: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
     """(B, T, H, D) -> (chunks, B, H, C, D), a copy that matrix products like."""
     part, (batch, _, heads, width) = t[:, span.time], t.shape
-    if span.steps == span.count * span.size:
-        part = part.unflatten(1, (span.count, span.size)).permute(1, 0, 3, 2, 4)
+    if span.steps == span.many * span.size:
+        part = part.unflatten(1, (span.many, span.size)).permute(1, 0, 3, 2, 4)
         return part.to(dtype, memory_format=torch.contiguous_format, copy=True)
     out = t.new_zeros(1, batch, heads, span.size, width, dtype=dtype)
     out[0, :, :, : span.steps] = part.transpose(1, 2)
@@ -98,8 +101,8 @@ def _cut(t: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
 
 def _paste(out: Tensor, span: Span, t: Tensor) -> None:
     """The way back from _cut."""
-    if span.steps == span.count * span.size:
-        out[:, span.time].unflatten(1, (span.count, span.size)).copy_(t.permute(1, 0, 3, 2, 4))
+    if span.steps == span.many * span.size:
+        out[:, span.time].unflatten(1, (span.many, span.size)).copy_(t.permute(1, 0, 3, 2, 4))
     else:
         out[:, span.time] = t[0, :, :, : span.steps].transpose(1, 2)
 
@@ -155,9 +158,6 @@ def _forward(
     return o, last, states
 
 
-_Parts = tuple[Tensor, Tensor, Tensor, Tensor | None]
-
-
 def _without_the_spoilt(
     parts: _Parts, reset: Tensor | None, span: Span, before: Tensor, kind: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,15 +165,16 @@ def _without_the_spoilt(
 
     Returns what a kind's forward does, and (B, S) bool: where a row is spoilt, from its first bad step on.
     """
-    q, k, v, g = now = _at(parts, span.time)
-    bad = ~torch.stack([t.isfinite().flatten(2).all(2) for t in (q, k, v)]).all(0)  # type: ignore[union-attr]
+    q, k, v, g = _at(parts, span.time)
+    bad = ~torch.stack([t.isfinite().flatten(2).all(2) for t in (q, k, v)]).all(0)
     if g is not None:
         bad |= (g.isnan() | (g > 0) & g.isinf()).flatten(2).any(2)
     lost = ~before.isfinite().flatten(1).all(1)
     spoilt = bad.cummax(1).values | lost[:, None]
-    clean = [None if t is None else t.masked_fill(spoilt.view(*spoilt.shape, *[1] * (t.ndim - 2)), 0) for t in now]
+    q, k, v = (t.masked_fill(spoilt[..., None, None], 0) for t in (q, k, v))
+    g = None if g is None else g.masked_fill(spoilt.view(*spoilt.shape, *[1] * (g.ndim - 2)), 0)
     cut = None if reset is None else reset[:, span.time]
-    inputs = _cut_all(tuple(clean), cut, span._replace(start=0), before.dtype)  # type: ignore[arg-type]
+    inputs = _cut_all((q, k, v, g), cut, span._replace(start=0), before.dtype)
     y, starts, after = _of_kind(kind).forward(*inputs, before.masked_fill(lost[:, None, None, None], 0))
     over = ~(y.isfinite().transpose(0, 1).flatten(1).all(1) & after.isfinite().flatten(1).all(1))
     return y, starts, after, spoilt | over[:, None]
@@ -192,12 +193,13 @@ def _put_the_spoilt(
 ) -> Tensor:
     """Spoilt rows again by the elementwise scan, put into out, kept and the state at the end, which is returned."""
     at = spoilt.any(1).nonzero()[:, 0]
-    rows = tuple(None if t is None else t[at] for t in parts)
+    q, k, v, g = parts
+    rows = q[at], k[at], v[at], None if g is None else g[at]
     state, reset, late = before[at], None if reset is None else reset[at], spoilt[at]
     for number, time in _chunks(span):
         kept[number, at] = state
         cut = None if reset is None else reset[:, time]
-        o, state = _elementwise(*_at(rows, time), state, cut, kind)  # type: ignore[arg-type]
+        o, state = _elementwise(*_at(rows, time), state, cut, kind)
         here = late[:, time.start - span.start : time.stop - span.start, None, None]
         out[at, time] = torch.where(here, o, out[at, time])
     return after.index_copy(0, at, state)
@@ -245,7 +247,7 @@ def _backward(
                         out[:, time] = t
                 after = found[4]
         d_state[rows] = after
-    return *grads, d_state
+    return *grads, d_state  # type: ignore[return-value]
 
 
 def _row_slices(v: Tensor, size: int, kind: str) -> list[slice]:
@@ -255,13 +257,14 @@ def _row_slices(v: Tensor, size: int, kind: str) -> list[slice]:
 
 
 def _chunks(span: Span) -> Iterator[tuple[int, slice]]:
-    for i in range(span.count):
+    for i in range(span.many):
         start = span.start + i * span.size
         yield span.first + i, slice(start, min(start + span.size, span.start + span.steps))
 
 
-def _at(parts: tuple[Tensor, Tensor, Tensor, Tensor | None], time: slice) -> list[Tensor | None]:
-    return [None if t is None else t[:, time] for t in parts]
+def _at(parts: _Parts, time: slice) -> _Parts:
+    q, k, v, g = parts
+    return q[:, time], k[:, time], v[:, time], None if g is None else g[:, time]
 
 
 def _cut_all(
@@ -270,9 +273,9 @@ def _cut_all(
     """The inputs of a span; a reset is a decay of 0."""
     q, k, v, g = parts
     if reset is not None:
-        g = v.new_zeros(1, dtype=dtype).expand(*v.shape[:3], 1) if g is None else g
-        part = g[:, span.time].masked_fill(reset[:, span.time, None, None], -math.inf)
-        cut = _cut(part, span._replace(start=0), dtype)
+        whole = v.new_zeros(1, dtype=dtype).expand(*v.shape[:3], 1) if g is None else g
+        part = whole[:, span.time].masked_fill(reset[:, span.time, None, None], -math.inf)
+        cut: Tensor | None = _cut(part, span._replace(start=0), dtype)
     else:
         cut = None if g is None else _cut(g, span, dtype)
     return _cut(q, span, dtype), _cut(k, span, dtype), _cut(v, span, dtype), cut
@@ -306,7 +309,7 @@ class _Scalar:
         qs, ks = q.flatten(0, 2), k.flatten(0, 2)
         weights = torch.bmm(qs, ks.mT)
         if g is None:
-            decay = of_start = to_end = total = None
+            total, d_g = None, None
             weights = _per_head(weights, group).tril_()
             q, k = _heads(q, group), _heads(k, group)
         else:
@@ -319,8 +322,8 @@ class _Scalar:
         d_v = torch.bmm(weights.mT, d_o).baddbmm_(k, ends)
         d_weights = torch.bmm(d_o, v.mT)
         d_q, d_k = torch.bmm(d_o, starts.mT), torch.bmm(v, ends.mT)
-        if decay is None:
-            d_g, d_weights = None, d_weights.tril_()
+        if g is None:
+            d_weights.tril_()
         else:
             weights.mul_(d_weights).diagonal(dim1=1, dim2=2).zero_()  # a step's own input is not decayed
             later = weights.sum(2) - weights.sum(1) + (q * d_q).sum(2)
@@ -417,7 +420,10 @@ class _Vector:
     def __init__(self, key: bool):
         self.key = key
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert g is not None
         shape, group = v.shape, v.shape[2] // q.shape[2]
         q, k, v, g = _heads(q, group), _heads(k, group), v.flatten(0, 2), g.flatten(0, 2)
         o = (q * k).sum(2, keepdim=True) * v
@@ -446,8 +452,9 @@ class _Vector:
         return o.view(shape), starts, last
 
     def backward(
-        self, d_o: Tensor, d_last: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor
+        self, d_o: Tensor, d_last: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, states: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        assert g is not None
         shape, narrow, kind, group = v.shape, q.shape, g.shape, v.shape[2] // q.shape[2]
         q, k = _heads(q, group), _heads(k, group)
         d_o, v, g, starts = (t.flatten(0, 2) for t in (d_o, v, g, states))

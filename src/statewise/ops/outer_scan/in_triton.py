@@ -89,10 +89,10 @@ def _states_kernel(
     at = row * keys * values + n[:, None] * values + m[None, :]
     state = tl.load(first + at, mask=inside, other=0.0)
     for step in range(chunks):
-        i = (chunks - 1 - step) if BACK else step
-        start = b * steps + i.to(tl.int64) * C
+        i = b * 0 + ((chunks - 1 - step) if BACK else step)  # in 64 bits
+        start = b * steps + i * C
         steps_left = steps - i * C
-        place = (i.to(tl.int64) * tl.num_programs(0) + row) * keys * values
+        place = (i * tl.num_programs(0) + row) * keys * values
         tl.store(states + place + n[:, None] * values + m[None, :], state, mask=inside)
         p = _rows(x, start * x_stride + h // (heads // x_heads) * keys, x_stride, c, n, steps_left, keys)
         u = _rows(y, start * y_stride + h * values, y_stride, c, m, steps_left, values)
@@ -249,7 +249,8 @@ def _backward(
     (batch, steps, heads, values), (groups, keys), sizes = v.shape, q.shape[2:], _sizes(q, v, kind)
     d_state = d_last.clone(memory_format=torch.contiguous_format)
     if not v.numel() or not q.numel():
-        return *(torch.zeros_like(t) for t in (q, k, v)), None if g is None else torch.zeros_like(g), d_state
+        nothing = None if g is None else torch.zeros_like(g)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), nothing, d_state
     decays, ends, d_v = _decays(g, v, reset), torch.empty_like(states), v.new_empty(v.shape)
     d_q, d_k = (torch.empty(batch, steps, heads, keys, dtype=torch.float32, device=v.device) for _ in range(2))
     d_g = torch.empty_like(decays)
