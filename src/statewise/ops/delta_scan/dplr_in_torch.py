@@ -44,10 +44,10 @@ class _Level:
         """As back, but without the row's own decay."""
         return torch.cat([torch.ones_like(self.back[..., :1, :]), self.back[..., :-1, :]], -2)
 
-    def d_g(self, d_back: Tensor, d_back_before: Tensor, d_ahead: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the logs that look back, and of those that look ahead, from those of the exponents."""
+    def d_g(self, d_back: Tensor, d_back_before: Tensor, d_ahead: Tensor, ahead: _Level) -> tuple[Tensor, Tensor]:
+        """Gradients of the logs that look back here and ahead there, from those of the exponents; changes d_back."""
         d_back[..., :-1, :] += d_back_before[..., 1:, :]
-        return self.upto.mT @ d_back, self.after.mT @ d_ahead
+        return self.upto.mT @ d_back, ahead.after.mT @ d_ahead
 
 
 def _halves(x: Tensor, s: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,8 @@ class _Chunks:
         if g is None:
             both = torch.cat([a, q], 1) @ torch.cat([b, k], 1).mT
             self.scores = both.view(self.scores.shape).mul_(self.seen())
-            self.q_read, self.a_read, self.write, self.whole = q, a, torch.cat([b, k], 1), None
+            self.q_read, self.a_read, self.write = q, a, torch.cat([b, k], 1)
+            self.whole: Any = None
             return
         self.levels: dict[int, tuple[_Level, _Level]] = {}
         s = q.shape[1] // 2
@@ -118,7 +119,7 @@ class _Chunks:
         d_back, d_back_before = self.q_read * d_q, self.a_read * d_a
         d_back[:, -1] += d_whole * self.whole[..., 0]
         d_ahead = (self.write * d_write).unflatten(1, (2, c)).sum(1)
-        back, ahead = chunk.d_g(d_back, d_back_before, d_ahead)
+        back, ahead = chunk.d_g(d_back, d_back_before, d_ahead, chunk)
         d_g = back + ahead
         d_q, d_a = d_q * chunk.back, d_a * chunk.back_before
         d_b, d_k = d_write[:, :c] * chunk.ahead, d_write[:, c:] * chunk.ahead
@@ -135,16 +136,14 @@ class _Chunks:
             d_rows.mul_(rows)
             d_columns.mul_(columns)
             first, second = _halves(d_g, s)
-            before = d_rows[:, :, :s]
-            d_rows = d_rows[:, :, s:]
-            d_rows[:, :, :-1] += before[:, :, 1:]
-            second += row.upto.mT @ d_rows
-            first += column.after.mT @ (d_columns[:, :, :s] + d_columns[:, :, s:])
+            back, ahead = row.d_g(d_rows[:, :, s:], d_rows[:, :, :s], d_columns.unflatten(2, (2, s)).sum(2), column)
+            second += back
+            first += ahead
             s //= 2
-        for d_column, column, which in ((d_b, self.b, 0), (d_k, self.k, 1)):
+        for d_written, written, which in ((d_b, self.b, 0), (d_k, self.k, 1)):
             d = d_scores[:, 1, :, which].diagonal(0, 1, 2)[..., None]
-            d_q.addcmul_(d, column)
-            d_column.addcmul_(d, self.q)
+            d_q.addcmul_(d, written)
+            d_written.addcmul_(d, self.q)
         return d_q, d_a, d_b, d_k, d_g
 
 

@@ -113,20 +113,20 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     p, dtype = _plan(q, k, passes.together), states.dtype
     n, c = p.per_step, p.rows
-    d_q, d_k, d_v, d_beta, d_g = (
-        x if x is None else x.new_empty(len(x), p.chunks * rows, *x.shape[2:])
-        for x, rows in ((q, p.tokens), (k, c), (v, c), (beta, c), (g, p.tokens))
+    d_q, d_k, d_v, d_beta = (
+        x.new_empty(len(x), p.chunks * rows, *x.shape[2:]) for x, rows in ((q, p.tokens), (k, c), (v, c), (beta, c))
     )
+    d_g = None if g is None else g.new_empty(len(g), p.chunks * p.tokens, g.shape[2])
     ds = d_last.flatten(0, 1)
     past = _past(c, dtype, q.device)
     for lo, hi in reversed(p.spans()):
         q_, do = (fold(x, lo, hi, p.tokens, dtype) for x in (q, d_out))
         k_, b_ = (fold(x, lo, hi, c, dtype) for x in (k, beta[..., None]))
         r_, s_ = r[lo:hi], states[lo:hi]
-        qk = q_ @ k_.mT
+        qk, whole = q_ @ k_.mT, None
         if g is None:
             d, d_read = past, past[n - 1 :: n]
-            q_read, k_read, k_write, whole = q_, k_.neg(), k_, None
+            q_read, k_read, k_write = q_, k_.neg(), k_
         else:
             decay = _Decay(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
             d, d_read, whole = decay.d, decay.d[..., n - 1 :: n, :], decay.whole
@@ -151,7 +151,7 @@ def _backward(
             dq_.mul_(decay.from_start[..., n - 1 :: n, :])
             dk_read.mul_(-decay.from_start)
             dk_write.mul_(decay.to_end)
-            at_end = (k_ * dk_write).sum((-1, -2)) + (s_ * ds_after).sum((-1, -2)) * whole[..., 0, 0]
+            at_end = (k_ * dk_write).sum((-1, -2)) + (s_ * ds_after).sum((-1, -2)) * decay.whole[..., 0, 0]
         else:
             dk_read.neg_()
         _add(dq_, d_qk, k_)
@@ -160,7 +160,7 @@ def _backward(
         columns = d_kk.mT @ k_
         db_ = (d_new * r_).sum(-1) + (k_ * columns).sum(-1)
         dk_write.addcmul_(columns, b_)
-        if g is not None:
+        if d_g is not None:
             d_total = (k_ * (dk_read - dk_write)).sum(-1).unflatten(-1, (-1, n)).sum(-1) + (q_ * dq_).sum(-1)
             d_total[..., -1] += at_end
             unfold(d_g[..., None], lo, hi, d_total.double().flip(-1).cumsum(-1).flip(-1)[..., None])
