@@ -228,11 +228,11 @@ def test_outer_scan_with_a_scalar_decay_and_groups_equals_transformers_mamba2():
         outer_scan,
         ours,
         theirs,
-        x=draw(2, 75, heads, 4),
-        dt=F.softplus(draw(2, 75, heads)),
+        x=draw(2, 300, heads, 4),
+        dt=F.softplus(draw(2, 300, heads)),
         a=-draw(heads).exp(),
-        b=draw(2, 75, 2, 5),
-        c=draw(2, 75, 2, 5, seed=1),
+        b=draw(2, 300, 2, 5),
+        c=draw(2, 300, 2, 5, seed=1),
         state=draw(2, heads, 5, 4),
     )
 
@@ -318,9 +318,9 @@ def test_delta_scan_with_a_gate_equals_transformers_qwen3_next(name: str):
             q * 5**-0.5, unit(k), v, beta.sigmoid(), state, log_decay=g[..., None, None]
         ),
         theirs,
-        **attention_inputs(75),
-        beta=draw(2, 75, 3),
-        g=log_decay(2, 75, 3),
+        **attention_inputs(300),
+        beta=draw(2, 300, 3),
+        g=log_decay(2, 300, 3),
     )
 
 
