@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from statewise.core import leaves, wide
+from statewise.core import leaves, tree_map, wide
 from statewise.ops import Op, ops
 
 CASES = [
@@ -29,6 +29,8 @@ def test_cases_were_found():
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tree_map(lambda leaf: _cast(leaf, dtype), value)
     return value.to(dtype) if _numeric(value) else value
 
 
@@ -36,10 +38,16 @@ def _numeric(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def _trainable(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tree_map(_trainable, value)
+    return value.detach().requires_grad_() if _numeric(value) else value
+
+
 def _outcome(run: Any, sample: dict[str, Any]) -> list[Tensor]:
     """The outputs and the gradients of every floating input, each output weighted by fixed random numbers."""
-    inputs = {k: v.detach().requires_grad_() if _numeric(v) else v for k, v in sample.items()}
-    wanted = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+    inputs = {k: _trainable(v) for k, v in sample.items()}
+    wanted = [t for v in inputs.values() if isinstance(v, Tensor | tuple) for t in leaves(v) if t.requires_grad]
     outs = leaves(run(**inputs))
     rng = torch.Generator().manual_seed(1)
     weights = [torch.randn(out.shape, generator=rng, dtype=torch.float64) for out in outs]

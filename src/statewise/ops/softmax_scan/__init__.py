@@ -113,7 +113,7 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     def fresh(batch: int, heads: int, value: int) -> SoftmaxState:
         return nothing_seen(batch, heads, value, like=torch.zeros(1, device=device, dtype=wide(dtype)))
 
-    yield inputs(2, 5, 3, 2)
+    yield inputs(2, 5, 3, 4)
     yield inputs(2, 5, 3, 2, state=fresh(2, 3, 2))
     yield inputs(1, 1, 1, 1)
     yield inputs(2, 0, 3, 2)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core import clear_past_end, past_end
+from ...core import clear_past_end, past_end, where
 from ..linear_scan import linear_scan
 from . import SoftmaxState
 
@@ -32,9 +32,11 @@ def softmax_scan(
     h, last = linear_scan(decay[..., None], push, start, reset=reset)
     w, u = h[..., :-1], h[..., -1:]
     o = (w / torch.where(u == 0, 1, u)).to(like.dtype)  # nothing has weight yet: 0
+    after = SoftmaxState(m[:, -1].clone(), last[..., -1].clone(), last[..., :-1].clone())  # not views of the past
     if lengths is not None:
         o = clear_past_end(o, lengths.to(o.device))
-    return o, SoftmaxState(m[:, -1].clone(), last[..., -1].clone(), last[..., :-1].clone())  # not views of the past
+        after = where(lengths.to(o.device) == 0, state, after)  # m too as it came
+    return o, after
 
 
 def log_sum_exp_scan(
