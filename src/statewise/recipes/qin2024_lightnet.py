@@ -123,24 +123,22 @@ RECIPE = Recipe(
     paper=Paper(TITLE, "Qin et al.", 2024, "arXiv:2405.21022"),
     runs=runs,
     claims=(
+        Claim("method", "the memory of a whole row is the same in any order, where one that decays is not", any_order),
         Claim(
-            "sec. 3.2", "the memory of a whole row is the same in any order, where one that decays is not", any_order
-        ),
-        Claim(
-            "sec. 3.2",
+            "method",
             "the recurrence is a softmax over time for each key channel",
             lambda r: max(r("order", "softmax")) < 1e-10,
         ),
         Claim(
-            "sec. 4, speed",
+            "experiments, speed",
             "one scan over a flattened picture takes well less than a decaying recurrence's two",
             half_the_time,
         ),
         Claim(
-            "sec. 4, images",
+            "experiments, images",
             "one scan classifies small pictures as well as GLA (here: causal, pixel by pixel)",
             comparable,
         ),
-        Claim("sec. 4, images", "and as well as softmax attention of the same size", near_attention),
+        Claim("experiments, images", "and as well as softmax attention of the same size", near_attention),
     ),
 )

@@ -79,7 +79,9 @@ def solves(run: str, less: str) -> Claim:
         return enough.mean > 0.8 and few.mean < 0.5
 
     return Claim(
-        "sec. 5.1, fig. 4", f"{corrections} corrections a step follow {group} where {CASES[less][1]} cannot", holds
+        "sec. 5, state tracking",
+        f"{corrections} corrections a step follow {group} where {CASES[less][1]} cannot",
+        holds,
     )
 
 
@@ -95,16 +97,20 @@ RECIPE = Recipe(
     runs=runs,
     claims=(
         Claim(
-            "sec. 4",
+            "after Grazzi et al. 2025",
             "parity takes a negative eigenvalue: with eigenvalues in [0, 1] it is not learned",
             parity_needs_negative,
         ),
-        Claim("sec. 5.1, fig. 4", "S3 takes eigenvalues in [-1, 1] even with two corrections", s3_needs_negative),
-        Claim("sec. 5.1, fig. 4", "S3 takes two corrections a step", s3_needs_two),
-        Claim("sec. 5.1, fig. 4", "what was learned on short words holds on words four times as long", s3_extrapolates),
+        Claim("sec. 5, state tracking", "S3 takes eigenvalues in [-1, 1] even with two corrections", s3_needs_negative),
+        Claim("sec. 5, state tracking", "S3 takes two corrections a step", s3_needs_two),
+        Claim(
+            "sec. 5, state tracking",
+            "what was learned on short words holds on words four times as long",
+            s3_extrapolates,
+        ),
         solves("s4_two", "s4_one"),
         solves("a5_two", "a5_one"),
         solves("s5_four", "s5_one"),
-        Claim("sec. 5.1, fig. 4", "more corrections a step follow every group better", more_is_better),
+        Claim("sec. 5, state tracking", "more corrections a step follow every group better", more_is_better),
     ),
 )
