@@ -22,6 +22,8 @@ from .mamba2 import Mamba2, Mamba2State
 from .min_gru import MinGRU
 from .min_lstm import MinLSTM
 from .mlstm import MLSTM, MatrixMemory, MLSTMLarge, MLSTMState
+from .para_gru import ParaGRU
+from .para_lstm import ParaLSTM, ParaLSTMState
 from .reservoir import Reservoir
 from .retnet import RetNet, RetNetState
 from .rwkv7 import RWKV7, RWKV7State
@@ -63,6 +65,9 @@ __all__ = [
     "MatrixMemory",
     "MinGRU",
     "MinLSTM",
+    "ParaGRU",
+    "ParaLSTM",
+    "ParaLSTMState",
     "RWKV7",
     "RWKV7State",
     "Reservoir",
