@@ -28,6 +28,10 @@ def test_cases_were_found():
     assert len([case for case in CASES if case.values[0].name == "linear_scan"]) == 12
 
 
+# (op, result) that is the difference of numbers as large as the other results: the gradient to softmax_scan's m.
+CANCELLING = {("softmax_scan", 6)}
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, tuple):
         return tree_map(lambda leaf: _cast(leaf, dtype), value)
@@ -76,6 +80,8 @@ def check(op: Op, backend: str, dtype: torch.dtype, keep: Callable[[dict[str, An
             if not mine.numel():
                 continue
             scale = float(truth.abs().max()) + 1e-30
+            if (op.name, k) in CANCELLING:
+                scale = max(float(t.abs().max()) for t in exact if t.numel())
             allowed = 4 * float((reference - truth).abs().max()) + 128 * torch.finfo(wide(dtype)).eps * scale
             error = float((mine - truth).abs().max())
             assert error <= allowed, f"sample {number}, result {k}: error {error:.3g}, allowed {allowed:.3g}"
