@@ -50,6 +50,7 @@ class ParaLSTM(Cell[ParaLSTMState]):
         self.gates = HeadwiseGates(width, hidden, gates=3, heads=heads, forget=0)
         self.a = recurrent_weights(3, hidden)
         self.peep = recurrent_weights(2, hidden)
+        self.blocks = Structure.of([[n, hidden + n] for n in range(hidden)])
 
     def initial_state(self, batch: int) -> ParaLSTMState:
         zero = self.a.new_zeros(batch, self.out_width, dtype=wide(self.a.dtype))
@@ -81,9 +82,8 @@ class ParaLSTM(Cell[ParaLSTMState]):
     def scan(
         self, u: Tensor, state: ParaLSTMState, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, ParaLSTMState]:
-        n = self.out_width
         o, last, _ = newton(
-            self.transition, u, state, structure=Structure.of([[i, n + i] for i in range(n)]), linearise=self.linearise,
+            self.transition, u, state, structure=self.blocks, linearise=self.linearise,
             fresh=self.initial_state(len(u)), reset=reset, lengths=lengths, tolerance=self.tolerance,
         )  # fmt: skip
         return o, last

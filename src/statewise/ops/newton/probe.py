@@ -35,6 +35,8 @@ class Probed:
 def probe(step: Step, u: Any, states: Sequence[Any]) -> Probed | str:
     """u (P, ...) and several states of P rows, in float64: the Jacobian of every row and state, and their pattern.
 
+    The last state must be the same in every row.
+
     Returns the reason where there is none to be had.
     """
     layout = Layout.of(states[0])
@@ -64,7 +66,7 @@ def probe(step: Step, u: Any, states: Sequence[Any]) -> Probed | str:
         numbers=numbers,
         structure=structure,
         affine=bool((jacobians - jacobians[:1]).abs().max() <= bound),
-        driven=bool((jacobians - jacobians[:, :, :1]).abs().max() > bound),
+        driven=bool((jacobians[-1] - jacobians[-1, :, :1]).abs().max() > bound),
         slope=size,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,13 +55,19 @@ class Structure:
 
     def split(self, h: Tensor) -> Tensor:
         """(..., N) -> (..., groups, size)."""
-        h = h if self.order is None else h[..., torch.tensor(self.order, device=h.device)]
+        h = h if self.order is None else h.index_select(-1, _indices(self.order, h.device)[0])
         return h.unflatten(-1, (-1, self.size)) if h.shape[-1] else h.view(*h.shape[:-1], 0, self.size)
 
     def join(self, h: Tensor) -> Tensor:
         """(..., groups, size) -> (..., N)."""
         h = h.flatten(-2)
-        return h if self.order is None else h[..., torch.tensor(self.order, device=h.device).argsort()]
+        return h if self.order is None else h.index_select(-1, _indices(self.order, h.device)[1])
+
+
+@functools.lru_cache(maxsize=64)
+def _indices(order: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    there = torch.tensor(order, device=device)
+    return there, there.argsort()
 
 
 class Layout(NamedTuple):
