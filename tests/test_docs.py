@@ -8,6 +8,7 @@ import types
 import pytest
 
 import statewise.layers  # noqa: F401  registers them
+from statewise.cli.list import layer_words
 from statewise.core import layers
 from statewise.tasks import tasks
 
@@ -38,3 +39,14 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_the_table_of_layers_is_current():
+    """Written by statewise list layers --out docs/layers.md."""
+    lines = [
+        line.split(" | ")
+        for line in (ROOT / "docs" / "layers.md").read_text().splitlines()
+        if "rxiv:" in line or "doi:" in line
+    ]
+    shown = {line[0].removeprefix("| "): line[1] for line in lines}
+    assert shown == {info.name: layer_words(info) for info in layers}
