@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -84,15 +85,15 @@ def runs(scale: Scale) -> dict[str, Run]:
         ),
         "scans": Measure(scans, "ratio", sizes, higher_is_better=False),
     }
-    task = Digits(pixels=not smoke)
     train = {
         "smoke": Train(steps=2, batch=8),
         "small": Train(steps=600, batch=32, lr=4e-3, warmup=20, evaluate_every=100),
         "paper": Train(steps=50_000, batch=128, lr=1e-3, warmup=500, evaluate_every=2000),
     }[scale]
     stack = {"smoke": {"width": 8, "depth": 1}, "small": {"width": 32, "depth": 2}, "paper": {"width": 192, "depth": 6}}
-    for layer in ("lightnet", "gla", "attention"):
-        made[f"digits_{layer}"] = Experiment(task, Stack(layer, **stack[scale]), train)  # type: ignore[arg-type]
+    for kind, task in (("rows", Digits()), ("digits", Digits(pixels=True))):
+        for layer in ("lightnet", "gla"):
+            made[f"{kind}_{layer}"] = Experiment(task, Stack(layer, **stack[scale]), train)  # type: ignore[arg-type]
     return made
 
 
@@ -106,16 +107,15 @@ def half_the_time(r: Reader) -> bool:
     return ratio.mean < 0.75 and second.mean > 1.6
 
 
-def comparable(r: Reader) -> bool:
-    ours, theirs = r("digits_lightnet"), r("digits_gla")
-    return ours.mean > theirs.mean - max(0.02, ours.spread, theirs.spread) and ours.mean > 2 * r.chance(
-        "digits_lightnet"
-    )
+def comparable(kind: str) -> Callable[[Reader], bool]:
+    """Within two points of accuracy, or within the spread over the seeds."""
 
+    def holds(r: Reader) -> bool:
+        ours, theirs = r(f"{kind}_lightnet"), r(f"{kind}_gla")
+        noise, guess = max(0.02, ours.spread, theirs.spread), r.chance(f"{kind}_lightnet")
+        return ours.mean > theirs.mean - noise and ours.mean > 2 * guess
 
-def near_attention(r: Reader) -> bool:
-    ours, theirs = r("digits_lightnet"), r("digits_attention")
-    return ours.mean > theirs.mean - max(0.02, ours.spread, theirs.spread)
+    return holds
 
 
 TITLE = "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet"
@@ -136,9 +136,13 @@ RECIPE = Recipe(
         ),
         Claim(
             "experiments, images",
-            "one scan classifies small pictures as well as GLA (here: causal, pixel by pixel)",
-            comparable,
+            "one scan classifies small pictures row by row as well as GLA (without the paper's position encodings)",
+            comparable("rows"),
         ),
-        Claim("experiments, images", "and as well as softmax attention of the same size", near_attention),
+        Claim(
+            "experiments, images",
+            "and pixel by pixel (without position encodings, which an additive memory needs to tell pixels apart)",
+            comparable("digits"),
+        ),
     ),
 )
