@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core import Cell, UsageError, leaves, tree_map
 from ..core.layer import weight_of
-from ..ops.newton import Diagnostics, Layout, Structure, default_tolerance, newton, watched
+from ..ops.newton import Diagnostics, Layout, Structure, by_tangents, default_tolerance, newton, watched
 from ..ops.newton.probe import Probed, floating, probe, spread
 
 Method = Literal["auto", "scan", "newton", "quasi", "own", "loop"]
@@ -236,7 +236,8 @@ def parallelize(
 ) -> Parallelized:
     """The same layer, running in parallel over time.
 
-    cell: any `Cell`: a class with a transition and no more. Its parameters are shared, under the same names.
+    cell: any `Cell`: a class with a transition and no more. Its parameters are shared, under the same names. A method
+    `jacobian(u, state)` of its own, (M, N) or (M, G, n, n) for the blocks found, saves deriving it.
     method: "scan" where the transition is affine in the state, one linear recurrence; "newton", see
     `statewise.ops.newton`; "quasi", Newton's method with the diagonal of the Jacobian; "own", the scan that the cell
     brings; "loop"; or "auto": for each size of input the one that is cheapest by what was measured here.
@@ -297,7 +298,26 @@ def _examine(cell: Cell[Any]) -> Probed | str:
         states = [start, warm, *(spread(warm, size, rng) for size in (0.3, 1.0, 4.0))]
         # rows of one state under several inputs, so that what the input does shows apart from what the state does
         states += [tree_map(lambda s: s[:1].expand_as(s).contiguous(), states[3])]
-        return probe(real.transition, u, states)
+        found = probe(real.transition, u, states)
+        if isinstance(found, Probed) and hasattr(real, "jacobian"):
+            _check_jacobian(real, found, u, states[3])
+        return found
+
+
+def _check_jacobian(cell: Cell[Any], found: Probed, u: Any, state: Any) -> None:
+    """Raises UsageError where the cell's own `jacobian` is not what differentiating its transition gives."""
+    layout = Layout.of(state)
+    _, want = by_tangents(cell.transition, layout, found.structure)(u, layout.rows(state))
+    got = cell.jacobian(u, state)  # type: ignore[attr-defined]
+    shape = tuple(want.shape) if found.structure.size > 1 else (len(want), found.numbers)
+    if got.shape != shape:
+        raise UsageError(
+            f"parallelize: jacobian of {type(cell).__name__} is {tuple(got.shape)}; expected {shape}, "
+            f"{found.structure.kind}"
+        )
+    error = float((got - want).abs().max())
+    if not error <= 1e-6 * max(1.0, float(want.abs().max())):
+        raise UsageError(f"parallelize: jacobian of {type(cell).__name__} is off by {error:.2g}")
 
 
 def _analytic(cell: Cell[Any], state: Any, method: str) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None:

@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ...core import UsageError, leaves, past_end, tree_map, where
+from ...core import NumericError, UsageError, leaves, past_end, tree_map, where
 from ..block_scan import block_scan
 from ..linear_scan import linear_scan
 from ..opaque import is_traced
@@ -38,6 +37,7 @@ PATIENCE = 10  # iterations before a row must gain steps; more where they contra
 GAIN = 32  # it must gain a 32nd of its segment in each iteration: about what an iteration costs in steps
 SEGMENT = 1 << 18  # numbers in the Jacobians of a segment: what a processor's caches hold
 SHORTEST, LONGEST = 128, 4096
+WRONG = 0.05  # relative error that says a Jacobian is another function's: half precision in a step may cost 0.01
 MARGIN = 64  # how much closer the last update must be where the Jacobian is approximate
 
 
@@ -173,8 +173,8 @@ def newton(
 
     if z.requires_grad:
         with torch.no_grad():
-            jacobian = run.jacobian(h) if jacobian is None else jacobian
-        s = _Implicit.apply(z, h, jacobian, cut, structure)
+            jacobian = run.jacobian(h) if jacobian is None and structure.exact else jacobian
+        s = _Implicit.apply(z, h, jacobian if structure.exact else None, run)
         whole = layout.tree(s.flatten(0, 1))
         o = run.outputs(o, whole, s)
     else:
@@ -229,6 +229,7 @@ class _Run:
         self.batch, self.steps = leaves(u)[0].shape[:2]
         self.iterations: list[int] = []
         self.stalled, self.amplified = 0, 0
+        self.adjoint_of_before: Tensor | None = None
         # the same random signs for all rows, and for every call
         rng = torch.Generator().manual_seed(0)
         self.signs = torch.randint(0, 2, (LONGEST, first.shape[1]), generator=rng, dtype=torch.int8)
@@ -309,7 +310,7 @@ class _Run:
         """An error of one rounding at every step, of random sign."""
         signs = self.signs.repeat(-(-h.shape[1] // LONGEST), 1) if h.shape[1] > LONGEST else self.signs
         signs = signs[: h.shape[1]].to(h.device, h.dtype) * 2 - 1
-        return signs * torch.finfo(h.dtype).eps * (1 + h.abs())
+        return signs * torch.finfo(h.dtype).eps / 2 * (1 + h.abs())
 
     # the recurrence at given states
 
@@ -326,6 +327,8 @@ class _Run:
     def evaluate(self, h: Tensor, begin: Tensor | None) -> tuple[Any, Tensor, float, Tensor]:
         """o and f at the states found, recorded for gradients; the residual; each row's first step that fails it."""
         before = self.before(h, self.first, 0, self.steps)
+        if torch.is_grad_enabled():
+            before = _Checked.apply(before, before.new_zeros((), requires_grad=True), self)
         o, new = self.step(self.inputs(0, self.steps), self.layout.tree(before.flatten(0, 1)))
         self.new = new
         z = self.layout.rows(new).unflatten(0, h.shape[:2])
@@ -406,6 +409,58 @@ class _Run:
             amplified=self.amplified,
         )
 
+    # gradients
+
+    def adjoint(self, g: Tensor, h: Tensor, jacobian: Tensor | None) -> Tensor:
+        """lam_t = g_t + J_{t+1}^T lam_{t+1}, a recurrence in reversed time.
+
+        Where the iterations went by a part of the Jacobian, all of it is made here, piece by piece.
+        """
+        if jacobian is not None:
+            return self.adjoint_of(g, jacobian, self.structure, torch.zeros_like(g[:, 0]), 0, self.steps)
+        full = Structure(self.structure.numbers, self.structure.numbers)
+        linearise = by_tangents(self.step, self.layout, full)
+        size = max(1, SEGMENT // (self.batch * full.numbers**2))
+        lam, carry = [], torch.zeros_like(g[:, 0])
+        for low in reversed(range(0, self.steps, size)):
+            high = min(low + size, self.steps)
+            before = self.before(h[:, low:high], h[:, low - 1] if low else self.first, low, high)
+            j = linearise(self.inputs(low, high), before.flatten(0, 1).detach())[1].unflatten(0, before.shape[:2])
+            piece = self.adjoint_of(g[:, low:high], j, full, carry, low, high)
+            lam.append(piece)
+            carry = torch.einsum("bji,bj->bi", j[:, 0, 0], piece[:, 0])
+            if self.cut is not None:
+                carry = torch.where(self.cut[:, low, None], 0, carry)
+        return torch.cat(lam[::-1], 1)
+
+    def adjoint_of(
+        self, g: Tensor, jacobian: Tensor, structure: Structure, carry: Tensor, low: int, high: int
+    ) -> Tensor:
+        """carry: J^T lam of the step at `high`."""
+        j = jacobian if structure.size == 1 else jacobian.mT
+        g = torch.cat([g[:, :-1], (g[:, -1] + carry)[:, None]], 1)
+        ahead = torch.cat([torch.zeros_like(j[:, :1]), j[:, 1:].flip(1)], 1)  # J_{t+1} in reversed time; 0 at the end
+        cut = None
+        if self.cut is not None:
+            cut = self.cut[:, low:high]
+            cut = torch.cat([torch.zeros_like(cut[:, :1]), cut[:, 1:].flip(1)], 1)
+        return solve_linear(ahead, g.flip(1), torch.zeros_like(carry), cut, structure).flip(1)
+
+    def check_adjoint(self, g: Tensor) -> None:
+        """Raises NumericError where the Jacobian is not what differentiating f gives."""
+        told, self.adjoint_of_before = self.adjoint_of_before, None
+        if told is None:
+            return
+        found = g[:, 1:]
+        if self.cut is not None:
+            found = torch.where(self.cut[:, 1:, None], 0, found)
+        error, size = (found - told).abs().nan_to_num(0, 0), torch.maximum(found.abs(), told.abs()).nan_to_num(0, 0)
+        if self.steps > 1 and error.max() > WRONG * size.max():
+            raise NumericError(
+                f"newton: the Jacobian ({self.structure.kind}) is not the step's: off by {float(error.max()):.2g} of "
+                f"{float(size.max()):.2g}, gradients would be wrong; give the structure and `linearise` that it has"
+            )
+
 
 def solve_linear(jacobian: Tensor, r: Tensor, start: Tensor, cut: Tensor | None, structure: Structure) -> Tensor:
     """d_t = J_t d_{t-1} + r_t in the blocks of the structure. r (B, T, N), start (B, N)."""
@@ -419,19 +474,42 @@ class _Implicit(torch.autograd.Function):
     """The solution h of h_t = f(h_{t-1}, u_t), given z_t = f at the solution with its h_{t-1} held fixed."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, h: Tensor, jacobian: Tensor, cut: Tensor | None, structure: Structure) -> Tensor:
-        ctx.save_for_backward(jacobian, cut)
-        ctx.structure = structure
+    def forward(ctx: Any, z: Tensor, h: Tensor, jacobian: Tensor | None, run: _Run) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(z, h, jacobian)
         return h.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        """lam_t = g_t + J_{t+1}^T lam_{t+1}, a recurrence in reversed time."""
-        jacobian, cut = ctx.saved_tensors
-        j = jacobian if ctx.structure.size == 1 else jacobian.mT
-        ahead = torch.cat([torch.zeros_like(j[:, :1]), j[:, 1:].flip(1)], 1)  # J_{t+1} in reversed time; 0 at the end
-        if cut is not None:
-            cut = torch.cat([torch.zeros_like(cut[:, :1]), cut[:, 1:].flip(1)], 1)
-        lam = solve_linear(ahead, g.flip(1).contiguous(), torch.zeros_like(g[:, 0]), cut, ctx.structure)
-        return lam.flip(1), None, None, None, None
+        z, h, jacobian = ctx.saved_tensors
+        with torch.no_grad():
+            lam = ctx.run.adjoint(g, h, jacobian)
+            ctx.run.adjoint_of_before = (lam - g)[:, :-1]  # what J_t^T lam_t is, says the Jacobian that was used
+        return (_Once.apply(lam, g, z) if torch.is_grad_enabled() else lam), None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """lam, which depends on g and z in ways that are not recorded. `once_differentiable` raises only where it is asked
+    for the gradient of everything, not where a path to one input is."""
+
+    @staticmethod
+    def forward(ctx: Any, lam: Tensor, g: Tensor, z: Tensor) -> Tensor:
+        return lam.view_as(lam)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        raise RuntimeError("newton is differentiable once: a second derivative needs the loop (method='loop')")
+
+
+class _Checked(torch.autograd.Function):
+    """h_{t-1} on its way into f. What arrives in backward is J_t^T lam_t by automatic differentiation."""
+
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, anchor: Tensor, run: _Run) -> Tensor:
+        ctx.run = run
+        return before.view_as(before)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        ctx.run.check_adjoint(g.detach())
+        return g, None, None

@@ -109,13 +109,15 @@ class Layout(NamedTuple):
 
 def pushed(step: Step, layout: Layout, u: Any, h: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
     """f (M, N) and its derivatives (n, M, N) along n directions (n, N), the same for all rows."""
+    h = h.contiguous()
     found, at_once = [], max(1, TANGENTS // max(1, h.numel()))
     for some in tangents.split(at_once):  # several copies of the rows, a tangent for each
         n = len(some)
-        rows = h if n == 1 else h.expand(n, *h.shape).flatten(0, 1)
+        rows = h if n == 1 else h.repeat(n, 1)
         us = u if n == 1 else tree_map(lambda leaf, n=n: leaf.expand(n, *leaf.shape).flatten(0, 1), u)  # type: ignore[misc]
         with forward_ad.dual_level():
-            dual = forward_ad.make_dual(rows, some[:, None].expand(n, *h.shape).reshape(rows.shape))
+            tangent = some[:, None].expand(n, *h.shape).reshape(rows.shape).contiguous()
+            dual = forward_ad.make_dual(rows, tangent)
             out = forward_ad.unpack_dual(layout.rows(step(us, layout.tree(dual))[1]))
         found.append((torch.zeros_like(rows) if out.tangent is None else out.tangent).unflatten(0, (n, -1)))
     return out.primal[: len(h)], torch.cat(found)
