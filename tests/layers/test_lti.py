@@ -13,7 +13,7 @@ from torch import Tensor
 
 from statewise.core import Cell, StatewiseError, chunked, unroll
 from statewise.layers import LMU, LSSL, S4, S4D
-from statewise.nn import LTI, bilinear, hippo, lti
+from statewise.nn import LTI, Frozen, bilinear, hippo, lti
 
 LAYERS: list[tuple[type[LTI], dict[str, Any]]] = [
     *[
@@ -238,6 +238,35 @@ def test_lssl_learns_what_it_says(learn: Any, count: int):
     assert len(list(layer.parameters())) == count
 
 
+@pytest.mark.parametrize("rule", ["bilinear", "zoh"])
+@pytest.mark.parametrize("cls, more", [(LSSL, dict(learn="structured", channels=2)), (LMU, dict(hidden=3))])
+def test_a_frozen_layer_streams_as_the_layer_did(cls: type[LTI], more: dict[str, Any], rule: str):
+    size = dict(order=8, window=9.0) if cls is LMU else dict(states=8, rule=rule)
+    layer = made(cls, dict(width=3, **size, **more))
+    frozen, x, first = Frozen(layer), normal(2, 300, 3), state_of(layer, 2)
+    with torch.no_grad():
+        (y, last), (got, after) = layer(x, first), unroll(frozen, x, first)
+        near(got, y, 1e-11)
+        near(after, last, 1e-11)
+        near(frozen(x, first)[0], y, 1e-11)
+        if cls is LSSL:
+            layer.shift += 1  # what is learned later
+            near(frozen(x, first)[0], y, 1e-11)
+            assert not torch.allclose(layer(x, first)[0], y, rtol=1e-3)
+
+
+def test_a_step_of_lssl_does_not_discretise_a(monkeypatch: pytest.MonkeyPatch):
+    """Of the bilinear rule it solves for one vector; a frozen layer solves nothing."""
+    layer, solved = made(LSSL, dict(width=2, states=8)), []
+    solve = torch.linalg.solve
+    monkeypatch.setattr(torch.linalg, "solve", lambda a, b: (solved.append(b.shape[-1]), solve(a, b))[1])
+    frozen = Frozen(layer)
+    assert solved == [9]
+    for one in (layer, frozen):
+        one.step(normal(3, 2), one.initial_state(3))
+    assert solved == [9, 3]  # one right-hand side for each row
+
+
 def _legendre(order: int, at: float) -> Tensor:
     """Shifted Legendre polynomials P_0 .. P_(order-1) at a share of the window."""
     return torch.from_numpy(np.polynomial.legendre.legvander(np.array([2 * at - 1]), order - 1)).mT
@@ -315,6 +344,8 @@ def test_legs_remembers_where_a_random_matrix_does_not():
         lambda: LSSL(3, 8, learn="other"),
         lambda: LMU(3, 8, order=0, window=3.0),
         lambda: LMU(3, 8, order=4, window=0.0),
+        lambda: LMU(3, 8, order=4, window=float("inf")),
+        lambda: Frozen(S4(3, 8)),
     ],
 )
 def test_refuses(make: Any):

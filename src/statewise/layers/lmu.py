@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class LMU(LTI):
     with steps of 1; they are fixed. memories: how many numbers u_t has, each with a memory of its own. The linear maps
     begin as torch.nn.Linear does. State m (B, memories, order), float32 or wider.
 
-    Raises UsageError unless window > 0.
+    Raises UsageError unless window is finite and more than 0.
     """
 
     a: Tensor  # (N, N)
@@ -31,8 +33,8 @@ class LMU(LTI):
     def __init__(self, width: int, hidden: int, *, order: int, window: float, memories: int = 1):
         super().__init__()
         check_sizes("LMU", width=width, hidden=hidden, order=order, memories=memories)
-        if not window > 0:
-            raise UsageError(f"LMU: window is {window}; expected more than 0 steps")
+        if not 0 < window < math.inf:
+            raise UsageError(f"LMU: window is {window}; expected a finite number of steps, more than 0")
         self.width, self.out_width = width, hidden
         self.write = nn.Linear(width, memories)
         self.read = nn.Linear(memories * order + width, hidden)

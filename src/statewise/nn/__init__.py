@@ -5,7 +5,7 @@ from .gated import GLU, GatedMLP
 from .heads import HeadNorm
 from .hippo import bilinear, diagonal, hippo, legendre_memory, legs_dplr, legs_normal, zero_order_hold
 from .initialisers import log_uniform, ring
-from .lti import LTI, LinearSystem
+from .lti import LTI, Frozen, LinearSystem
 from .norms import RMSNorm
 from .rotary import rotate
 from .segments import positions, tail
@@ -13,7 +13,7 @@ from .short_convolution import ShortConvolution
 from .unit import unit
 
 __all__ = [
-    "BlockLinear", "Feature", "GLU", "GatedMLP", "HeadNorm", "LTI", "LinearSystem", "POSITIVE", "RMSNorm",
+    "BlockLinear", "Feature", "Frozen", "GLU", "GatedMLP", "HeadNorm", "LTI", "LinearSystem", "POSITIVE", "RMSNorm",
     "ShortConvolution", "bilinear", "check_feature", "decayed_max", "diagonal", "features", "hippo", "legendre_memory",
     "legs_dplr", "legs_normal", "log_uniform", "positions", "ring", "rotate", "tail", "unit", "zero_order_hold",
 ]  # fmt: skip

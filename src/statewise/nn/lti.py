@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import Cell, wide
+from ..core import Cell, UsageError, wide
 from ..ops import linear_scan, long_conv
 
 BLOCK = 128  # steps in a block: long enough for few blocks, short enough for small powers of A
@@ -78,6 +78,42 @@ class LTI(Cell[Tensor]):
             return o, states[:, -1].clone()
         ends = torch.full((len(u),), steps, device=u.device) if lengths is None else lengths.long()
         return o, _state_at(ends, states, u, segment, squares, left)
+
+
+class Frozen(LTI):
+    """x_t = A x_{t-1} + B u_t,  o_t = C x_t  with the A, B, C that `layer` has now, in buffers of D N (N + M + 1).
+
+    For streaming: a step of a layer that discretises A anew costs N^3 for each feature, this one N^2. States, outputs,
+    encode and decode are the layer's; what its system learns later is not seen here.
+
+    Raises UsageError for a layer whose state is complex (S4, S4D): its own step is cheap.
+    """
+
+    a: Tensor  # (D, N, N)
+    b: Tensor  # (D, N)
+    c: Tensor  # (D, M, N)
+
+    def __init__(self, layer: LTI):
+        super().__init__()
+        if layer.initial_state(0).is_complex():
+            raise UsageError(f"Frozen: the state of {type(layer).__name__} is complex; expected a real one, as LSSL's")
+        self.layer, self.traits = layer, layer.traits
+        self.width, self.out_width = layer.width, layer.out_width
+        for name, value in zip("abc", layer.system(), strict=True):
+            self.register_buffer(name, value.detach().clone())
+
+    def initial_state(self, batch: int) -> Tensor:
+        return self.layer.initial_state(batch)
+
+    def system(self) -> LinearSystem:
+        high = wide(self.a.dtype)
+        return LinearSystem(self.a.to(high), self.b.to(high), self.c.to(high))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.layer.encode(x)
+
+    def decode(self, o: Tensor, x: Tensor) -> Tensor:
+        return self.layer.decode(o, x)
 
 
 def _blocks(t: Tensor, size: int) -> Tensor:
