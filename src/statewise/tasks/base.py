@@ -27,6 +27,7 @@ class Batch(NamedTuple):
     weight: Tensor  # (B, T) float
     lengths: Tensor | None = None  # (B,) where rows end before T
     reset: Tensor | None = None  # (B, T) bool where a new document begins inside a row
+    truth: Tensor | None = None  # (B, T, E) the probabilities that y was drawn by, where the task draws it
 
     def to(self, device: torch.device | str) -> Batch:
         return tree_map(lambda leaf: leaf.to(device), self)

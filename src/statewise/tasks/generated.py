@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ..core import UsageError, join, tree_map
 from .base import SPLITS, Batch, Split, Task, rng_of
+
+LENGTHS = ("length", "test_length", "longest", "test_longest")
 
 
 class Generated(Task):
@@ -36,12 +39,28 @@ class Generated(Task):
         have = 0
         for _ in range(200):
             drawn = self.sample(int((size - have) / share) + 8, rng, split)
-            mine = (owner(drawn.x) == SPLITS.index(split)).nonzero()[: size - have, 0]
+            mine = (owner(self.identity(drawn)) == SPLITS.index(split)).nonzero()[: size - have, 0]
             parts.append(tree_map(lambda leaf: leaf[mine], drawn))  # noqa: B023
             have += len(mine)
             if have == size:
-                return crop(join(parts))
+                return self.finish(crop(join(parts)))
         raise UsageError(f"{self}: too few different examples to share out among three splits; make it larger")
+
+    def finish(self, batch: Batch) -> Batch:
+        """The answers, where `sample` leaves them to be found for those examples only that their split owns."""
+        return batch
+
+    def identity(self, batch: Batch) -> Tensor:
+        """(B, ...) what makes two examples the same. Where x is noisy: what the noise was laid over."""
+        return batch.x
+
+    def at(self, length: int) -> Self:
+        """This task, with the same ids and classes, where test examples have that length. Raises UsageError where the
+        task cannot have it. What a curve of length generalisation is made of."""
+        own: dict[str, Any] = {f.name: length for f in fields(self) if f.name in LENGTHS}  # type: ignore[arg-type]
+        if "shortest" in (f.name for f in fields(self)):  # type: ignore[arg-type]
+            own["shortest"] = min(self.shortest, length)  # type: ignore[attr-defined]
+        return replace(self, **own)  # type: ignore[type-var]
 
     def batches(self, split: Split) -> Iterator[Batch]:
         for index in range(self.examples // self.block):
@@ -67,5 +86,10 @@ def crop(batch: Batch) -> Batch:
     """Drop the steps that are padding in every row."""
     if batch.lengths is None or not len(batch.lengths):
         return batch
-    end = int(batch.lengths.max())
-    return batch._replace(x=batch.x[:, :end], y=batch.y[:, :end], weight=batch.weight[:, :end])
+    end, truth = int(batch.lengths.max()), batch.truth
+    return batch._replace(
+        x=batch.x[:, :end],
+        y=batch.y[:, :end],
+        weight=batch.weight[:, :end],
+        truth=None if truth is None else truth[:, :end],
+    )
