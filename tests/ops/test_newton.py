@@ -119,7 +119,7 @@ def test_random_cells_equal_the_loop(part):
             continue
         o, last, told = newton(step, u, first, structure=structure, segment=[None, 16][seed % 3 == 0])
         tolerance = 4 * NEAR[dtype]  # o doubles a state's error
-        assert_near((o, last), (want_o, want), tolerance), seed
+        assert_near((o, last), (want_o, want), tolerance)
         solved += not any(told.sequential)
     assert solved >= 4, "Newton's method should solve many of them"
 

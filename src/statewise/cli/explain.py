@@ -24,7 +24,7 @@ class Options:
     """Say what a layer is and costs, which backend it or an op would take for given shapes, and why not the others."""
 
     what: Positional[str]
-    """An op (linear_scan) or a registered layer (lru)."""
+    """An op (linear_scan), a registered layer (lru), or module:Class: a cell of your own and what runs it fastest."""
     shape: str = ""
     """B,T,N of an op's x; B,T,H,K of the queries of one with heads; B,T,D of a layer's, or of a gated loop's, whose
     hidden width is then D too. If empty, 8,2048,512 or 4,2048,8,64."""
@@ -64,6 +64,9 @@ def run(options: Options) -> int:
         raise ResourceError(f"--shape {text} takes {show_bytes(need)}; {show_bytes(have)} are free: try less")
     if options.what in ops:
         show_op(ops[options.what], arguments_for(ops[options.what], shape, dtype, device))
+        return 0
+    if ":" in options.what:
+        show_cell(options, shape, dtype, device)
         return 0
     if options.what not in layers:
         known = [*ops, *layers.names()]
@@ -192,6 +195,27 @@ def show_layer(
             print(f"  {name:<10} {told(name, call.chosen, reason)}")
     if not calls:
         print("\nno op with backends: plain torch operations" + (", one step at a time" if loops(layer) else ""))
+
+
+def show_cell(options: Options, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """What the recurrence of a cell is like, what could run it, at which cost, and which would be taken."""
+    from ..core import Cell, UsageError
+    from ..layers.parallelized import parallelize
+    from ..testing import examples_of
+    from .check import check_arguments, load
+    from .settings import dict_once, free
+
+    cls = load(options.what)
+    if not issubclass(cls, Cell):
+        raise UsageError(f"{options.what} is not a Cell: only a class with a transition can be run in another way")
+    given = {name: free(text) for name, text in dict_once(options.args).items()} or examples_of(cls)[0]
+    check_arguments(options.what, cls, given)
+    try:
+        cell = cls(**given).to(device=device, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{options.what}: {error}") from None
+    print(f"{options.what}({', '.join(f'{k}={v}' for k, v in given.items())}): {(cls.__doc__ or '').strip()}")
+    print(parallelize(cell).explain(*shape[:2]))
 
 
 def show_facts(info: LayerInfo, given: Mapping[str, Any], layer: RecurrentLayer[Any]) -> None:
