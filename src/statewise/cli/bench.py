@@ -18,11 +18,11 @@ Row = dict[str, Any]
 class Options:
     """Measure speed and memory in one run, beside the Python loop, torch.nn and installed peers."""
 
-    what: Positional[Literal["linear_scan", "layers", "streaming", "peers"]]
+    what: Positional[Literal["linear_scan", "layers", "streaming", "peers", "tasks"]]
     """linear_scan: beside the byte floor. layers: beside torch.nn. streaming: a million steps, is the last as fast?
-    peers: the linear family beside other implementations and beside matrix products."""
+    peers: the linear family beside other implementations and beside matrix products. tasks: generators of data."""
     layers: str = ""
-    """Names with commas, for layers, streaming and the cases of peers; all of them if empty."""
+    """Names with commas, for layers, streaming, the cases of peers and tasks; all of them if empty."""
     shape: Repeated[str] = ()
     """B,T,D as often as needed."""
     repeats: int = 0
@@ -117,6 +117,17 @@ def measure_peers(options: Options) -> list[Row]:
     return rows
 
 
+def measure_tasks(options: Options) -> list[Row]:
+    from ..bench import tasks
+    from .show import table
+
+    rows = tasks.run(names(options.layers), repeats=options.repeats or 5)
+    columns = ("task", "steps", "training, M tokens/s", "test, M tokens/s")
+    found = [[row["task"], str(row["steps"]), *(f"{row[key] / 1e6:.2f}" for key in ("train", "test"))] for row in rows]
+    table(columns, found, right=columns[1:], title="generators, on one thread, in batches of 256")
+    return rows
+
+
 def peer_cells(row: Row) -> list[str]:
     from ..report import show_bytes, show_time
 
@@ -188,4 +199,5 @@ MEASURES = {
     "layers": measure_layers,
     "streaming": measure_streaming,
     "peers": measure_peers,
+    "tasks": measure_tasks,
 }
