@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from statewise.core import Cell, StatewiseError, chunked, unroll
-from statewise.layers import LMU, LSSL, S4, S4D
+from statewise.core import Cell, StatewiseError, UsageError, chunked, unroll
+from statewise.layers import LMU, LSSL, S4, S4D, S5, Mamba
 from statewise.nn import LTI, Frozen, bilinear, hippo, lti
 
 LAYERS: list[tuple[type[LTI], dict[str, Any]]] = [
@@ -329,6 +329,13 @@ def test_legs_remembers_where_a_random_matrix_does_not():
         fit = torch.linalg.lstsq(x[:4].flatten(0, 1), want[:4].flatten(0, 1)).solution
         errors.append(float((x[4:] @ fit - want[4:]).norm() / want[4:].norm()))
     assert errors[0] < 0.3 and errors[1] > 3 * errors[0], errors
+
+
+@pytest.mark.parametrize("cls", [LSSL, S4, S4D, S5, Mamba])
+@pytest.mark.parametrize("wrong", [dict(dt_min=0.0), dict(dt_min=0.2), dict(dt_max=float("inf")), dict(dt_max=-1.0)])
+def test_step_sizes_that_cannot_be_are_refused_by_their_names(cls: Any, wrong: dict[str, float]):
+    with pytest.raises(UsageError, match=f"^{cls.__name__}: .*{next(iter(wrong))} {next(iter(wrong.values()))}"):
+        cls(4, states=8, **wrong)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,16 @@ def test_the_step_size_has_a_floor():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(dt_min=0.0), dict(dt_min=0.2), dict(states=0), dict(dt_rank=0), dict(expand=0), dict(taps=0)]
+    "wrong",
+    [
+        dict(dt_min=0.0),
+        dict(dt_min=0.2),
+        dict(states=0),
+        dict(dt_rank=0),
+        dict(expand=0),
+        dict(taps=0),
+        dict(norm_eps=0.0),
+    ],
 )
 def test_it_refuses_what_makes_no_sense(wrong: dict):
     with pytest.raises(UsageError, match=next(iter(wrong))):

@@ -131,3 +131,6 @@ def test_bad_arguments_are_refused():
     for limits in ((0.5, 0.1), (-1.0, 1.0), (math.nan, 1.0)):
         with pytest.raises(UsageError, match="dt_limits"):
             Mamba2(4, heads=3, value=2, key=2, dt_limits=limits)
+    for eps in (0.0, -1.0, math.inf):
+        with pytest.raises(UsageError, match="eps"):
+            Mamba2(4, heads=3, value=2, key=2, eps=eps)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from statewise.core import UsageError
-from statewise.nn import legs_normal, log_uniform, ring
+from statewise.nn import inverse_softplus, legs_normal, log_uniform, ring
 
 
 def test_ring_is_uniform_by_area():
@@ -48,5 +48,11 @@ def test_log_uniform_covers_its_decades():
     x = log_uniform(10_000, 1e-3, 1e-1).exp()
     assert x.min() >= 1e-3 and x.max() <= 1e-1
     assert (x < 1e-2).double().mean().item() == pytest.approx(0.5, abs=0.02)
-    with pytest.raises(UsageError, match="expected"):
-        log_uniform(3, 0.0, 1.0)
+    for low, high in ((0.0, 1.0), (1.0, 0.5), (1.0, math.inf), (math.nan, 1.0)):
+        with pytest.raises(UsageError, match="expected"):
+            log_uniform(3, low, high)
+
+
+def test_inverse_softplus_is_the_inverse():
+    y = torch.tensor([1e-12, 1e-3, 1.0, 30.0], dtype=torch.float64)
+    torch.testing.assert_close(torch.nn.functional.softplus(inverse_softplus(y), threshold=50), y, rtol=1e-12, atol=0)

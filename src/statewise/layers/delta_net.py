@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Cell, check_sizes, register_layer, wide
-from ..nn import RMSNorm, ShortConvolution, log_uniform, unit
+from ..nn import RMSNorm, ShortConvolution, inverse_softplus, log_uniform, unit
 from ..ops import delta_scan, delta_step
+from .outer_cell import usual_heads
 
 
 class DeltaState(NamedTuple):
@@ -22,11 +23,6 @@ class Projected(NamedTuple):
     qkv: Tensor  # (..., C) queries, keys and values, before the convolution
     beta: Tensor  # (..., n H) in (0, 1) or (0, 2)
     log_decay: Tensor | None  # (..., H)
-
-
-def head_count(width: int) -> int:
-    """The most of 8, 4, 2, 1 heads that leave 16 channels to each."""
-    return next(h for h in (8, 4, 2, 1) if h == 1 or width >= 16 * h)
 
 
 class DeltaRule(Cell[DeltaState]):
@@ -73,7 +69,7 @@ class DeltaRule(Cell[DeltaState]):
             a = torch.rand(self.value_heads, dtype=torch.float64).clamp_min(1e-6) * 16
             dt = log_uniform(self.value_heads, 1e-3, 0.1).exp()
             self.a_log = nn.Parameter(a.log().to(torch.get_default_dtype()))
-            self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(torch.get_default_dtype()))
+            self.dt_bias = nn.Parameter(inverse_softplus(dt).to(torch.get_default_dtype()))
         self.norm = RMSNorm(value, eps=1e-5)
         self.gate = nn.Linear(width, self.value_heads * value, bias=False) if gate else None
         self.out = nn.Linear(self.value_heads * value, width, bias=False)
@@ -134,8 +130,9 @@ class DeltaRule(Cell[DeltaState]):
         return self.out(o.to(x.dtype)).to(x.dtype)
 
 
-def _sized(width: int) -> dict[str, int]:
-    heads = head_count(width)
+def sized(width: int) -> dict[str, int]:
+    """Heads as wide as they are long, that share the width."""
+    heads = usual_heads(width)
     return dict(width=width, heads=heads, key=max(1, width // heads), value=max(1, width // heads))
 
 
@@ -146,7 +143,7 @@ def _sized(width: int) -> dict[str, int]:
         dict(width=3, heads=2, key=3, value=2),
         dict(width=2, heads=1, key=2, value=3, taps=None, negative=True),
     ],
-    sized=_sized,
+    sized=sized,
 )
 class DeltaNet(DeltaRule):
     """S_t = (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K),  y_t = W RMSNorm(o_t), by heads.

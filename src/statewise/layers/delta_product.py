@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from ..core import register_layer
-from .delta_net import DeltaRule, head_count
-
-
-def _sized(width: int) -> dict[str, int]:
-    heads = head_count(width)
-    return dict(width=width, heads=heads, key=max(1, width // heads), value=max(1, width // heads))
+from .delta_net import DeltaRule, sized
 
 
 @register_layer(
@@ -18,7 +13,7 @@ def _sized(width: int) -> dict[str, int]:
         dict(width=3, heads=2, key=3, value=2, corrections=2, taps=None),
         dict(width=2, heads=1, key=2, value=2, corrections=3, forget=True, gate=True),
     ],
-    sized=_sized,
+    sized=sized,
 )
 class DeltaProduct(DeltaRule):
     """S <- S + b_tj k_tj (v_tj - S^T k_tj)^T for j = 1 to n,  o_t = S_t^T q_t / sqrt(K),  y_t = W RMSNorm(o_t).

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..core import register_layer
-from .delta_net import DeltaRule, head_count
+from .delta_net import DeltaRule
+from .outer_cell import usual_heads
 
 
 def _sized(width: int) -> dict[str, int]:
-    heads = head_count(width)
+    heads = usual_heads(width)
     key = max(1, 3 * width // (4 * heads))
     return dict(width=width, heads=heads, key=key, value=2 * key)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Traits, UsageError, check_sizes, near, register_layer, wide
-from ..nn import LTI, LinearSystem, bilinear, hippo, log_uniform, zero_order_hold
+from ..nn import LTI, LinearSystem, bilinear, check_dt, hippo, log_uniform, zero_order_hold
 from ..nn.hippo import Measure
 
 Rule = Literal["bilinear", "zoh"]
@@ -43,7 +43,7 @@ class LSSL(LTI):
     A stable. A step discretises A anew: of the bilinear rule it solves for the next state alone, 2/3 N^3 operations for
     each feature, of the hold it takes the exponential. `nn.Frozen` streams what has been learned in N^2.
 
-    Raises UsageError for an unknown measure, rule or learn.
+    Raises UsageError for an unknown measure, rule or learn, and unless 0 < dt_min <= dt_max.
     """
 
     traits = Traits(linear_in_input=True, time_invariant=True)
@@ -72,6 +72,7 @@ class LSSL(LTI):
     ):
         super().__init__()
         check_sizes("LSSL", width=width, states=states, channels=channels)
+        check_dt("LSSL", dt_min, dt_max)
         for what, given, known in (("rule", rule, get_args(Rule)), ("learn", learn, get_args(Learn))):
             if given not in known:
                 raise UsageError(f"LSSL: unknown {what} {given!r}; {near(str(given), known)}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Cell, UsageError, check_sizes, register_layer, wide
-from ..nn import RMSNorm, ShortConvolution, log_uniform
+from ..nn import RMSNorm, ShortConvolution, check_dt, inverse_softplus, log_uniform
 from ..ops import selective_scan
 from ..ops.selective_scan import selective_step
 
@@ -51,7 +51,7 @@ class Mamba(Cell[MambaState]):
     a_log and D from weight decay.
 
     State: MambaState, float32 or wider, as dt and A are in every mode.
-    Raises UsageError for sizes below 1 and unless 0 < dt_min <= dt_max.
+    Raises UsageError for sizes below 1 and unless 0 < dt_min <= dt_max and 0 < norm_eps.
     """
 
     def __init__(
@@ -74,8 +74,9 @@ class Mamba(Cell[MambaState]):
         if dt_rank is None:
             dt_rank = math.ceil(width / 16)
         check_sizes("Mamba", dt_rank=dt_rank)
-        if not 0 < dt_min <= dt_max:
-            raise UsageError(f"Mamba: dt_min {dt_min}, dt_max {dt_max}; expected 0 < dt_min <= dt_max")
+        check_dt("Mamba", dt_min, dt_max)
+        if not 0 < norm_eps < math.inf:
+            raise UsageError(f"Mamba: norm_eps {norm_eps}; expected more than 0")
         self.width = self.out_width = width
         self.inner, self.states, self.dt_rank = expand * width, states, dt_rank
         dtype = torch.get_default_dtype()
@@ -88,7 +89,7 @@ class Mamba(Cell[MambaState]):
         self.dt = nn.Linear(dt_rank, self.inner)
         nn.init.uniform_(self.dt.weight, -(dt_rank**-0.5), dt_rank**-0.5)
         dt = log_uniform(self.inner, dt_min, dt_max).exp().clamp_min(DT_FLOOR)
-        self.dt.bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.dt.bias.data.copy_(inverse_softplus(dt))
         self.a_log = nn.Parameter(torch.arange(1, states + 1, dtype=dtype).log().repeat(self.inner, 1))
         self.d = nn.Parameter(torch.ones(self.inner))
         self.out = nn.Linear(self.inner, width, bias=bias)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Cell, UsageError, check_sizes, register_layer, wide
-from ..nn import ShortConvolution, log_uniform
+from ..nn import ShortConvolution, inverse_softplus, log_uniform
 from ..ops import outer_scan, outer_step
 
 
@@ -69,7 +69,7 @@ class Mamba2(Cell[Mamba2State]):
 
     At birth exp(a_log) is uniform in [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1], D = 1; linear maps start
     as in torch.nn.Linear. State: memory (B, H, K, V) and the convolution's last inputs, float32 or wider.
-    Raises UsageError if groups do not divide heads, or unless 0 <= dt_limits[0] < dt_limits[1].
+    Raises UsageError if groups do not divide heads, or unless 0 <= dt_limits[0] < dt_limits[1] and 0 < eps.
     """
 
     def __init__(
@@ -93,6 +93,8 @@ class Mamba2(Cell[Mamba2State]):
         low, high = dt_limits
         if not 0 <= low < high:
             raise UsageError(f"Mamba2: dt_limits {dt_limits}; expected 0 <= low < high")
+        if not 0 < eps < math.inf:
+            raise UsageError(f"Mamba2: eps {eps}; expected more than 0")
         self.width = self.out_width = width
         self.heads, self.value, self.key, self.groups, self.dt_limits = heads, value, key, groups, (low, high)
         inner, shared = heads * value, groups * key
@@ -100,7 +102,7 @@ class Mamba2(Cell[Mamba2State]):
         self.in_proj = nn.Linear(width, sum(self.sizes), bias=bias)
         self.conv = ShortConvolution(self.sizes[1], taps=taps, bias=conv_bias)
         dt, dtype = log_uniform(heads, 1e-3, 0.1).exp(), torch.get_default_dtype()
-        self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype))  # the inverse of softplus
+        self.dt_bias = nn.Parameter(inverse_softplus(dt).to(dtype))
         self.a_log = nn.Parameter((1 + 15 * torch.rand(heads, dtype=torch.float64)).log().to(dtype))
         self.d = nn.Parameter(torch.ones(heads))
         self.norm = GatedRMSNorm(inner, groups=groups, eps=eps)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Traits, UsageError, check_sizes, register_layer, wide
-from ..nn import LTI, LinearSystem, legs_dplr, log_uniform
+from ..nn import LTI, LinearSystem, check_dt, legs_dplr, log_uniform
 from ..nn.lti import moved
 
 SPAN = 512  # frequencies whose Cauchy sums are formed at a time, times N/2 complex numbers for each feature
@@ -32,7 +32,8 @@ class S4(LTI):
     the step whatever L is. The GELU and gated linear unit of the paper's block are the model's business. State
     x (B, D, N/2), complex64 or wider.
 
-    Raises UsageError for an odd number of states and a width that is no multiple of copies.
+    Raises UsageError for an odd number of states, a width that is no multiple of copies, and unless
+    0 < dt_min <= dt_max.
     """
 
     traits = Traits(linear_in_input=True, time_invariant=True)
@@ -40,6 +41,7 @@ class S4(LTI):
     def __init__(self, width: int, states: int = 64, *, copies: int = 1, dt_min: float = 0.001, dt_max: float = 0.1):
         super().__init__()
         check_sizes("S4", width=width, states=states, copies=copies)
+        check_dt("S4", dt_min, dt_max)
         if width % copies:
             raise UsageError(f"S4: width {width}, copies {copies}; expected width to be a multiple of copies")
         self.width = self.out_width = width

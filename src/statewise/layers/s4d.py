@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Traits, UsageError, check_sizes, near, register_layer, wide
-from ..nn import LTI, LinearSystem, diagonal, log_uniform
+from ..nn import LTI, LinearSystem, check_dt, diagonal, log_uniform
 from ..nn.hippo import Diagonal
 
 Rule = Literal["zoh", "bilinear"]
@@ -35,7 +35,7 @@ class S4D(LTI):
     The GELU and gated linear unit of the paper's block are the model's business. State x (B, D, N/2), complex64 or
     wider.
 
-    Raises UsageError for an odd number of states, an unknown start or rule.
+    Raises UsageError for an odd number of states, an unknown start or rule, and unless 0 < dt_min <= dt_max.
     """
 
     traits = Traits(linear_in_input=True, time_invariant=True)
@@ -52,6 +52,7 @@ class S4D(LTI):
     ):
         super().__init__()
         check_sizes("S4D", width=width, states=states)
+        check_dt("S4D", dt_min, dt_max)
         if rule not in get_args(Rule):
             raise UsageError(f"S4D: unknown rule {rule!r}; {near(str(rule), get_args(Rule))}")
         self.width = self.out_width = width

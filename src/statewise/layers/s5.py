@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Cell, Traits, UsageError, check_sizes, register_layer, wide
-from ..nn import legs_normal, log_uniform
+from ..nn import check_dt, legs_normal, log_uniform
 from ..ops import linear_scan
 
 
@@ -34,6 +34,7 @@ class S5(Cell[Tensor]):
     def __init__(self, width: int, states: int, *, blocks: int = 1, dt_min: float = 0.001, dt_max: float = 0.1):
         super().__init__()
         check_sizes("S5", width=width, states=states, blocks=blocks)
+        check_dt("S5", dt_min, dt_max)
         if states % (2 * blocks):
             raise UsageError(f"S5: states {states}, blocks {blocks}; expected states to be a multiple of 2 * blocks")
         self.width = self.out_width = width

@@ -4,7 +4,7 @@ from .feature_maps import POSITIVE, Feature, check_feature, features
 from .gated import GLU, GatedMLP
 from .heads import HeadNorm
 from .hippo import bilinear, diagonal, hippo, legendre_memory, legs_dplr, legs_normal, zero_order_hold
-from .initialisers import log_uniform, ring
+from .initialisers import check_dt, inverse_softplus, log_uniform, ring
 from .lti import LTI, Frozen, LinearSystem
 from .norms import RMSNorm
 from .rotary import rotate
@@ -14,6 +14,7 @@ from .unit import unit
 
 __all__ = [
     "BlockLinear", "Feature", "Frozen", "GLU", "GatedMLP", "HeadNorm", "LTI", "LinearSystem", "POSITIVE", "RMSNorm",
-    "ShortConvolution", "bilinear", "check_feature", "decayed_max", "diagonal", "features", "hippo", "legendre_memory",
-    "legs_dplr", "legs_normal", "log_uniform", "positions", "ring", "rotate", "tail", "unit", "zero_order_hold",
+    "ShortConvolution", "bilinear", "check_dt", "check_feature", "decayed_max", "diagonal", "features", "hippo",
+    "inverse_softplus", "legendre_memory", "legs_dplr", "legs_normal", "log_uniform", "positions", "ring", "rotate",
+    "tail", "unit", "zero_order_hold",
 ]  # fmt: skip

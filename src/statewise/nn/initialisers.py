@@ -27,6 +27,17 @@ def ring(states: int, *, r_min: float, r_max: float, max_phase: float) -> tuple[
 
 def log_uniform(size: int, low: float, high: float) -> Tensor:
     """log of values (size,) that are log-uniform in [low, high]."""
-    if not 0 < low <= high:
-        raise UsageError(f"log_uniform: low {low}, high {high}; expected 0 < low <= high")
+    if not 0 < low <= high < math.inf:
+        raise UsageError(f"log_uniform: low {low}, high {high}; expected 0 < low <= high, both finite")
     return math.log(low) + torch.rand(size, dtype=torch.float64) * math.log(high / low)
+
+
+def check_dt(name: str, dt_min: float, dt_max: float) -> None:
+    """Raises UsageError in the name of a layer unless 0 < dt_min <= dt_max, both finite: where its step sizes begin."""
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise UsageError(f"{name}: dt_min {dt_min}, dt_max {dt_max}; expected 0 < dt_min <= dt_max, both finite")
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """The x (...) with log(1 + e^x) = y, y > 0; expm1, for y may be tiny."""
+    return y + torch.log(-torch.expm1(-y))
