@@ -20,7 +20,7 @@ VERBS = {  # in the order of --help
     "compare": "many layers on one task, several seeds each, and a report",
     "stream": "answer standard input line by line with a trained run",
     "check": "the conformance suite on a layer, your own or a registered one",
-    "explain": "what a layer is and costs, and which backend it or an op takes, and why",
+    "explain": "what a layer is and costs; which backend it or an op takes",
     "reproduce": "a paper's experiments, and which of its claims hold",
     "papers": "every paper, its claims, the measured numbers",
     "bench": "speed and memory, beside what else there is",

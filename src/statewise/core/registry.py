@@ -44,9 +44,12 @@ class Registry(Generic[T]):
 
 
 def near(name: str, known: Any) -> str:
-    """'near: ...' with the closest names, or all of them."""
+    """'near: ...' with the closest names, or a dozen of those that there are."""
     close = difflib.get_close_matches(name, list(known), n=3)
-    return f"near: {', '.join(close)}" if close else f"known: {', '.join(sorted(known))}"
+    if close:
+        return f"near: {', '.join(close)}"
+    names = sorted(known)
+    return f"known: {', '.join(names[:12])}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 @dataclass(frozen=True)
