@@ -244,3 +244,15 @@ def test_birth_of_the_gates():
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(UsageError, match=f"{name} is 0"):
         DeltaProduct(**{**dict(width=4, **SIZES, corrections=2), name: 0})
+
+
+@pytest.mark.parametrize("cls, arguments", CASES)
+def test_birth_of_the_maps(cls, arguments):
+    """Each map by itself is Xavier uniform, with gain 2^-2.5: queries, keys and values too, made by one product."""
+    torch.manual_seed(0)
+    layer = cls(**{**arguments, "width": 40, "heads": 4, "key": 16})
+    maps = [*layer.qkv.weight.split(layer.sizes), layer.beta.weight, layer.out.weight]
+    maps += [linear.weight for linear in (layer.decay, layer.gate) if linear is not None]
+    for weight in maps:
+        bound = 2**-2.5 * math.sqrt(6 / sum(weight.shape))
+        assert 0.9 * bound < weight.abs().max() <= bound

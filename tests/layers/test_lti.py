@@ -13,7 +13,7 @@ from torch import Tensor
 
 from statewise.core import Cell, StatewiseError, UsageError, chunked, unroll
 from statewise.layers import LMU, LSSL, S4, S4D, S5, Mamba
-from statewise.nn import LTI, Frozen, bilinear, hippo, lti
+from statewise.nn import LTI, Frozen, bilinear, hippo, legs_dplr, lti
 
 LAYERS: list[tuple[type[LTI], dict[str, Any]]] = [
     *[
@@ -329,6 +329,46 @@ def test_legs_remembers_where_a_random_matrix_does_not():
         fit = torch.linalg.lstsq(x[:4].flatten(0, 1), want[:4].flatten(0, 1)).solution
         errors.append(float((x[4:] @ fit - want[4:]).norm() / want[4:].norm()))
     assert errors[0] < 0.3 and errors[1] > 3 * errors[0], errors
+
+
+@pytest.mark.parametrize("cls", [LSSL, S4, S4D])
+def test_births(cls: Any):
+    """C and D of variance one, dt log-uniform between its bounds, one for each feature."""
+    layer = made(cls, dict(width=400, states=8, dt_min=0.01, dt_max=1.0))
+    with torch.no_grad():
+        c = torch.view_as_complex(layer.c) if cls is not LSSL else layer.c
+        assert float(c.abs().pow(2).mean()) == pytest.approx(1, abs=0.15)
+        assert float(layer.d.pow(2).mean()) == pytest.approx(1, abs=0.3)
+        dt = layer.log_dt.exp()
+        assert dt.shape == (400,) and 0.0099 < dt.min() < 0.011 and 0.9 < dt.max() < 1.001
+        assert float((dt < 0.1).double().mean()) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("cls", [LSSL, S4, S4D])
+def test_what_passes_by_the_state_is_d_x(cls: Any):
+    layer, x = made(cls, dict(width=3, states=4)), normal(2, 5, 3)
+    with torch.no_grad():
+        layer.c.zero_()
+        torch.testing.assert_close(layer(x)[0], layer.d.view(3) * x)
+
+
+def test_features_of_s4_share_its_copies_in_turn():
+    layer = made(S4, dict(width=6, states=4, copies=3))
+    with torch.no_grad():
+        layer.log_decay.copy_(torch.arange(3.0)[:, None])
+        lam = layer._parts()[0]
+    torch.testing.assert_close(lam.real[:, 0], -torch.arange(3.0, dtype=torch.float64).exp().repeat(2))
+
+
+def test_s4_is_born_with_b_within_two():
+    layer, (_, _, b) = made(S4, dict(width=1, states=64)), legs_dplr(64)
+    assert b.imag.abs().max() > 2.1
+    got = torch.view_as_complex(layer.b.detach())[0]
+    inside = b.imag.abs() <= 2
+    assert 0 < inside.sum() < len(b)
+    torch.testing.assert_close(got.real, b.real, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.imag[inside], b.imag[inside], atol=1e-5, rtol=1e-5)
+    assert (got.imag[~inside].abs() == 2).all()
 
 
 @pytest.mark.parametrize("cls", [LSSL, S4, S4D, S5, Mamba])

@@ -361,3 +361,42 @@ def test_mlstm_large_is_the_xlstm_layer_of_transformers():
     ours.load_state_dict(weights)
     x = torch.randn(2, 48, 64, dtype=torch.float64)
     torch.testing.assert_close(ours(x)[0], peer(x)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_births():
+    torch.manual_seed(0)
+    layer = MLSTM(64, heads=64)
+    assert layer.gates.bias[:64].std().item() == pytest.approx(0.1, rel=0.3) and layer.skip.eq(1).all()
+    assert (
+        not layer.gates.weight.any()
+        and not LinearAttention(4, heads=1, key=2, value=2, feature="identity", normaliser="learnt").log_z.weight.any()
+    )
+    gla = GLA(64, heads=2, key=4, value=4)
+    assert gla.decay[0].out_features == 16
+    decay = gla.encode(torch.randn(1000, 64)).log_decay.exp()
+    assert decay.min() > 0.9 and decay.max() < 1  # sigmoid(about 0)^(1/16) = 0.96
+    assert decay.mean().item() == pytest.approx(0.5 ** (1 / 16), abs=0.01)
+
+
+def test_a_learnt_normaliser_of_any_size_leaves_numbers():
+    layer = LinearAttention(2, heads=1, key=2, value=2, feature="identity", normaliser="learnt")
+    with torch.no_grad():
+        layer.log_z.weight.fill_(1.0)
+    for size in (1e3, -1e3):  # z = e^+-20 instead of infinity or 0
+        x = torch.full((1, 3, 2), size, requires_grad=True)
+        y = layer(x)[0]
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert y.isfinite().all() and y.abs().sum() > 0 and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.5])
+def test_eps_joins_the_denominator_of_the_memory_as_it_is_kept(eps):
+    """One step from nothing: c = i k v^T, n = i k at the scale e^m, m = max(log f, log i)."""
+    u = gated(shift=1.0, steps=1)
+    h, _ = memory_scan(u, no_memory(), None, None, eps=eps)
+    m = torch.maximum(u.log_forget, u.log_input)
+    z = (u.q * u.k).sum(-1) / 3**0.5 * (u.log_input - m).exp()
+    want = (z / (torch.maximum(z.abs(), (-m).exp()) + eps))[..., None] * u.v
+    torch.testing.assert_close(h, want, rtol=1e-10, atol=1e-12)
+    step, _ = memory_step(Gated(*(t[:, 0] for t in u)), no_memory(), eps=eps)
+    torch.testing.assert_close(step, want[:, 0], rtol=1e-10, atol=1e-12)

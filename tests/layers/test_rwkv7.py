@@ -146,3 +146,29 @@ def test_bad_arguments_are_refused():
         RWKV7(6, heads=2, v_first="yes")
     with pytest.raises(UsageError, match="depth 2"):
         RWKV7(6, heads=2, depth=2)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25])
+def test_birth_is_the_authors(depth):
+    """Entry by entry, at a width whose heads and channels are easily told apart."""
+    torch.manual_seed(0)
+    width, size = 8, 4
+    layer = RWKV7(width, heads=2, depth=depth, v_first="in")
+    for i in range(width):
+        part, within = i / (width - 1), 2 * (i % size) / (size - 1) - 1
+        zigzag = math.copysign(within**2, within)
+        mu = [1 - (i / width) ** (power * (1 - depth)) for power in (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)]  # r, w, k, v, a, g
+        assert layer.mu[:, i].tolist() == pytest.approx(mu, abs=1e-6)
+        assert layer.k_k[i].item() == pytest.approx(0.71 - 0.1 * (part - 0.5))
+        assert layer.decay.up.bias[i].item() == pytest.approx(
+            -6 + 6 * part ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag, abs=1e-6
+        )
+        assert layer.rate.up.bias[i].item() == pytest.approx(-0.19 + 0.3 * zigzag + 0.4 * (part - 0.5), abs=1e-6)
+        assert layer.mix.up.bias[i].item() == pytest.approx(0.73 - 0.4 * (part - 0.5))
+    assert (layer.k_a == 1.02).all() and (layer.r_k == -0.04).all() and layer.gate.up.bias is None
+    eye = torch.eye(width)
+    for linear, gain in ((layer.r, 1.0), (layer.k, 0.1), (layer.v, 1.0)):
+        torch.testing.assert_close(linear.weight @ linear.weight.T, gain**2 * eye, atol=1e-5, rtol=0)
+    for low in (layer.decay, layer.rate, layer.gate, layer.mix):
+        for linear in (low.down, low.up):
+            torch.testing.assert_close(linear.weight @ linear.weight.T, 0.01 * eye, atol=1e-5, rtol=0)
