@@ -172,7 +172,7 @@ class _Draw:
 
     def hard(self, make: Any) -> Iterator[dict[str, Any]]:
         """Shapes and decays that either op is called with. make: self.delta or self.dplr."""
-        yield make(2, 5, 2, 3, 4)
+        yield make(2, 5, 7, 3, 4)  # no two sizes alike
         yield make(1, 1, 1, 1, 1)
         yield make(2, 0, 2, 3, 4)
         yield make(0, 4, 2, 3, 4)

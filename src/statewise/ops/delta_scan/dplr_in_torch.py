@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contain import contained
 from ..looping import loop
+from ..opaque import Kernel, opaque
 from . import dplr_step
 from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, fold, inverse, plan, unfold
-from .kernel import differentiable
 
 _ROWS = 64
+_ARGUMENTS = "q k v a b g? reset? state"
 
 
 class _Level:
@@ -238,23 +240,25 @@ def _fake(
     return (
         v.new_empty(v.shape),
         state.new_empty(state.shape),
+        state.new_empty(v.shape[0], q.shape[1], dtype=torch.bool),
         state.new_empty(p.chunks + 1, size, *state.shape[2:]),
         state.new_empty(p.chunks, size, p.rows, p.rows),
         state.new_empty(p.chunks, size, p.rows, v.shape[-1]),
     )
 
 
-def chunked(name: str, passes: Passes) -> Callable[..., tuple[Tensor, Tensor]]:
+def chunked(name: str, passes: Passes) -> Kernel:
     """run(q, k, v, a, b, g, reset, state), g (B, T, H, K) or None."""
-    forward, backward = functools.partial(_forward, passes), functools.partial(_backward, passes)
-    return differentiable(name, "q k v a b g? reset? state", forward, backward, _by_loop, _fake)
+    kernels = functools.partial(_forward, passes), functools.partial(_backward, passes)
+    forward, backward, alone = contained(_ARGUMENTS, *kernels, _by_loop)
+    return opaque(name, None, _ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
 
 
 run = chunked("dplr_chunks", IN_TORCH)
 
 
 def solve(
-    run: Callable[..., tuple[Tensor, Tensor]],
+    run: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,

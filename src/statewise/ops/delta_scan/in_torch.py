@@ -12,18 +12,19 @@ Kept for the backward pass: the inputs, the states between chunks, R and (I + A)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..contain import contained
 from ..looping import loop
+from ..opaque import Kernel, opaque
 from . import delta_step
-from .chunks import IN_TORCH, Passes, Plan, Sums, between, by_row, cleared, fold, inverse, plan, unfold
+from .chunks import CUT, IN_TORCH, Passes, Plan, Sums, between, by_row, cleared, fold, inverse, plan, unfold
 from .dplr_in_torch import run as dplr_run
-from .kernel import differentiable
 
 _ROWS = 64
+_ARGUMENTS = "q k v beta g? reset? state"
 
 
 class _Decay:
@@ -31,6 +32,7 @@ class _Decay:
 
     def __init__(self, g: Tensor, p: Plan, dtype: torch.dtype):
         """g: (chunks, G, tokens), at least CUT."""
+        self.cut = g <= CUT
         sums = Sums.of(g, -1)
         if p.per_step > 1:
             sums = sums.each(lambda s: s.repeat_interleave(p.per_step, -1))
@@ -163,7 +165,7 @@ def _backward(
         if d_g is not None:
             d_total = (k_ * (dk_read - dk_write)).sum(-1).unflatten(-1, (-1, n)).sum(-1) + (q_ * dq_).sum(-1)
             d_total[..., -1] += at_end
-            unfold(d_g[..., None], lo, hi, d_total.double().flip(-1).cumsum(-1).flip(-1)[..., None])
+            unfold(d_g[..., None], lo, hi, _later(d_total.double(), decay.cut)[..., None])
         unfold(d_q, lo, hi, dq_)
         unfold(d_k, lo, hi, dk_read.add_(dk_write))
         unfold(d_v, lo, hi, y)
@@ -171,6 +173,15 @@ def _backward(
     ends = (p.steps, p.steps * n, p.steps * n, p.steps * n, p.steps)
     grads = [x[:, :end].contiguous() for x, end in zip((d_q, d_k, d_v, d_beta, d_g), ends) if x is not None]
     return *grads, ds.reshape(state.shape)
+
+
+def _later(x: Tensor, cut: Tensor) -> Tensor:
+    """Sums of x (..., C) from each step on: nothing passes a cut, not even the rounding of sums that cancel."""
+    if not bool(cut.any()):
+        return x.flip(-1).cumsum(-1).flip(-1)
+    part = cut.cumsum(-1)
+    together = (part[..., :, None] == part[..., None, :]).triu_().to(x.dtype)
+    return (together @ x[..., None])[..., 0].masked_fill_(cut, 0)
 
 
 def _minus(x: Tensor, y: Tensor) -> Tensor:
@@ -198,24 +209,26 @@ def _fake(
     return (
         v.new_empty(*q.shape[:3], v.shape[-1]),
         state.new_empty(state.shape),
+        state.new_empty(v.shape[0], q.shape[1], dtype=torch.bool),
         state.new_empty(p.chunks + 1, size, *state.shape[2:]),
         state.new_empty(p.chunks, size, p.rows, p.rows),
         state.new_empty(p.chunks, size, p.rows, v.shape[-1]),
     )
 
 
-def chunked(name: str, passes: Passes) -> Callable[..., tuple[Tensor, Tensor]]:
+def chunked(name: str, passes: Passes) -> Kernel:
     """run(q, k, v, beta, g, reset, state) with a decay per head, g (B, T, H) or None; k, v, beta (B, n T, H, ...)."""
-    forward, backward = functools.partial(_forward, passes), functools.partial(_backward, passes)
-    return differentiable(name, "q k v beta g? reset? state", forward, backward, _by_loop, _fake)
+    kernels = functools.partial(_forward, passes), functools.partial(_backward, passes)
+    forward, backward, alone = contained(_ARGUMENTS, *kernels, _by_loop)
+    return opaque(name, None, _ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
 
 
 _run = chunked("delta_chunks", IN_TORCH)
 
 
 def solve(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    run_dplr: Callable[..., tuple[Tensor, Tensor]],
+    run: Kernel,
+    run_dplr: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,

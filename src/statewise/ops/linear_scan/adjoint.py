@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..opaque import is_traced
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
@@ -26,18 +28,9 @@ def differentiable(name: str, devices: str | tuple[str, ...], forward: Forward, 
     plain, traced = _functions(forward, backward), _custom_op(name, devices, forward, backward)
 
     def run(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        return traced(a, x, h0, reset) if _is_traced(x) else plain(a, x, h0, reset)
+        return traced(a, x, h0, reset) if is_traced(x) else plain(a, x, h0, reset)
 
     return run
-
-
-def _is_traced(x: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def _functions(forward: Forward, backward: Backward) -> Forward:
