@@ -33,7 +33,7 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     def call(b: int, t: int, g: int, n: int, size: float = 0.5, **more: Tensor) -> dict[str, Any]:
         return {"a": size * normal(b, t, g, n, n), "x": normal(b, t, g, n), "h0": normal(b, g, n), **more}
 
-    yield call(2, 5, 3, 2)
+    yield call(2, 5, 3, 4)  # no two sizes alike
     yield call(1, 1, 1, 1)
     yield call(2, 0, 3, 2)
     yield call(0, 4, 3, 2)

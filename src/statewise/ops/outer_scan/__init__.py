@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core import UsageError, wide
 from ..dispatch import Backend, op
 from ..looping import loop
-from .adjoint import kind_of
+from .edges import kind_of
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -101,7 +101,7 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         return torch.full(shape, value, device=device, dtype=wider)
 
     ends, lowest = torch.tensor([0, 7, 3], device=device), torch.finfo(wider).min
-    yield inputs(2, 5, 2, 2, 3, 4)
+    yield inputs(2, 5, 7, 7, 3, 4)  # no two sizes alike but the heads'
     for kind in ((1, 1), (3, 1), (1, 4), (3, 4)):
         yield inputs(2, 6, 2, 2, 3, 4, decay(2, 6, 2, *kind))
         yield inputs(1, 1, 1, 1, 3, 4, decay(1, 1, 1, *kind))
@@ -150,6 +150,13 @@ def _not_in_triton(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **more: Any) 
     return f"{q.shape[3]} keys (takes up to 256)" if q.shape[3] > 256 else None
 
 
+def _not_in_numba(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **more: Any) -> str | None:
+    kind = kind_of(more.get("log_decay"))
+    if kind in ("value", "full"):
+        return f"a decay per {'value' if kind == 'value' else 'key and value'} (takes one per head or per key)"
+    return None
+
+
 @op(
     Backend(
         "triton",
@@ -158,6 +165,14 @@ def _not_in_triton(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **more: Any) 
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         requires=("triton",),
         limits=_not_in_triton,
+    ),
+    Backend(
+        "numba",
+        "statewise.ops.outer_scan.in_numba:scan",
+        devices=("cpu",),
+        dtypes=(*_WIDE, torch.bfloat16, torch.float16),
+        requires=("numba",),
+        limits=_not_in_numba,
     ),
     Backend(
         "torch",
