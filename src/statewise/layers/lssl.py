@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..core import Traits, UsageError, check_sizes, near, register_layer, wide
 from ..nn import LTI, LinearSystem, bilinear, check_dt, hippo, log_uniform, zero_order_hold
 from ..nn.hippo import Measure
+from ..nn.lti import read
 
 Rule = Literal["bilinear", "zoh"]
 Learn = Literal["fixed", "step", "structured", "dense"]
@@ -119,7 +120,7 @@ class LSSL(LTI):
             right = 2 * state + dt * b * u[..., None]
             x = torch.linalg.solve(eye - dt[..., None] / 2 * a, right.movedim(0, -1)).movedim(-1, 0) - state
             x = x.to(state.dtype)
-            return torch.einsum("dmn,bdn->bdm", self.c.to(x.dtype), x), x
+            return read(self.c.to(x.dtype), x), x
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
         return (o + self.d * x[..., None]).flatten(-2).to(x.dtype)

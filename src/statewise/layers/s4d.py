@@ -77,7 +77,8 @@ class S4D(LTI):
         b, c = (torch.view_as_complex(p.to(high).contiguous()) for p in (self.b, self.c))
         dt = self.log_dt.to(high).exp()[:, None]
         if self.rule == "zoh":  # expm1, for dt lam may be tiny
-            return LinearSystem(torch.exp(lam * dt), torch.expm1(lam * dt) / lam * b, 2 * c[:, None])
+            step = torch.polar((lam.real * dt).exp(), lam.imag * dt)  # several times as fast as the complex exp
+            return LinearSystem(step, torch.expm1(lam * dt) / lam * b, 2 * c[:, None])
         half = lam * dt / 2
         return LinearSystem((1 + half) / (1 - half), dt / (1 - half) * b, 2 * c[:, None])
 

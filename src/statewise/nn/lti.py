@@ -53,7 +53,7 @@ class LTI(Cell[Tensor]):
         with torch.autocast(u.device.type, enabled=False):
             a, b, c = self.system()
             x = _times(a, state) + b * u.to(wide(u.dtype))[..., None]
-            return torch.einsum("dmn,bdn->bdm", _as_real(c, -1), _as_real(x.conj(), -1)), x
+            return read(c, x), x
 
     def scan(self, u: Tensor, state: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """u (B, T, D) -> o (B, T, D, M) and the state after the last step, or at each row's end."""
@@ -187,6 +187,13 @@ def moved(squares: list[Tensor], x: Tensor, steps: int | Tensor) -> Tensor:
         elif bit:
             x = _times(a, x)
     return x
+
+
+def read(c: Tensor, x: Tensor) -> Tensor:
+    """Re(C x) (B, D, M) for c (D, M, n), x (B, D, n)."""
+    if c.shape[1] == 1:  # a batch of D products of two vectors: slow as matrices
+        return (c[:, 0] * x).real.sum(-1, keepdim=True)
+    return torch.einsum("dmn,bdn->bdm", _as_real(c, -1), _as_real(x.conj(), -1))
 
 
 def _times(a: Tensor, x: Tensor) -> Tensor:
