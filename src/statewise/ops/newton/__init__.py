@@ -36,7 +36,7 @@ __all__ = ["Diagnostics", "Layout", "Structure", "by_tangents", "default_toleran
 PATIENCE = 10  # iterations before a row must gain steps; more where they contract only linearly
 GAIN = 32  # it must gain a 32nd of its segment in each iteration: about what an iteration costs in steps
 SEGMENT = 1 << 18  # numbers in the Jacobians of a segment: what a processor's caches hold
-SHORTEST, LONGEST = 128, 4096
+SHORTEST, LONGEST = 64, 4096
 WRONG = 0.05  # relative error that says a Jacobian is another function's: half precision in a step may cost 0.01
 MARGIN = 64  # how much closer the last update must be where the Jacobian is approximate
 
@@ -230,9 +230,6 @@ class _Run:
         self.iterations: list[int] = []
         self.stalled, self.amplified = 0, 0
         self.adjoint_of_before: Tensor | None = None
-        # the same random signs for all rows, and for every call
-        rng = torch.Generator().manual_seed(0)
-        self.signs = torch.randint(0, 2, (LONGEST, first.shape[1]), generator=rng, dtype=torch.int8)
 
     # solving
 
@@ -277,14 +274,12 @@ class _Run:
         for count in range(1, self.max_iterations + 1):
             z, jacobian = self.linear(u, h, carry, low, high)
             frozen = (times < done.to(h.device)[:, None])[..., None]
-            r = torch.where(frozen, 0, z - h)
+            r = torch.where(frozen, 0, z - h) if count > 1 else z - h
             d = self.scan(jacobian if self.damping == 0 else (1 - self.damping) * jacobian, r, zero, low, high)
-            new = h + d
-            if self.affine:
-                small = new.isfinite().all(-1)
-            else:
-                small = (d.abs() <= bound * (1 + new.abs())).all(-1)
-            h = torch.where(frozen, h, torch.where(new.isfinite(), new, z))
+            size = d.abs()
+            new = torch.where(size < torch.inf, h + d, z)
+            small = (size < torch.inf if self.affine else size <= bound * (1 + new.abs())).all(-1)
+            h = torch.where(frozen, h, new) if count > 1 else new
             small = small if never is None else small | (never & (count > 1))
             run = torch.where(gave_up, steps, small.cummin(1).values.sum(1).cpu())
             done = torch.maximum(done, run)
@@ -307,10 +302,10 @@ class _Run:
         return solve_linear(jacobian, r, start, None if self.cut is None else self.cut[:, low:high], self.structure)
 
     def rounding(self, h: Tensor) -> Tensor:
-        """An error of one rounding at every step, of random sign."""
-        signs = self.signs.repeat(-(-h.shape[1] // LONGEST), 1) if h.shape[1] > LONGEST else self.signs
-        signs = signs[: h.shape[1]].to(h.device, h.dtype) * 2 - 1
-        return signs * torch.finfo(h.dtype).eps / 2 * (1 + h.abs())
+        """An error of one rounding at every step: of random sign, the same for all rows and in every call."""
+        rng = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, h.shape[1:], generator=rng, dtype=torch.int8).to(h.device, h.dtype) * 2 - 1
+        return signs * (torch.finfo(h.dtype).eps / 2) * (1 + h.abs())
 
     # the recurrence at given states
 

@@ -53,14 +53,24 @@ class Structure:
             return "diagonal" if self.exact else "dense, its diagonal taken"
         return "dense" if self.size == self.numbers else f"blocks of {self.size}"
 
+    @functools.cached_property
+    def _striped(self) -> bool:
+        """Whether the first numbers of all blocks come first, then the second ones: leaves that meet elementwise."""
+        count = self.numbers // max(self.size, 1)
+        return self.order == tuple(j * count + g for g in range(count) for j in range(self.size))
+
     def split(self, h: Tensor) -> Tensor:
         """(..., N) -> (..., groups, size)."""
+        if self._striped:
+            return h.unflatten(-1, (self.size, -1)).mT
         h = h if self.order is None else h.index_select(-1, _indices(self.order, h.device)[0])
         return h.unflatten(-1, (-1, self.size)) if h.shape[-1] else h.view(*h.shape[:-1], 0, self.size)
 
     def join(self, h: Tensor) -> Tensor:
         """(..., groups, size) -> (..., N)."""
-        h = h.flatten(-2)
+        h = (h.mT if self._striped else h).flatten(-2)
+        if self._striped:
+            return h
         return h if self.order is None else h.index_select(-1, _indices(self.order, h.device)[1])
 
 
