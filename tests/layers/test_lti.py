@@ -212,6 +212,21 @@ def test_s4d_kernel_is_its_closed_form(start: Any):
         near(_kernel(layer, 500)[:, 0], torch.from_numpy(want), 1e-11)
 
 
+@pytest.mark.parametrize("start", ["lin", "legs"])
+def test_s4d_by_the_bilinear_rule_is_the_rule_of_matrices(start: Any):
+    """Real matrices of 2 x 2 blocks, one for each pair."""
+    layer = made(S4D, dict(width=1, states=4, start=start, rule="bilinear", dt_min=0.2, dt_max=0.2))
+    with torch.no_grad():
+        lam = torch.complex(-layer.log_decay.exp(), layer.frequency)[0]
+        b = torch.view_as_complex(layer.b)[0]
+        for n in range(2):
+            block = torch.tensor([[lam[n].real, -lam[n].imag], [lam[n].imag, lam[n].real]])
+            a, enter = bilinear(block, torch.view_as_real(b[n]), layer.log_dt.exp()[0])
+            system = layer.system()
+            torch.testing.assert_close(torch.view_as_real(system.a[0, n]), a[:, 0])
+            torch.testing.assert_close(torch.view_as_real(system.b[0, n]), enter)
+
+
 def test_s4d_without_a_step_keeps_its_digits():
     """(exp(lam dt) - 1) / lam tends to dt: expm1 keeps what the difference would lose."""
     layer = made(S4D, dict(width=2, states=8, dt_min=1e-7, dt_max=1e-7), torch.float32)
@@ -288,6 +303,17 @@ def test_lmu_memory_holds_the_window(delay: int):
         return float((read[..., 0] - want).norm() / want.norm())
 
     assert error(delay) < 0.05 and error(delay + 32) > 0.5
+
+
+def test_lmu_is_its_equations():
+    layer, x = made(LMU, dict(width=3, hidden=4, order=5, window=6.0, memories=2)), 2 * normal(1, 9, 3)
+    m, got = torch.zeros(2, 5, dtype=torch.float64), layer(x)[0][0]
+    assert (layer.write(x) < 0).any() and (got == 0).any() and (got > 0).any()
+    for t, x_t in enumerate(x[0]):
+        u = (layer.write.weight @ x_t + layer.write.bias).clamp(min=0)
+        m = m @ layer.a.mT + u[:, None] * layer.b
+        y = layer.read.weight @ torch.cat([m.flatten(), x_t]) + layer.read.bias
+        torch.testing.assert_close(got[t], y.clamp(min=0), atol=1e-12, rtol=1e-10)
 
 
 def test_lmu_memory_of_a_constant_is_the_constant():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from statewise.core import UsageError
 from statewise.layers import ShortConv
+from statewise.nn import ShortConvolution
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
@@ -29,3 +30,9 @@ def test_no_tap_reaches_across_a_reset_and_none_is_kept():
 def test_it_needs_a_tap():
     with pytest.raises(UsageError, match="at least 1"):
         ShortConv(3, taps=0)
+
+
+def test_it_starts_with_the_variance_of_one_over_taps_and_no_bias():
+    torch.manual_seed(0)
+    conv = ShortConvolution(4000, taps=4, bias=True)
+    assert conv.weight.var().item() == pytest.approx(1 / 4, rel=0.1) and not conv.bias.any()

@@ -32,6 +32,12 @@ def test_normal_after_a_rank_one_part(states: int):
     assert torch.linalg.matrix_rank(legt + legt.mT, atol=1e-6) == min(states, 2)
 
 
+@pytest.mark.parametrize("measure", ["legs", "legt"])
+def test_a_constant_is_held_by_the_first_polynomial(measure):
+    a, b = hippo(measure, 6)
+    torch.testing.assert_close(a[:, 0] + b, torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
 def test_legs_is_a_matrix_of_polynomials():
     """Under x' = (A x + B u) / t LegS holds the coefficients of u's past: for u(t) = t they are those of t's past."""
     states = 5
