@@ -63,7 +63,7 @@ CASES: list[Generated] = [
     t.SelectivBench(length=15, gap=0.7, shortest_gap=2, longest_gap=5, noise=0.2),
     t.SelectivBench(length=20, ambiguous=4, depth=3, plain=3, gap=0.3, gap_start=5, violating=True, grammar=1),
     t.InContextLanguages(length=60),
-    t.InContextLanguages(length=50, states=4, letters=4, longest=6),
+    t.InContextLanguages(length=50, states=4, letters=4, string=6),
     t.MackeyGlass(length=50),
     t.MackeyGlass(length=40, delay=8, horizon=5, step=2.0),
     t.Lorenz(length=12),
@@ -392,7 +392,7 @@ def in_context(task: Any, row: list[int], batch: Batch, b: int) -> dict[int, Any
     found, prefix = {}, tuple[int, ...]()
     for i, token in enumerate(row):
         prefix = () if token == 0 else (*prefix, token)
-        assert len(prefix) <= task.longest
+        assert len(prefix) <= task.string
         odds = batch.truth[b, i].tolist()
         assert seen.setdefault(prefix, odds) == odds
         can = {letter: p for letter, p in enumerate(odds) if p}

@@ -25,6 +25,7 @@ class _Lengths(Generated):
     kind = "classification"
     metric = "accuracy"
     least: ClassVar[int] = 1  # the shortest string that there is
+    spare = 40
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest <= self.length or self.length < self.least:
@@ -156,7 +157,7 @@ class Membership(_Lengths):
 @lru_cache(maxsize=64)
 def majority(task: Task) -> float:
     """The share of the commonest class in the answers of the test set."""
-    counts = torch.zeros(task.y_width)
+    counts = torch.zeros(task.y_width, dtype=torch.int64)
     for batch in task.batches("test"):
         counts += batch.y[batch.weight > 0].bincount(minlength=task.y_width)
-    return float(counts.max() / counts.sum())
+    return int(counts.max()) / int(counts.sum())

@@ -21,9 +21,9 @@ class Dyck(Membership):
 
     `kinds` of brackets, `letters` that mean nothing. Symbols: opening brackets, closing ones, letters. The number of
     brackets is even and uniform from 2; balanced strings are drawn evenly among those of their number of brackets. The
-    others are made of balanced ones, so that counting at the end is not enough: two brackets of different direction
-    change places, or (with several kinds) one changes its kind; where that is balanced still, the last one is turned
-    around. depth bounds training and test alike. Chance and baseline: accuracy 1/2.
+    others are made of balanced ones, so that counting is not enough: two brackets of different direction turn
+    around, or (with several kinds) one changes its kind; where that is balanced still, the two brackets of a pair that
+    nothing encloses turn around. depth bounds training and test alike. Chance and baseline: accuracy 1/2.
     """
 
     length: int = 40
@@ -61,12 +61,18 @@ class Dyck(Membership):
         kind[rows[turned], where[turned]] += rng.integers(1, self.kinds, int(turned.sum())) if turned.any() else 0
         kind %= self.kinds
         swapped = wrong & ~turned
+        plain = closes * self.kinds + kind
         odds = np.where(inside, rng.random(closes.shape), -1.0)
         up, down = np.where(closes == 0, odds, -1.0).argmax(1), np.where(closes == 1, odds, -1.0).argmax(1)
         closes[rows[swapped], up[swapped]], closes[rows[swapped], down[swapped]] = 1, 0
         brackets = closes * self.kinds + kind
-        fine = wrong & self.balanced(brackets, count)
-        brackets[rows[fine], count[fine] - 1] -= self.kinds  # an open bracket at the end
+        fine = np.flatnonzero(swapped & self.balanced(brackets, count))
+        brackets[fine] = plain[fine]
+        height = (1 - 2 * (plain[fine] >= self.kinds)).cumsum(1)
+        up = np.where((plain[fine] < self.kinds) & (height == 1), odds[fine], -1.0).argmax(1)[:, None]
+        down = ((opens_at[fine] == up) & (plain[fine] >= self.kinds)).argmax(1)[:, None]
+        both = np.take_along_axis(plain[fine], np.concatenate([down, up], 1), 1)
+        brackets[fine[:, None], np.concatenate([up, down], 1)] = both
         text = np.zeros((size, self.length), np.int64)
         if not self.letters:
             text[:, : brackets.shape[1]] = brackets

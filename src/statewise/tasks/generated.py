@@ -28,6 +28,7 @@ class Generated(Task):
 
     examples: ClassVar[int] = 1024
     block: ClassVar[int] = 128
+    spare: ClassVar[int] = 8  # examples drawn beyond those expected to be needed; part of what fixes the data
 
     @abc.abstractmethod
     def sample(self, size: int, rng: np.random.Generator, split: Split) -> Batch:
@@ -38,7 +39,7 @@ class Generated(Task):
         parts: list[Batch] = []
         have = 0
         for _ in range(200):
-            drawn = self.sample(int((size - have) / share) + 8, rng, split)
+            drawn = self.sample(int((size - have) / share) + self.spare, rng, split)
             mine = (owner(self.identity(drawn)) == SPLITS.index(split)).nonzero()[: size - have, 0]
             parts.append(tree_map(lambda leaf: leaf[mine], drawn))  # noqa: B023
             have += len(mine)

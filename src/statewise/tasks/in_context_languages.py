@@ -34,22 +34,22 @@ class InContextLanguages(NextSymbol):
     answer  a c a b . c a c . a b a c a .     the next letter; it is not asked where a string ends
 
     The automaton has 4 to `states` states and 4 to `letters` of so many letters; a state has 1 to 3 edges to other
-    states, all equally likely. Strings have 1 to `longest` letters. Ids: 0 the bar, 1 to letters; classes from 0.
+    states, all equally likely. Strings have 1 to `string` letters. Ids: 0 the bar, 1 to letters; classes from 0.
     accuracy is the share of steps where the answer can follow; overlap 1 - the total variation to what the automaton
     would write. Chance: a letter at random. Baseline: the letter that came most often in the row after the present one.
-    (The paper's: states 12, letters 18, longest 49, 10 to 19 strings, which is a length of about 375.)
+    (The paper's: states 12, letters 18, string 49, 10 to 19 strings, which is a length of about 375.)
     """
 
     length: int = 128
     states: int = 6
     letters: int = 8
-    longest: int = 15
+    string: int = 15
     name = "in_context_languages"
 
     def __post_init__(self) -> None:
-        if self.states < LEAST or self.letters < LEAST or self.length < 2 or self.longest < 1:
-            given = f"{self.length}, {self.states}, {self.letters}, {self.longest}"
-            raise UsageError(f"{self.name}: length, states, letters, longest are {given}; expected at least 2, 4, 4, 1")
+        if self.states < LEAST or self.letters < LEAST or self.length < 2 or self.string < 1:
+            given = f"{self.length}, {self.states}, {self.letters}, {self.string}"
+            raise UsageError(f"{self.name}: length, states, letters, string are {given}; expected at least 2, 4, 4, 1")
 
     @property
     def x_vocab(self) -> int:  # type: ignore[override]
@@ -73,9 +73,9 @@ class InContextLanguages(NextSymbol):
         rows, state = np.arange(size), np.zeros(size, np.int64)
         text = np.zeros((size, self.length + 1), np.int64)
         where = np.empty((size, self.length), np.int64)
-        left = rng.integers(1, self.longest + 1, size)
+        left = rng.integers(1, self.string + 1, size)
         coin = rng.random((self.length, size))
-        fresh = rng.integers(1, self.longest + 1, (self.length, size))
+        fresh = rng.integers(1, self.string + 1, (self.length, size))
         for t in range(self.length):
             where[:, t] = state
             edge = (coin[t] * made.degree[rows, state]).astype(np.int64)

@@ -46,6 +46,7 @@ class ListOps(Generated):
     depth: int = 10
     args: int = 10
     name = "list_ops"
+    spare = 40
     kind = "classification"
     metric = "accuracy"
     x_vocab = 16
@@ -58,10 +59,12 @@ class ListOps(Generated):
 
     def sample(self, size: int, rng: np.random.Generator, split: Split) -> Batch:
         x, lengths = np.full((size, self.length), 15), np.zeros(size, np.int64)
-        y, have = np.zeros(size, np.int64), 0
+        y, have, rate = np.zeros(size, np.int64), 0, 0.15
         while have < size:
-            levels, total = grow(min(6 * (size - have) + 16, 1 << 14), self.depth, self.args, rng, self.length)
+            count = min(int((size - have) / rate) + 32, 1 << 14)
+            levels, total = grow(count, self.depth, self.args, rng, self.length)
             good = (4 * total > self.length) & (total < self.length)
+            rate = max(float(good.mean()), 0.01)
             good &= good.cumsum() <= size - have
             if levels := prune(levels, good):
                 end = have + int(good.sum())

@@ -14,6 +14,7 @@ class NextSymbol(Generated):
 
     kind = "classification"
     metric = "accuracy"
+    spare = 40
 
     def oracle(self, batch: Batch) -> Tensor:
         """The probabilities that the next symbol is drawn by."""

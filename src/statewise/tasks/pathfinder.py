@@ -60,7 +60,10 @@ class Pathfinder(Generated):
             raise UsageError(f"pathfinder: dashes, dash, others are {given}; expected 2, 3 to side / 3, 0 at least")
         room, need = (self.side - 2) ** 2, 2 * self.dashes * (self.dash + GAP) * (2 + CLEAR)
         if need > 1.2 * room:
-            raise UsageError(f"pathfinder: length is {self.length}; too small for two lines of {self.dashes} dashes")
+            least = math.ceil((need / 1.2) ** 0.5 + 2) ** 2
+            raise UsageError(
+                f"pathfinder: length is {self.length}; with {self.dashes} dashes expected at least {least}"
+            )
 
     @property
     def side(self) -> int:

@@ -35,8 +35,8 @@ WEIGHT = np.asarray(GRAPH.weight, np.float32)
 
 @dataclass(frozen=True)
 class _Reber(NextSymbol):
-    """Training and validation strings follow the grammar's law of lengths up to `length`, test strings from half of it
-    to `length`. truth is of the grammar without that end: 1/2 for each of two edges."""
+    """Training and validation strings follow the grammar's law of lengths up to `length`; the test has all lengths from
+    half of it to `length` equally often. truth is of the grammar without that end: 1/2 for each of two edges."""
 
     length: int = 40
     x_vocab = 7
@@ -52,8 +52,10 @@ class _Reber(NextSymbol):
 
     def sample(self, size: int, rng: np.random.Generator, split: Split) -> Batch:
         d, longest = self.depth, self.length - 4 * self.depth
-        shortest = min(longest, max(0, self.length // 2 - 4 * d)) if split == "test" else 0
-        inner = rng.choice(longest + 1, size, p=law(shortest, longest))
+        share = law(longest)
+        if split == "test":
+            share = (share > 0) & (np.arange(longest + 1) >= min(longest, self.length // 2 - 4 * d))
+        inner = rng.choice(longest + 1, size, p=share / share.sum())
         rows, total = np.arange(size), inner + 4 * d
         x = np.zeros((size, self.length), np.int64)
         text = GRAPH.draw(inner, np.ones(size, bool), rng)  # (B, longest of them)
@@ -143,10 +145,9 @@ class EmbeddedReber(_Reber):
 
 
 @lru_cache(maxsize=32)
-def law(shortest: int, longest: int) -> np.ndarray:
-    """(longest + 1,) the law of a string's length, given that it is from shortest to longest."""
+def law(longest: int) -> np.ndarray:
+    """(longest + 1,) the law of a string's length, given that it is not above `longest`."""
     share = np.exp(GRAPH.logs(longest)[:, 0])
-    share[:shortest] = 0
     return share / share.sum()
 
 
