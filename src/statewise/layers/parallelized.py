@@ -55,6 +55,9 @@ class Parallelized(Cell[Any]):
     Parameters, buffers, their names, the state and `step` are those of the cell, which it shares.
     """
 
+    cell: Cell[Any]
+    plan: Plan
+
     def __init__(
         self, cell: Cell[Any], *, method: Method = "auto", tolerance: float | None = None, verify: bool = True
     ):
@@ -93,15 +96,10 @@ class Parallelized(Cell[Any]):
         return self
 
     def scan(self, u: Any, state: Any, reset: Tensor | None, lengths: Tensor | None) -> tuple[Any, Any]:
-        plan: Plan = self.plan
-        if plan.asked != "auto":
-            method = plan.asked
-        elif torch.compiler.is_compiling():
-            method = "loop"
-        else:
-            batch, steps = leaves(u)[0].shape[:2]
-            method = self.choose(batch, steps)
-        return self._run(method, u, state, reset, lengths)
+        if self.plan.asked == "auto" and torch.compiler.is_compiling():
+            return self._run("loop", u, state, reset, lengths)  # nothing can be timed in there
+        batch, steps = leaves(u)[0].shape[:2]
+        return self._run(self.choose(batch, steps), u, state, reset, lengths)
 
     def choose(self, batch: int, steps: int) -> str:
         """The method for inputs of this size: the cheapest by what was measured here."""
@@ -304,11 +302,11 @@ def _examine(cell: Cell[Any]) -> Probed | str:
         return found
 
 
-def _check_jacobian(cell: Cell[Any], found: Probed, u: Any, state: Any) -> None:
+def _check_jacobian(cell: Any, found: Probed, u: Any, state: Any) -> None:
     """Raises UsageError where the cell's own `jacobian` is not what differentiating its transition gives."""
     layout = Layout.of(state)
     _, want = by_tangents(cell.transition, layout, found.structure)(u, layout.rows(state))
-    got = cell.jacobian(u, state)  # type: ignore[attr-defined]
+    got = cell.jacobian(u, state)
     shape = tuple(want.shape) if found.structure.size > 1 else (len(want), found.numbers)
     if got.shape != shape:
         raise UsageError(
