@@ -52,7 +52,7 @@ class RetNet(MemoryCell[RetNetState]):
 
     def transition(self, u: Outer, state: RetNetState) -> tuple[Tensor, RetNetState]:
         q, k, v, _ = tree_map(lambda leaf: leaf.to(state.s.dtype), u)
-        q, k = rotate(q, state.seen), rotate(k, state.seen)
+        q, k = rotate(torch.cat([q, k], -2), state.seen).chunk(2, -2)
         o, s = outer_step(q, k, v, self._log_decay(), state.s)
         return o.to(u.v.dtype), RetNetState(s, state.seen + 1)
 
