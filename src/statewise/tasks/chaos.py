@@ -185,8 +185,11 @@ def lorenz(start: np.ndarray, steps: int, step: float, inner: float = INNER) -> 
 
 
 def _slope(p: np.ndarray) -> np.ndarray:
-    x, y, z = p
-    return np.stack([SIGMA * (y - x), x * (RHO - z) - y, x * y - B * z])
+    (x, y, z), found = p, np.empty_like(p)
+    np.multiply(y - x, SIGMA, out=found[0])
+    np.subtract(x * (RHO - z), y, out=found[1])
+    np.subtract(x * y, B * z, out=found[2])
+    return found
 
 
 @lru_cache(maxsize=16)
