@@ -10,6 +10,7 @@ import statewise.layers  # noqa: F401  registers them
 from statewise.core import layers, leaves
 from statewise.interpret import facts
 from statewise.interpret.facts import counted
+from statewise.models import Stack
 
 
 @pytest.mark.parametrize("info", layers, ids=lambda info: info.name)
@@ -28,10 +29,33 @@ def test_every_layer_has_facts(info):
         ("lru", "constant in time, each state feeds at most 2; 16 real states"),
         ("min_gru", "chosen by the input, diagonal, real; 8 systems of 1 state (linear_scan)"),
         ("gru", "not linear in the state (gru_loop)"),
+        ("lightnet", "chosen by the input, diagonal, real; 1 system of 8 states, 8 copies of each (outer_scan)"),
     ],
 )
 def test_the_transition_is_told(name, words):
     assert facts(layers[name].cls(**layers[name].sized(8)), steps=8).transition == words
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("delta_net", "a multiple of the identity plus rank 1"),
+        ("delta_product", "a multiple of the identity plus rank 2"),
+        ("rwkv7", "diagonal plus rank 1"),
+        ("lmu", "constant in time, dense"),
+        ("retnet", "constant in time, one decay for all states"),
+        ("mamba2", "chosen by the input, one decay for all states"),
+        ("gla", "chosen by the input, diagonal"),
+    ],
+)
+def test_the_kind_of_transition_is_told(name, words):
+    torch.manual_seed(0)
+    assert words in facts(layers[name].cls(**layers[name].sized(32)), steps=8).transition
+
+
+def test_two_recurrences_are_not_called_nonlinear():
+    model = Stack(layer="min_gru", width=8, depth=2).build(x_width=3, y_width=2)
+    assert facts(model, steps=4).transition == "several recurrences: linear_scan, linear_scan"
 
 
 def test_operations_are_counted():

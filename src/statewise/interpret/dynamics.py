@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core import RecurrentLayer, ResourceError, UsageError, leaves, tree_map, where
 from ..core.machine import free_memory
 from ..nn import LTI
-from ..ops import Op, nothing_seen, observe, softmax_step
+from ..ops import Op, nothing_seen, observe, softmax_step, use_backend
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def dynamics(layer: RecurrentLayer[Any], x: Tensor) -> Dynamics:
         def note(op: Op, _: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             calls.append((op, inspect.signature(op.reference).bind(*args, **kwargs).arguments))
 
-        with observe(note):
+        with observe(note), use_backend("reference"):  # other backends may call linear ops of their own
             layer(x.double() if x.is_floating_point() else x)
         linear = [(op, arguments) for op, arguments in calls if op.name in SYSTEMS]
         name = type(layer).__name__
@@ -255,7 +255,7 @@ def _softmax_scan(op: Op, given: dict[str, Any]) -> Dynamics:
         states.append(softmax_step(score[:, t], v[:, t], before)[1])
     m, u = (torch.stack(leaf, 1) for leaf in list(zip(*states, strict=True))[:2])
     decay = _forgotten((m[:, :-1] - m[:, 1:]).exp()[..., None], given)
-    write, read = (score - m[:, 1:]).exp()[..., None, None], (1 / u[:, 1:])[..., None, None]
+    write, read = (score - m[:, 1:]).exp()[..., None, None], torch.where(u == 0, 0, 1 / u)[:, 1:, :, None, None]
     return Dynamics(op.name, decay, write, read, v.new_zeros(1, 1), v[..., None, :], y[..., None, :])
 
 

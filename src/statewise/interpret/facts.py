@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..core import RecurrentLayer, UsageError, leaves, names, nbytes, tree_map
 from ..ops import observe, use_backend
-from .dynamics import as_leaf, dynamics, real
+from .dynamics import SYSTEMS, as_leaf, dynamics, real
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,22 @@ def transition(layer: RecurrentLayer[Any], x: Tensor) -> str:
         found = dynamics(layer, x)
     except UsageError:
         called: list[str] = []
-        with observe(lambda op, *_: called.append(op.name)), torch.no_grad():
+        with observe(lambda op, *_: called.append(op.name)), use_backend("reference"), torch.no_grad():
             layer(x)
+        linear = [name for name in called if name in SYSTEMS]
+        if linear:
+            return f"several recurrences: {', '.join(linear)}"
         return f"not linear in the state{f' ({called[0]})' if called else ''}"
     _, _, heads, states = found.transition.shape[:4]
     channels = found.x.shape[-1]
     if not found.diagonal:
-        eye = torch.eye(states, dtype=found.transition.dtype)
-        rank = int(
-            torch.linalg.matrix_rank(found.transition - found.transition.diagonal(dim1=-2, dim2=-1).mean() * eye).max()
-        )
-        kind = f"a multiple of the identity plus rank {rank}" if rank < states else "diagonal plus low rank"
+        most = found.eigenvalues().real.median(-1).values  # of a multiple of the identity plus a low rank, the multiple
+        rest = found.transition - most[..., None, None] * torch.eye(states, dtype=found.transition.dtype)
+        rank = int(torch.linalg.matrix_rank(rest, atol=1e-9).max())
+        if 2 * rank < states:
+            kind = f"a multiple of the identity plus rank {rank}"
+        else:
+            kind = "diagonal plus rank 1" if found.op == "dplr_scan" else "dense"
     elif bool((found.transition == 1).all()):
         kind = "the identity: nothing is forgotten"
     elif states > 1 and bool((found.transition == found.transition[..., :1]).all()):
@@ -136,6 +141,10 @@ def counted() -> Iterator[list[int]]:
         yield count
 
 
+# Operations in units of n^3: a factorisation takes 2/3, an inverse 2, an exponential some ten products.
+DENSE = {"linalg_inv": 2, "linalg_solve": 2 / 3, "lu_factor": 2 / 3, "matrix_exp": 20, "eigh": 9}
+
+
 def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if func.overloadpacket in flop_registry:
         return int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
@@ -143,6 +152,9 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
     if not given or not made:
         return 0
+    dense = next((times for word, times in DENSE.items() if word in func.__name__), 0)
+    if dense:
+        return int(dense * given[0].shape[-1] * given[0].numel())  # times n^3 for each matrix
     if "fft" in func.__name__:
         sizes = max((t for t in (*given, *made)), key=Tensor.numel)
         return int(2.5 * sizes.numel() * math.log2(max(2, sizes.shape[-1])))
