@@ -62,6 +62,8 @@ CASES: list[Generated] = [
     t.SelectivBench(length=20),
     t.SelectivBench(length=15, gap=0.7, shortest_gap=2, longest_gap=5, noise=0.2),
     t.SelectivBench(length=20, ambiguous=4, depth=3, plain=3, gap=0.3, gap_start=5, violating=True, grammar=1),
+    t.SelectivBenchNext(length=20),
+    t.SelectivBenchNext(length=15, ambiguous=5, depth=2, plain=2, grammar=3),
     t.InContextLanguages(length=60),
     t.InContextLanguages(length=50, states=4, letters=4, string=6),
     t.MackeyGlass(length=50),
@@ -384,6 +386,15 @@ def selectiv_bench(task: Any, row: list[list[float]], batch: Batch, b: int) -> d
     return found
 
 
+def selectiv_bench_next(task: Any, row: list[int], batch: Batch, b: int) -> dict[int, Any]:
+    rules, state, found = task.rules, 0, {}
+    for i, symbol in enumerate(row):
+        (state,) = (int(s) for s in rules.edges[state][: rules.degree[state]] if rules.symbol[s] == symbol)
+        following = [int(rules.symbol[s]) for s in rules.edges[state][: rules.degree[state]]]
+        found[i] = {s: 1 / len(following) for s in following}
+    return found
+
+
 def in_context(task: Any, row: list[int], batch: Batch, b: int) -> dict[int, Any]:
     """What may come is a function of the string so far; at most 3 letters, equally likely."""
     assert batch.truth is not None
@@ -413,7 +424,8 @@ def series(task: Any, row: list[list[float]], batch: Batch, b: int) -> dict[int,
 OTHERS = {
     t.Reber: reber, t.EmbeddedReber: reber, t.ElmanXor: elman_xor, t.ElmanLetters: elman_letters, t.Mqar: mqar,
     t.Passkey: passkey, t.PhoneBook: phone_book, t.NgramLookup: ngram, t.Induction: induction, t.ListOps: list_ops,
-    t.Pathfinder: pathfinder, t.SelectivBench: selectiv_bench, t.InContextLanguages: in_context,
+    t.Pathfinder: pathfinder, t.SelectivBench: selectiv_bench,
+    t.SelectivBenchNext: selectiv_bench_next, t.InContextLanguages: in_context,
     t.MackeyGlass: series, t.Lorenz: series,
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ def even(found: Counter[Any], wanted: dict[Any, float], total: int) -> None:
 
 
 def test_all_are_here() -> None:
-    assert len(FORMAL) == 33
+    assert len(FORMAL) == 34
     assert len(formal_by_hand.CASES) > 50
 
 
@@ -64,6 +64,8 @@ def test_guessing_scores_chance(cls: type[Generated]) -> None:
         if task.kind == "regression":
             return batch.y.roll(1, 0)
         out = torch.randn(*batch.y.shape, task.y_width, generator=rng)
+        if cls is t.SelectivBenchNext:
+            out *= 0
         if cls is t.EmbeddedReber:  # chance is between T and P
             out[..., [0, 2, 3, 5, 6]] -= 100
         return out
@@ -491,6 +493,9 @@ def test_measures_of_what_comes_next() -> None:
         count += 1
     found = task.metrics(out, batch)
     assert (found["accuracy"], found["exact"]) == ((legal, count), (exact, count))
+    entropy = -torch.special.xlogy(batch.truth, batch.truth).sum(-1)
+    cross = -(batch.truth * p.log()).sum(-1)
+    assert found["divergence"][0] == pytest.approx(float(((cross - entropy) * batch.weight).sum()), rel=1e-5)
     assert found["overlap"][0] == pytest.approx(count - distance, rel=1e-5)
     assert task.chance() < 0.4 < task.baseline() < 1
 

@@ -54,7 +54,7 @@ CASES: list[Generated] = [
 def test_every_generated_task_is_here() -> None:
     generated = {info.cls for info in tasks if issubclass(info.cls, Generated)}
     assert generated == {type(case) for case in CASES}
-    assert len(generated) == 41
+    assert len(generated) == 42
 
 
 def by_hand(task: Task, batch: Batch) -> dict[tuple[int, int], Any]:
@@ -156,7 +156,8 @@ def test_a_perfect_answer_scores_perfectly(task: Generated) -> None:
     score = {name: total / count for name, (total, count) in totals.items()}
     assert score["loss"] == pytest.approx(doubt / totals["loss"][1], abs=1e-9, rel=1e-5)
     assert task.metric in score
-    for name in score.keys() - {"loss"}:
+    assert score.get("divergence", 0) == pytest.approx(0, abs=1e-6)
+    for name in score.keys() - {"loss", "divergence"}:
         assert score[name] == pytest.approx(1.0)
 
 

@@ -27,8 +27,8 @@ FORMAL = (  # whose rows are some 20 to 130 steps long
     "binary_addition", "binary_multiplication", "bucket_sort", "compute_sqrt", "cycle_navigation", "duplicate", "dyck",
     "elman_letters", "elman_xor", "embedded_reber", "even_pairs", "in_context_languages", "induction",
     "missing_duplicate", "modular_arithmetic", "modular_brackets", "mqar", "ngram_lookup", "odds_first", "palindrome",
-    "passkey", "phone_book", "reber", "reverse", "selectiv_bench", "solve_equation", "stack_manipulation",
-    "string_copy", "tomita",
+    "passkey", "phone_book", "reber", "reverse", "selectiv_bench", "selectiv_bench_next", "solve_equation",
+    "stack_manipulation", "string_copy", "tomita",
 )  # fmt: skip
 
 SETTINGS: dict[str, dict[str, Any]] = {  # beside each: a test score found with them, of width 64 and depth 2

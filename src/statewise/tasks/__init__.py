@@ -36,7 +36,7 @@ from .pathfinder import Pathfinder
 from .phone_book import PhoneBook
 from .reber import EmbeddedReber, Reber
 from .recall import Recall
-from .selectiv_bench import SelectivBench
+from .selectiv_bench import SelectivBench, SelectivBenchNext
 from .series import Series
 from .spoken_digits import SpokenDigits
 from .text import Text
@@ -50,7 +50,7 @@ __all__ = [
     "EvenPairs", "Events", "FashionMnistPixels", "FashionMnistRows", "Forecast", "Generated", "InContextLanguages",
     "Induction", "JapaneseVowels", "ListOps", "Lorenz", "MackeyGlass", "MissingDuplicate", "MnistPixels",
     "MnistRows", "ModularArithmetic", "ModularBrackets", "Mqar", "NgramLookup", "OddsFirst", "Palindrome", "Parity",
-    "Passkey", "Pathfinder", "PhoneBook", "Reber", "Recall", "Reverse", "SelectivBench", "SelectiveCopy", "Series",
-    "SolveEquation", "Split", "SpokenDigits", "StackManipulation", "StringCopy", "Task", "TaskInfo", "Text",
+    "Passkey", "Pathfinder", "PhoneBook", "Reber", "Recall", "Reverse", "SelectivBench", "SelectivBenchNext",
+    "SelectiveCopy", "Series", "SolveEquation", "Split", "SpokenDigits", "StackManipulation", "StringCopy", "Task", "TaskInfo", "Text",
     "TextFile", "Tomita", "WordProblem", "register_task", "tasks",
 ]  # fmt: skip

@@ -23,7 +23,8 @@ class NextSymbol(Generated):
 
     def metrics(self, out: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
         """accuracy: the most active symbol can follow. exact: all that can follow are more active than all others.
-        certain: the answer where there is but one. overlap: 1 - the total variation between model and truth."""
+        certain: the answer where there is but one. overlap: 1 - the total variation between model and truth.
+        divergence: of the model from the truth, in nats."""
         assert batch.truth is not None
         count = float(batch.weight.sum())
         can, asked = batch.truth > 0, batch.weight > 0
@@ -31,6 +32,7 @@ class NextSymbol(Generated):
         best = can.gather(-1, out.argmax(-1, keepdim=True))[..., 0]
         exact = out.masked_fill(~can, torch.inf).amin(-1) > out.masked_fill(can, -torch.inf).amax(-1)
         one = asked & (can.sum(-1) == 1)
+        apart = torch.special.xlogy(batch.truth, batch.truth) - batch.truth * out.log_softmax(-1)
         overlap = torch.minimum(out.softmax(-1), batch.truth).sum(-1)
         return {
             "loss": (float(self.loss(out, batch)) * count, count),
@@ -38,6 +40,7 @@ class NextSymbol(Generated):
             "exact": (float((exact & asked).sum()), count),
             "certain": (float((best & one).sum()), float(one.sum())),
             "overlap": (float(overlap[asked].sum()), count),
+            "divergence": (float(apart.sum(-1)[asked].sum()), count),
         }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core import UsageError
 from .base import Batch, Split, certain, register_task, rng_of
 from .generated import Generated
+from .next_symbol import NextSymbol, share
 
 ENTRIES = 4  # states that a string may begin in, of different symbols
 ODDS = 0.4  # that a state has an edge of a given ambiguous symbol
@@ -84,12 +85,7 @@ class SelectivBench(Generated):
         return rules(self.ambiguous, self.depth, self.plain, self.grammar)
 
     def sample(self, size: int, rng: np.random.Generator, split: Split) -> Batch:
-        g, state = self.rules, np.full(size, END)
-        states = np.empty((size, self.length), np.int64)
-        coin = rng.random((self.length, size))
-        for t in range(self.length):
-            state = g.edges[state, (coin[t] * g.degree[state]).astype(np.int64)]
-            states[:, t] = state
+        g, states = self.rules, walk(self.rules, size, self.length, rng)
         gaps = rng.integers(self.shortest_gap, self.longest_gap + 1, states.shape)
         gaps[(rng.random(states.shape) >= self.gap) | (np.arange(self.length) < self.gap_start)] = 0
         ends = (1 + gaps).cumsum(1)
@@ -158,6 +154,69 @@ class SelectivBench(Generated):
         right = total.argmax(-1) == batch.y[begins].view(-1, self.length)
         found = super().metrics(out, batch)
         return {**found, "step_accuracy": found["accuracy"], "accuracy": (float(right.sum()), float(right.numel()))}
+
+
+@register_task
+@dataclass(frozen=True)
+class SelectivBenchNext(NextSymbol):
+    """x       c a b # a c     strings of a random grammar, one after the other
+    answer  a b # a c b     the next symbol; after each state, its edges are equally likely
+
+    The grammars of selectiv_bench, without gaps. divergence is from the probabilities of the grammar to those of the
+    model, in nats. Chance: all symbols alike. Baseline: each as often as it comes.
+    """
+
+    length: int = 48
+    ambiguous: int = 6
+    depth: int = 6
+    plain: int = 0
+    grammar: int = 0
+    name = "selectiv_bench_next"
+    metric = "divergence"
+    higher_is_better = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.ambiguous < 1 or self.depth < 1 or self.plain < 0:
+            given = f"{self.length}, {self.ambiguous}, {self.depth}, {self.plain}"
+            raise UsageError(f"{self.name}: length, ambiguous, depth, plain are {given}; expected 1, 1, 1, 0 at least")
+
+    @property
+    def x_vocab(self) -> int:  # type: ignore[override]
+        return 1 + self.ambiguous + self.plain
+
+    @property
+    def y_width(self) -> int:  # type: ignore[override]
+        return self.x_vocab
+
+    @property
+    def rules(self) -> Grammar:
+        return rules(self.ambiguous, self.depth, self.plain, self.grammar)
+
+    def sample(self, size: int, rng: np.random.Generator, split: Split) -> Batch:
+        g = self.rules
+        states = walk(g, size, self.length + 1, rng)
+        symbol = torch.from_numpy(g.symbol[states])
+        truth = ((g.step >= 0) / g.degree[:, None]).astype(np.float32)[states[:, :-1]]
+        asked = torch.ones(size, self.length)
+        return Batch(symbol[:, :-1].contiguous(), symbol[:, 1:], asked, truth=torch.from_numpy(truth))
+
+    def chance(self) -> float:
+        return share(self, self.metric, torch.zeros(self.y_width))
+
+    def baseline(self) -> float:
+        """Every symbol with the probability with which it comes anywhere."""
+        often = torch.stack([b.y.flatten().bincount(minlength=self.y_width) for b in self.batches("test")]).sum(0)
+        return share(self, self.metric, (often / often.sum()).log().clamp_min(-40))
+
+
+def walk(g: Grammar, size: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """States (size, length) along edges, from END."""
+    states, state = np.empty((size, length), np.int64), np.full(size, END)
+    coin = rng.random((length, size))
+    for t in range(length):
+        state = g.edges[state, (coin[t] * g.degree[state]).astype(np.int64)]
+        states[:, t] = state
+    return states
 
 
 @lru_cache(maxsize=16)
