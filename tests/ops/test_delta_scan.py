@@ -173,8 +173,8 @@ def test_two_reflections_rotate():
     start = torch.tensor([[[[1.0], [0.0]]]], dtype=torch.float64)
     turned = [delta_scan(e.expand(1, steps, 1, 2), k, zero, two, start)[0].flatten() for e in q]
     turns = angle * torch.arange(1, steps + 1)
-    assert_close(turned[0], turns.cos(), atol=1e-12, rtol=0)
-    assert_close(turned[1], turns.sin(), atol=1e-12, rtol=0)
+    assert_close(turned[0], turns.cos(), atol=1e-11, rtol=0)
+    assert_close(turned[1], turns.sin(), atol=1e-11, rtol=0)
 
 
 def _against_float64(op, steps: int, decay: float, limit: float):
@@ -350,7 +350,7 @@ def test_the_chunks_run_by_themselves():
         delta_scan(**_inputs(1, 4, 1, 2, 2))
         delta_scan(**_inputs(1, 4, 1, 2, 2), log_decay=_log_decay(2, 1))
         dplr_scan(**_dplr_inputs(1, 4, 1, 2, 2))
-    assert seen == ["torch", "torch", "torch"]
+    assert seen == ["numba", "numba", "numba"]
 
 
 @pytest.mark.parametrize(

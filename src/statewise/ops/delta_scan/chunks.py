@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core import clear_past_end, past_end
 
 CUT = -750.0  # exp(CUT) is zero in float64 too: a log decay below it, or a reset, cuts the past off
-_BLOCK = 16
+BLOCK = 16
 
 
 class Plan(NamedTuple):
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
 def plan(steps: int, per_step: int, heads: int, rows: int, together: int) -> Plan:
     """Chunks of about `rows` corrections, a multiple of 16; spans of about `together` chunks, heads counted."""
-    least = _BLOCK // math.gcd(_BLOCK, per_step)
+    least = BLOCK // math.gcd(BLOCK, per_step)
     tokens = least * max(1, min(rows // (least * per_step), -(-steps // least)))
     return Plan(steps, per_step, tokens, -(-steps // tokens), max(1, together // max(1, heads)))
 
@@ -103,6 +103,27 @@ class Sums(NamedTuple):
         return Sums(f(self.logs), f(self.cuts))
 
 
+class Decays(NamedTuple):
+    """The factors of a span of chunks (chunks, G, ...), all at most 1."""
+
+    d: Tensor  # (C, C): from the row j to the row i >= j, else 0
+    from_start: Tensor  # (C, 1), the row's own included
+    to_end: Tensor  # (C, 1), the row's own not included
+    whole: Tensor  # (1, 1)
+    cut: Tensor  # (tokens) bool: where the past is cut off
+
+
+def decays(g: Tensor, p: Plan, dtype: torch.dtype) -> Decays:
+    """From g (chunks, G, tokens) in float64, at least CUT."""
+    sums = Sums.of(g, -1)
+    if p.per_step > 1:
+        sums = sums.each(lambda s: s.repeat_interleave(p.per_step, -1))
+    end = sums.each(lambda s: s[..., -1:])
+    future = torch.full((p.rows, p.rows), -torch.inf, dtype=dtype, device=g.device).triu_(1)
+    from_start, to_end, whole = (x.exp(dtype)[..., None] for x in (sums, end - sums, end))
+    return Decays(between(sums, future), from_start, to_end, whole, g <= CUT)
+
+
 def between(sums: Sums, strict_upper: Tensor) -> Tensor:
     """exp(log_{j+1} + ... + log_i) for j <= i, else 0. sums: (..., C).
 
@@ -116,22 +137,6 @@ def between(sums: Sums, strict_upper: Tensor) -> Tensor:
     rows = torch.stack([coarse, one, fine, one], -1).flatten(0, -3)
     columns = torch.stack([one, -coarse, one, -fine], -2).flatten(0, -3)
     return torch.baddbmm(strict_upper, rows, columns).exp_().view(*fine.shape, fine.shape[-1])
-
-
-class Passes(NamedTuple):
-    """The two loops over chunks, one state after the other; all tensors (chunks, B H, ...).
-
-    ahead(states, r, base, read, z, write, whole, extra): r = z (base + read S), S' = whole S + extra + write^T r, with
-        states[0] given and states[1:] and r filled; base may be overwritten.
-    back(d_states, d_r, y, scale, z, read, write, whole, extra): d_r += write dS', y = z^T (scale d_r),
-        dS = whole dS' + extra + read^T y, with d_states[-1] given and d_states[:-1], d_r and y filled.
-    whole is (1, 1) or (K, 1) wide or None, scale (C, 1) wide or None, extra (K, V) or None.
-    together: chunks worked on at once, heads counted.
-    """
-
-    ahead: Callable[..., None]
-    back: Callable[..., None]
-    together: int
 
 
 def ahead(
@@ -162,12 +167,9 @@ def back(
         before.baddbmm_(read[i].mT, y[i])
 
 
-IN_TORCH = Passes(ahead, back, 64)
-
-
 def inverse(a: Tensor, z: Tensor) -> None:
     """z = (I + tril(a, -1))^-1 of (M, C, C), C a multiple of 16: rows in small blocks, then blocks in pairs."""
-    many, size, n = a.shape[0], a.shape[1], _BLOCK
+    many, size, n = a.shape[0], a.shape[1], BLOCK
     count = size // n
     blocks = a.view(many, count, n, count, n).diagonal(0, 1, 3).permute(1, 2, 0, 3).reshape(n, n, -1).neg()
     small = torch.zeros_like(blocks)  # the many blocks come last, so that each row is one long multiply and add
@@ -184,3 +186,27 @@ def inverse(a: Tensor, z: Tensor) -> None:
             below = torch.bmm(a[:, q:r, p:q], z[:, p:q, p:q])
             z[:, q:r, p:q] = torch.bmm(z[:, q:r, q:r], below).neg_()
         n *= 2
+
+
+class Passes(NamedTuple):
+    """What a backend does in its own way: the two loops over chunks, one state after the other, and more.
+
+    All tensors are (chunks, B H, ...).
+
+    ahead(states, r, base, read, z, write, whole, extra): r = z (base + read S), S' = whole S + extra + write^T r, with
+        states[0] given and states[1:] and r filled; base may be overwritten.
+    back(d_states, d_r, y, scale, z, read, write, whole, extra): d_r += write dS', y = z^T (scale d_r),
+        dS = whole dS' + extra + read^T y, with d_states[-1] given and d_states[:-1], d_r and y filled.
+    whole is (1, 1) or (K, 1) wide or None, scale (C, 1) wide or None, extra (K, V) or None.
+    together: chunks worked on at once, heads counted.
+    decays, inverse: as the functions of that name, which say what they do.
+    """
+
+    ahead: Callable[..., None]
+    back: Callable[..., None]
+    together: int
+    decays: Callable[[Tensor, Plan, torch.dtype], Decays] = decays
+    inverse: Callable[[Tensor, Tensor], None] = inverse
+
+
+IN_TORCH = Passes(ahead, back, 32)

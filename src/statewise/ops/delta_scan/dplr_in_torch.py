@@ -25,7 +25,7 @@ from ..contain import contained
 from ..looping import loop
 from ..opaque import Kernel, opaque
 from . import dplr_step
-from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, fold, inverse, plan, unfold
+from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, fold, plan, unfold
 
 _ROWS = 64
 _ARGUMENTS = "q k v a b g? reset? state"
@@ -182,7 +182,7 @@ def _forward(
         inside = states[at.start : at.stop + 1]
         s_, z_, read_ = inside[:-1], z[at], read[at]
         x, v_ = _span(p, lo, hi, dtype, q, a, b, k, g), fold(v, lo, hi, c, dtype).flatten(0, 1)
-        inverse(x.scores[:, 0, :, 0].neg(), z_.flatten(0, 1))
+        passes.inverse(x.scores[:, 0, :, 0].neg(), z_.flatten(0, 1))
         base, extra = by(torch.bmm(x.scores[:, 0, :, 1], v_)), by(torch.bmm(x.write[:, c:].mT, v_))
         rest = z_, by(x.write[:, :c]), by(x.whole)
         passes.ahead(inside, read_, base, by(x.a_read), *rest, extra)
@@ -247,14 +247,14 @@ def _fake(
     )
 
 
-def chunked(name: str, passes: Passes) -> Kernel:
+def chunked(name: str, devices: str | tuple[str, ...] | None, passes: Passes) -> Kernel:
     """run(q, k, v, a, b, g, reset, state), g (B, T, H, K) or None."""
     kernels = functools.partial(_forward, passes), functools.partial(_backward, passes)
     forward, backward, alone = contained(_ARGUMENTS, *kernels, _by_loop)
-    return opaque(name, None, _ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
+    return opaque(name, devices, _ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
 
 
-run = chunked("dplr_chunks", IN_TORCH)
+run = chunked("dplr_chunks", None, IN_TORCH)
 
 
 def solve(

@@ -20,30 +20,11 @@ from ..contain import contained
 from ..looping import loop
 from ..opaque import Kernel, opaque
 from . import delta_step
-from .chunks import CUT, IN_TORCH, Passes, Plan, Sums, between, by_row, cleared, fold, inverse, plan, unfold
+from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, fold, plan, unfold
 from .dplr_in_torch import run as dplr_run
 
 _ROWS = 64
 _ARGUMENTS = "q k v beta g? reset? state"
-
-
-class _Decay:
-    """The factors of a span of chunks, from log decays summed in float64. All are at most 1."""
-
-    def __init__(self, g: Tensor, p: Plan, dtype: torch.dtype):
-        """g: (chunks, G, tokens), at least CUT."""
-        self.cut = g <= CUT
-        sums = Sums.of(g, -1)
-        if p.per_step > 1:
-            sums = sums.each(lambda s: s.repeat_interleave(p.per_step, -1))
-        end = sums.each(lambda s: s[..., -1:])
-        self.d = between(sums, _mask(p.rows, dtype, g.device))
-        self.from_start, self.to_end = sums.exp(dtype)[..., None], (end - sums).exp(dtype)[..., None]
-        self.whole = end.exp(dtype)[..., None]
-
-
-def _mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((size, size), -torch.inf, dtype=dtype, device=device).triu_(1)
 
 
 def _past(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -80,14 +61,14 @@ def _forward(
             qk.mul_(_past(c, dtype, q.device)[n - 1 :: n])
             k_read = k_.neg()
         else:
-            decay = _Decay(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
+            decay = passes.decays(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
             kk.mul_(decay.d)
             qk.mul_(decay.d[..., n - 1 :: n, :])
             q_.mul_(decay.from_start[..., n - 1 :: n, :])
             k_read, whole = k_ * -decay.from_start, decay.whole
             k_write = b_ * decay.to_end
         k_write = k_ * k_write
-        inverse(kk.mul_(b_.mT).flatten(0, 1), z_.flatten(0, 1))
+        passes.inverse(kk.mul_(b_.mT).flatten(0, 1), z_.flatten(0, 1))
         passes.ahead(inside, r_, v_, k_read, z_, k_write, whole, None)
         o = q_ @ s_
         o.flatten(0, 1).baddbmm_(qk.flatten(0, 1), (r_ * b_).flatten(0, 1))
@@ -130,7 +111,7 @@ def _backward(
             d, d_read = past, past[n - 1 :: n]
             q_read, k_read, k_write = q_, k_.neg(), k_
         else:
-            decay = _Decay(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
+            decay = passes.decays(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
             d, d_read, whole = decay.d, decay.d[..., n - 1 :: n, :], decay.whole
             q_read, k_read, k_write = (
                 q_ * decay.from_start[..., n - 1 :: n, :],
@@ -216,14 +197,14 @@ def _fake(
     )
 
 
-def chunked(name: str, passes: Passes) -> Kernel:
+def chunked(name: str, devices: str | tuple[str, ...] | None, passes: Passes) -> Kernel:
     """run(q, k, v, beta, g, reset, state) with a decay per head, g (B, T, H) or None; k, v, beta (B, n T, H, ...)."""
     kernels = functools.partial(_forward, passes), functools.partial(_backward, passes)
     forward, backward, alone = contained(_ARGUMENTS, *kernels, _by_loop)
-    return opaque(name, None, _ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
+    return opaque(name, devices, _ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
 
 
-_run = chunked("delta_chunks", IN_TORCH)
+_run = chunked("delta_chunks", None, IN_TORCH)
 
 
 def solve(

@@ -142,8 +142,8 @@ def _back(
 
 
 _PASSES = Passes(_ahead, _back, 4096)
-_run = in_torch.chunked("delta_chunks_triton", _PASSES)
-_run_dplr = dplr_in_torch.chunked("dplr_chunks_triton", _PASSES)
+_run = in_torch.chunked("delta_chunks_triton", None, _PASSES)
+_run_dplr = dplr_in_torch.chunked("dplr_chunks_triton", None, _PASSES)
 
 
 def delta(
