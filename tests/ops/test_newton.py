@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -352,6 +354,19 @@ def test_a_wrong_jacobian_makes_no_gradient(structure):
         o.sum().backward()
     o, _, _ = newton(step, u, first, structure=Structure(6, 6))
     o.sum().backward()
+
+
+def test_nothing_outlives_its_outputs(monkeypatch):
+    """The graph keeps what backward needs, and goes when the outputs go."""
+    seen, begin = [], package._Run.__post_init__
+    monkeypatch.setattr(package._Run, "__post_init__", lambda run: (begin(run), seen.append(weakref.ref(run)))[0])
+    step, u, first = case(steps=10)
+    o, last, _ = newton(step, u.requires_grad_(), first, structure=Structure(6, 6))
+    assert seen[0]() is not None
+    o.sum().backward()
+    del o, last
+    gc.collect()
+    assert seen[0]() is None
 
 
 def test_a_second_derivative_raises():

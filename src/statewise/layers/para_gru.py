@@ -33,6 +33,11 @@ def recurrent_weights(gates: int, hidden: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(gates, hidden) * 2 / math.sqrt(5 * hidden))
 
 
+def near_loop(tolerance: float | None, dtype: torch.dtype) -> float:
+    """1e-5 in float32, where over a long memory the rounding of the loop itself adds up to more than 1e-6."""
+    return tolerance or (1e-10 if dtype == torch.float64 else 1e-5)
+
+
 def check_heads(name: str, width: int, hidden: int, heads: int) -> None:
     check_sizes(name, width=width, hidden=hidden, heads=heads)
     if width % heads or hidden % heads:
@@ -50,7 +55,8 @@ class ParaGRU(Cell[Tensor]):
 
     All a are vectors: a unit sees its own past alone, the Jacobian is diagonal, and Newton's method solves all times at
     once (`statewise.ops.newton`). Units are mixed by B, which has blocks where heads > 1, and by the next layer.
-    tolerance: how near to the loop, see `newton`. State h (B, N), float32 or wider.
+    tolerance: how near to the loop, see `newton`; 1e-5 in float32, 1e-10 in float64 unless given.
+    State h (B, N), float32 or wider.
 
     a ~ N(0, 4 / (5 N)), B uniform (Glorot), b zero but for z's, which falls from 0 to -1 over the units: some
     remember longer. Raises UsageError if heads do not divide width and hidden.
@@ -85,7 +91,8 @@ class ParaGRU(Cell[Tensor]):
     def scan(self, u: Tensor, state: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         o, last, _ = newton(
             self.transition, u, state, structure=Structure(self.out_width, 1), linearise=self.linearise,
-            fresh=self.initial_state(len(state)), reset=reset, lengths=lengths, tolerance=self.tolerance,
+            fresh=self.initial_state(len(state)), reset=reset, lengths=lengths,
+            tolerance=near_loop(self.tolerance, state.dtype),
         )  # fmt: skip
         return o, last
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import Cell, register_layer, wide
 from ..ops.newton import Structure, newton
-from .para_gru import HeadwiseGates, check_heads, recurrent_weights
+from .para_gru import HeadwiseGates, check_heads, near_loop, recurrent_weights
 
 
 class ParaLSTMState(NamedTuple):
@@ -37,7 +37,7 @@ class ParaLSTM(Cell[ParaLSTMState]):
 
     All a and p are vectors: a unit sees its own h and c alone, the Jacobian has blocks of two, and Newton's method
     solves all times at once (`statewise.ops.newton`). Units are mixed by B, which has blocks where heads > 1.
-    tolerance: how near to the loop, see `newton`. State: h and c (B, N), float32 or wider.
+    tolerance: how near to the loop, as for `ParaGRU`. State: h and c (B, N), float32 or wider.
 
     Starts as `ParaGRU` does, b_f falling from 0 to -1 over the units. Raises UsageError if heads do not divide width or
     hidden.
@@ -84,7 +84,8 @@ class ParaLSTM(Cell[ParaLSTMState]):
     ) -> tuple[Tensor, ParaLSTMState]:
         o, last, _ = newton(
             self.transition, u, state, structure=self.blocks, linearise=self.linearise,
-            fresh=self.initial_state(len(u)), reset=reset, lengths=lengths, tolerance=self.tolerance,
+            fresh=self.initial_state(len(u)), reset=reset, lengths=lengths,
+            tolerance=near_loop(self.tolerance, state.h.dtype),
         )  # fmt: skip
         return o, last
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ PATIENCE = 10  # iterations before a row must gain steps; more where they contra
 GAIN = 32  # it must gain a 32nd of its segment in each iteration: about what an iteration costs in steps
 SEGMENT = 1 << 18  # numbers in the Jacobians of a segment: what a processor's caches hold
 SHORTEST, LONGEST = 64, 4096
+ROUNDED = 0.1  # size of the terms that a number near zero is the sum of
 WRONG = 0.05  # relative error that says a Jacobian is another function's: half precision in a step may cost 0.01
 MARGIN = 64  # how much closer the last update must be where the Jacobian is approximate
 
@@ -112,7 +113,8 @@ def newton(
     forward derivatives of step where it is not given.
     reset (B, T) bool: the state before t is `fresh`. lengths (B,): row b ends after lengths[b] steps; what o holds past
     the end is finite where step is, and nothing there reaches anything else.
-    tolerance: the result equals the loop's to tolerance (1 + |s|); 1e-6 in float32, 1e-10 in float64 unless given.
+    tolerance: the result equals the loop's to tolerance (1 + |s|); 1e-6 in float32, 1e-10 in float64 unless given. At
+        1e-6 in float32 that is a few roundings: how these add up is estimated, not bounded.
     max_iterations: of each segment. segment: steps solved at once, from the true state before them.
     damping: 0 for Newton's method; the Jacobian is scaled by 1 - damping, so that 1 is fixed-point iteration.
     affine: step is affine in the state, so that the first iteration solves it; the residual is checked all the same.
@@ -156,9 +158,25 @@ def newton(
         ended = past_end(lengths, steps)
         cut = ended if reset is None else reset | ended
     start = None if cut is None else layout.rows(fresh) if fresh is not None else torch.zeros_like(first)
-    run = _Run(step, linearise or by_tangents(step, layout, structure), layout, structure, u, first, start, cut, ended)
-    run.tolerance, run.max_iterations, run.damping, run.affine = tolerance, max_iterations, damping, affine
-    run.segment = segment or min(LONGEST, max(SHORTEST, SEGMENT // (batch * structure.numbers * structure.size)))
+    if segment is None:
+        segment = min(LONGEST, max(SHORTEST, SEGMENT // (batch * structure.numbers * structure.size)))
+    linearise = linearise or by_tangents(step, layout, structure)
+    run = _Run(
+        step,
+        linearise,
+        layout,
+        structure,
+        u,
+        first,
+        start,
+        cut,
+        ended,
+        tolerance,
+        max_iterations,
+        damping,
+        affine,
+        segment,
+    )
     train = torch.is_grad_enabled()
     with torch.no_grad():
         h, jacobian, begin = run.solve(keep=train)
@@ -175,16 +193,21 @@ def newton(
         with torch.no_grad():
             jacobian = run.jacobian(h) if jacobian is None and structure.exact else jacobian
         s = _Implicit.apply(z, h, jacobian if structure.exact else None, run)
-        whole = layout.tree(s.flatten(0, 1))
-        o = run.outputs(o, whole, s)
     else:
         s = h
+    o = run.outputs(o, s)
+    run.new = None  # its graph leads back to run
     if lengths is None:
         last = s[:, -1].clone()  # a view would keep all of time in memory
     else:
         last = s[torch.arange(batch, device=s.device), (lengths - 1).clamp(min=0)]
         last = torch.where((lengths == 0)[:, None], first, last)
-    return tree_map(lambda leaf: leaf.unflatten(0, (batch, steps)), o), layout.tree(last), told
+    return tree_map(lambda leaf: leaf.unflatten(0, (batch, steps)), o), _separate(layout.tree(last)), told
+
+
+def _separate(state: Any) -> Any:
+    """Leaves that were cut from one row of numbers, each with storage of its own."""
+    return tree_map(Tensor.clone, state) if len(leaves(state)) > 1 else state
 
 
 def _nothing(batch: int, steps: int, tolerance: float) -> Diagnostics:
@@ -203,33 +226,33 @@ def _loop(step: Step, u: Any, state: Any, fresh: Any, reset: Tensor | None, leng
     return tree_map(lambda *leaf: torch.stack(leaf, 1), *outs), state
 
 
+@dataclass
 class _Run:
-    """One call: the equation, and what was found out about it."""
+    """One call: the equation, how it is to be solved, and what was found out about it."""
 
+    step: Step
+    linearise: Linear
+    layout: Layout
+    structure: Structure
+    u: Any
+    first: Tensor  # (B, N), the state before the first step
+    fresh: Tensor | None  # the one that a cut leaves
+    cut: Tensor | None  # (B, T)
+    ended: Tensor | None  # (B, T)
     tolerance: float
     max_iterations: int
     damping: float
     affine: bool
     segment: int
 
-    def __init__(
-        self,
-        step: Step,
-        linearise: Linear,
-        layout: Layout,
-        structure: Structure,
-        u: Any,
-        first: Tensor,
-        fresh: Tensor | None,
-        cut: Tensor | None,
-        ended: Tensor | None,
-    ):
-        self.step, self.linearise, self.layout, self.structure = step, linearise, layout, structure
-        self.u, self.first, self.fresh, self.cut, self.ended = u, first, fresh, cut, ended
-        self.batch, self.steps = leaves(u)[0].shape[:2]
-        self.iterations: list[int] = []
-        self.stalled, self.amplified = 0, 0
-        self.adjoint_of_before: Tensor | None = None
+    iterations: list[int] = field(default_factory=list)
+    stalled: int = 0
+    amplified: int = 0
+    new: Any = None  # the states that step made of the solution
+    adjoint_of_before: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.batch, self.steps = leaves(self.u)[0].shape[:2]
 
     # solving
 
@@ -302,10 +325,17 @@ class _Run:
         return solve_linear(jacobian, r, start, None if self.cut is None else self.cut[:, low:high], self.structure)
 
     def rounding(self, h: Tensor) -> Tensor:
-        """An error of one rounding at every step: of random sign, the same for all rows and in every call."""
+        """An error at every step of twice the usual rounding, of random sign, the same in every call.
+
+        Within a block small numbers are sums of large ones, and as uncertain.
+        """
         rng = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, h.shape[1:], generator=rng, dtype=torch.int8).to(h.device, h.dtype) * 2 - 1
-        return signs * (torch.finfo(h.dtype).eps / 2) * (1 + h.abs())
+        size = h.abs()
+        if self.structure.size > 1:
+            blocks = self.structure.split(size)
+            size = self.structure.join(blocks.amax(-1, keepdim=True).expand_as(blocks))
+        return signs * (torch.finfo(h.dtype).eps / 2) * (ROUNDED + size)
 
     # the recurrence at given states
 
@@ -334,7 +364,7 @@ class _Run:
             times = torch.arange(self.steps, device=h.device)
             tried = times < begin.to(h.device)[:, None]
             tried = tried if self.ended is None else tried & ~self.ended
-            good = (error <= 4 * self.tolerance) | ~tried
+            good = (error <= self.tolerance / 2) | ~tried
             converged = good.cummin(1).values.sum(1).cpu()
             residual = float(torch.where(tried & good, error, 0).max())
         late = converged < begin
@@ -349,11 +379,13 @@ class _Run:
             parts.append(self.linear(self.inputs(low, high), h[:, low:high], carry, low, high)[1])
         return torch.cat(parts, 1)
 
-    def outputs(self, o: Any, whole: Any, s: Tensor) -> Any:
+    def outputs(self, o: Any, s: Tensor) -> Any:
         """o as a function of the states s. Where o is made of leaves of the new state, it is those of s."""
-        pairs = list(zip(leaves(self.new), leaves(whole), strict=True))
+        pairs = list(zip(leaves(self.new), leaves(self.layout.tree(s.flatten(0, 1))), strict=True))
         if all(any(part is new for new, _ in pairs) for part in leaves(o)):
-            return tree_map(lambda part: next(w for new, w in pairs if part is new), o)
+            return tree_map(lambda part: next(solved for new, solved in pairs if part is new), o)
+        if not s.requires_grad:
+            return o
         before = self.before(s, self.first, 0, self.steps)
         return self.step(self.inputs(0, self.steps), self.layout.tree(before.flatten(0, 1)))[0]
 
@@ -374,8 +406,8 @@ class _Run:
         return self.loop(h, torch.where(worse, 0, self.steps)), None, torch.where(worse, 0, begin)
 
     def beyond(self, error: Tensor, h: Tensor) -> Tensor:
-        """Rows in which an error is beyond the tolerance somewhere."""
-        return (error.abs() > self.tolerance * (1 + h.abs())).flatten(1).any(1).cpu()
+        """Rows in which an error is beyond half the tolerance somewhere: the loop makes errors of its own."""
+        return (error.abs() > self.tolerance / 2 * (1 + h.abs())).flatten(1).any(1).cpu()
 
     def loop(self, h: Tensor, begin: Tensor) -> Tensor:
         """h with every row's steps from `begin` on computed one after another."""
