@@ -51,6 +51,6 @@ __all__ = [
     "Induction", "JapaneseVowels", "ListOps", "Lorenz", "MackeyGlass", "MissingDuplicate", "MnistPixels",
     "MnistRows", "ModularArithmetic", "ModularBrackets", "Mqar", "NgramLookup", "OddsFirst", "Palindrome", "Parity",
     "Passkey", "Pathfinder", "PhoneBook", "Reber", "Recall", "Reverse", "SelectivBench", "SelectivBenchNext",
-    "SelectiveCopy", "Series", "SolveEquation", "Split", "SpokenDigits", "StackManipulation", "StringCopy", "Task", "TaskInfo", "Text",
-    "TextFile", "Tomita", "WordProblem", "register_task", "tasks",
+    "SelectiveCopy", "Series", "SolveEquation", "Split", "SpokenDigits", "StackManipulation", "StringCopy", "Task",
+    "TaskInfo", "Text", "TextFile", "Tomita", "WordProblem", "register_task", "tasks",
 ]  # fmt: skip
