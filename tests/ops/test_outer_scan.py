@@ -10,11 +10,12 @@ from torch import Tensor
 
 from statewise.core import UsageError
 from statewise.ops import linear_scan, normalised_outer_scan, outer_scan, outer_step
-from statewise.ops.linear_scan import in_numba  # noqa: F401 - compiled once, not within a timed test
 
 BACKENDS = [name for name in outer_scan.backends if name != "triton"]
 KINDS = {"none": None, "scalar": (1, 1), "key": (3, 1), "value": (1, 4), "full": (3, 4)}
-in_torch = importlib.import_module("statewise.ops.outer_scan.in_torch")  # the op hides the package of its name
+edges, in_torch, in_numba = (  # the op hides the package of its name
+    importlib.import_module(f"statewise.ops.outer_scan.{name}") for name in ("edges", "in_torch", "in_numba")
+)
 
 
 def _inputs(
@@ -44,12 +45,22 @@ def _close(got, want, **options):
         torch.testing.assert_close(p, q, **options)
 
 
+@pytest.fixture(autouse=True)
+def what_the_backend_takes(request):
+    params = getattr(request.node, "callspec", None)
+    asked = {} if params is None else params.params
+    if asked.get("backend") == "numba" and asked.get("kind") in ("value", "full"):
+        pytest.skip("numba takes one decay per head or per key")
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of a few steps and little scratch, so that small inputs take every path."""
     monkeypatch.setattr(in_torch, "CHUNK", {"scalar": 32, "key": 8, "value": 8})
     monkeypatch.setattr(in_torch, "SCRATCH", 2 * 32 * 32)
     monkeypatch.setattr(in_torch, "FULL", 200)
+    monkeypatch.setattr(in_numba, "CHUNK", {"scalar": 32, "key": 32})
+    monkeypatch.setattr(in_numba, "SCRATCH", 2 * 32 * 32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,19 +114,11 @@ def test_a_second_derivative_is_refused(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_transforms_of_functions_are_right_or_refused(backend):
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian])
+def test_transforms_of_functions_are_refused(backend, transform):
     inputs = _inputs("scalar")
-
-    def loss(q):
-        return outer_scan(**inputs | {"q": q}, backend=backend)[0].square().sum()
-
-    q = inputs["q"].clone().requires_grad_()
-    want = torch.autograd.grad(loss(q), q)[0]
-    torch.testing.assert_close(torch.func.grad(loss)(inputs["q"]), want)
-    with pytest.raises(NotImplementedError, match="first derivatives only"):
-        torch.func.grad(lambda q: torch.func.grad(loss)(q).square().sum())(inputs["q"])
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.hessian(loss)(inputs["q"])
+    with pytest.raises(RuntimeError, match=r"functorch transforms|vmap"):
+        transform(lambda q: outer_scan(**inputs | {"q": q}, backend=backend)[0].square().sum())(inputs["q"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -154,7 +157,7 @@ def test_one_key_and_one_value_is_the_linear_scan(backend):
 def test_every_kind_of_decay_agrees_where_they_mean_the_same(backend):
     inputs = _inputs("scalar", steps=100)
     want = _outcome(inputs, backend=backend)
-    for kind in ((3, 1), (1, 4), (3, 4)):
+    for kind in ((3, 1),) if backend == "numba" else ((3, 1), (1, 4), (3, 4)):
         decay = inputs["log_decay"].expand(2, 100, 2, *kind).contiguous()
         got = _outcome(inputs | {"log_decay": decay}, backend=backend)
         got[-1] = got[-1].sum((-2, -1), keepdim=True)
@@ -289,8 +292,9 @@ def test_inputs_stay_and_layout_changes_nothing(backend):
     assert all(t._version == before[n][0] and torch.equal(t, before[n][1]) for n, t in odd.items())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["scalar", "key", "value"])
-def test_memory_is_a_few_times_the_inputs(kind):
+def test_memory_is_a_few_times_the_inputs(backend, kind):
     """No array of the size (T, K, V): with K = V = 32 it would be 16 times the inputs."""
     from torch.profiler import profile
 
@@ -298,7 +302,7 @@ def test_memory_is_a_few_times_the_inputs(kind):
     g = -torch.rand(1, 2048, 2, *{"scalar": (1, 1), "key": (32, 1), "value": (1, 32)}[kind])
     leaves = (q, k, v, g.requires_grad_())
     with profile(profile_memory=True) as watched:
-        o, last = outer_scan(q, k, v, torch.zeros(1, 2, 32, 32), log_decay=g)
+        o, last = outer_scan(q, k, v, torch.zeros(1, 2, 32, 32), log_decay=g, backend=backend)
         torch.autograd.grad(o.sum() + last.sum(), leaves)
     held = peak = 0
     for event in sorted(watched.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -330,12 +334,13 @@ def test_compiles_to_one_graph(backend, kind):
         )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind):
+def test_opcheck(backend, kind):
     inputs = _inputs(kind, 2, 5)
-    args = in_torch.normal(*(inputs.get(n) for n in ("q", "k", "v", "log_decay", "state")), None, None)
+    args = edges.normal(*(inputs.get(n) for n in ("q", "k", "v", "log_decay", "state")), None, None)
     args = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in args]
-    torch.library.opcheck(torch.ops.statewise.outer_scan_torch, args)
+    torch.library.opcheck(getattr(torch.ops.statewise, f"outer_scan_{backend}"), args)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,23 @@ from statewise.ops import outer_scan
 from test_backends import check
 
 torch.set_num_threads(1)
-short = lambda sample: sample["v"].shape[1] <= 37
-print(check(outer_scan, "triton", torch.float32, short))
+seen = set()
+
+
+def new(sample):
+    # a call costs a second here, whatever is in it: one of each shape and set of options
+    g = sample["log_decay"]
+    what = (
+        sample["v"].shape,
+        None if g is None else (tuple(g.shape[-2:]), g.ndim, bool((g.exp() == 0).any())),
+        "reset" in sample, "lengths" in sample, sample["v"].is_contiguous(),
+    )
+    fresh = what not in seen and sample["v"].shape[1] <= 9 and sample["v"].shape[2] <= 4
+    seen.add(what)
+    return fresh
+
+
+print(check(outer_scan, "triton", torch.float32, new))
 """
 
 CHUNKS = """

@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..linear_scan import linear_scan
-from .adjoint import differentiable, normal
+from ..opaque import Kernel, opaque
+from .edges import normal
 
 CHUNK = {"scalar": 128, "key": 64, "value": 64}  # steps; by measurement
 LEAF = 16  # size of the diagonal blocks that are exponentials of their own
@@ -44,7 +45,7 @@ def scan(
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    o, last, _ = _run(*normal(q, k, v, log_decay, state, reset, lengths))
+    o, last = _run(*normal(q, k, v, log_decay, state, reset, lengths))
     return o, last
 
 
@@ -69,16 +70,10 @@ class Span(NamedTuple):
         return slice(self.first, self.first + self.many)
 
 
-def _chunk(kind: str, v: Tensor, keys: int) -> int:
-    if kind != "full":
-        return CHUNK[kind]
-    return max(1, FULL // max(1, len(v) * v.shape[2] * keys * v.shape[3]))
-
-
-def _spans(steps: int, size: int, rows: int) -> list[Span]:
+def _spans(steps: int, size: int, rows: int, scratch: int) -> list[Span]:
     """rows: B H."""
     whole, rest = divmod(steps, size)
-    together = max(1, SCRATCH // max(1, rows * size * size))
+    together = max(1, scratch // max(1, rows * size * size))
     spans = [
         Span(i, i * size, min(together, whole - i), size, min(together, whole - i) * size)
         for i in range(0, whole, together)
@@ -111,44 +106,85 @@ def _finite(*tensors: Tensor) -> bool:
     return math.isfinite(sum(float(t.sum()) for t in tensors))
 
 
-def _wide(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The same under autocast: products of states and decays keep their digits."""
+class Way:
+    """How a span of chunks is done."""
 
-    @functools.wraps(run)
-    def exactly(*args: Any) -> Any:
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return run(*args)
-        with torch.autocast(device, enabled=False):
-            return run(*args)
+    def chunk(self, kind: str, v: Tensor, keys: int) -> int:
+        """Steps of a chunk."""
+        if kind != "full":
+            return CHUNK[kind]
+        return max(1, FULL // max(1, len(v) * v.shape[2] * keys * v.shape[3]))
 
-    return exactly
+    def scratch(self, kind: str) -> int:
+        return SCRATCH
+
+    def room(self) -> Any:
+        """What the spans of a call share."""
+
+    def forward(
+        self,
+        parts: _Parts,
+        reset: Tensor | None,
+        span: Span,
+        before: Tensor,
+        out: Tensor,
+        kept: Tensor,
+        kind: str,
+        room: Any,
+    ) -> Tensor | None:
+        """Fill the span of out and kept, the states before its chunks; the state at its end, or None if something is
+        not finite."""
+        y, starts, after = _of_kind(kind).forward(*_cut_all(parts, reset, span, before.dtype), before)
+        if not _finite(y, after):
+            return None
+        _paste(out, span, y)
+        kept.copy_(starts)
+        return after
+
+    def backward(
+        self,
+        d_o: Tensor,
+        after: Tensor,
+        parts: _Parts,
+        reset: Tensor | None,
+        span: Span,
+        starts: Tensor,
+        outs: list[Tensor | None],
+        kind: str,
+        room: Any,
+    ) -> Tensor | None:
+        """Fill the span of the gradients outs; that of the state before it, or None."""
+        cut = _cut_all(parts, reset, span, starts.dtype)
+        found = _of_kind(kind).backward(_cut(d_o, span, starts.dtype), after, *cut, starts)
+        if not _finite(*found[:3], found[4]):
+            return None
+        for out, t in zip(outs, found):
+            if out is not None and t is not None:
+                _paste(out, span, t)
+        return found[4]
 
 
-@_wide
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
+    way: Way, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the state at the end, and the states before each chunk (chunks, B, H, K, V)."""
-    size, steps = _chunk(kind, v, q.shape[3]), v.shape[1]
+    size, steps, room = way.chunk(kind, v, q.shape[3]), v.shape[1], way.room()
     o, last = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
     states = state.new_empty(-(-steps // size), *state.shape)
-    for rows in _row_slices(v, size, kind):
+    for rows in _row_slices(v, size, kind, way.scratch(kind)):
         parts = q[rows], k[rows], v[rows], None if g is None else g[rows]
         cuts, out, kept = None if reset is None else reset[rows], o[rows], states[:, rows]
         before = state[rows]
-        for span in _spans(steps, size, len(parts[2]) * v.shape[2]):
+        for span in _spans(steps, size, len(parts[2]) * v.shape[2], way.scratch(kind)):
             if kind != "full":
-                y, starts, after = _of_kind(kind).forward(*_cut_all(parts, cuts, span, state.dtype), before)
-                if not _finite(y, after):
+                after = way.forward(parts, cuts, span, before, out, kept[span.chunks], kind, room)
+                if after is None:
                     now = parts, cuts, span, before
                     y, starts, after, spoilt = _without_the_spoilt(*now, kind)
                     _paste(out, span, y)
                     kept[span.chunks] = starts
-                    before = _put_the_spoilt(out, kept, after, spoilt, *now, kind)
-                    continue
-                _paste(out, span, y)
-                kept[span.chunks], before = starts, after
+                    after = _put_the_spoilt(out, kept, after, spoilt, *now, kind)
+                before = after
                 continue
             for number, time in _chunks(span):
                 kept[number] = before
@@ -205,37 +241,32 @@ def _put_the_spoilt(
     return after.index_copy(0, at, state)
 
 
-@_wide
 def _backward(
+    way: Way,
     d_o: Tensor,
     d_last: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    state: Tensor,
     reset: Tensor | None,
-    states: Tensor,
     kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    size, steps = _chunk(kind, v, q.shape[3]), v.shape[1]
-    grads = tuple(
-        None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, g)
-    )
-    d_state = torch.empty_like(d_last)
-    for rows in _row_slices(v, size, kind):
+    states: Tensor,
+) -> tuple[Tensor, ...]:
+    size, steps, room = way.chunk(kind, v, q.shape[3]), v.shape[1], way.room()
+    grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, g)]
+    d_state = torch.empty_like(d_last, memory_format=torch.contiguous_format)
+    for rows in _row_slices(v, size, kind, way.scratch(kind)):
         parts = q[rows], k[rows], v[rows], None if g is None else g[rows]
         cuts, outs = None if reset is None else reset[rows], [None if t is None else t[rows] for t in grads]
         after = d_last[rows]
-        for span in reversed(_spans(steps, size, len(parts[2]) * v.shape[2])):
+        for span in reversed(_spans(steps, size, len(parts[2]) * v.shape[2], way.scratch(kind))):
             if kind != "full":
-                cut = _cut_all(parts, cuts, span, states.dtype)
-                d_y = _cut(d_o[rows], span, states.dtype)
-                found = _of_kind(kind).backward(d_y, after, *cut, states[span.chunks, rows])
-                if _finite(*found[:3], found[4]):
-                    for out, t in zip(outs, found):
-                        if out is not None and t is not None:
-                            _paste(out, span, t)
-                    after = found[4]
+                starts = states[span.chunks, rows]
+                before = way.backward(d_o[rows], after, parts, cuts, span, starts, outs, kind, room)
+                if before is not None:
+                    after = before
                     continue
             for number, time in reversed(list(_chunks(span))):
                 found = _elementwise_backward(
@@ -247,12 +278,12 @@ def _backward(
                         out[:, time] = t
                 after = found[4]
         d_state[rows] = after
-    return *grads, d_state  # type: ignore[return-value]
+    return *(t for t in grads if t is not None), d_state
 
 
-def _row_slices(v: Tensor, size: int, kind: str) -> list[slice]:
+def _row_slices(v: Tensor, size: int, kind: str, scratch: int) -> list[slice]:
     """Rows of the batch that are worked on at once."""
-    each = max(1, len(v) if kind == "full" else SCRATCH // max(1, v.shape[2] * size * size))
+    each = max(1, len(v) if kind == "full" else scratch // max(1, v.shape[2] * size * size))
     return [slice(i, i + each) for i in range(0, len(v), each)]
 
 
@@ -591,4 +622,17 @@ def _outer_parts(
     return q, k, v.to(dtype)[..., None, :], a
 
 
-_run = differentiable("outer_scan_torch", None, _forward, _backward, _chunk)
+def compiled(name: str, devices: str | None, way: Way) -> Kernel:
+    """f(q, k, v, g, state, reset, kind) -> o and the state at the end, differentiable."""
+
+    def like(q, k, v, g, state, reset, kind):
+        count = -(-v.shape[1] // way.chunk(kind, v, q.shape[3]))
+        return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty((count, *state.shape))
+
+    return opaque(
+        name, devices, "q k v g? state reset? kind:str",
+        functools.partial(_forward, way), functools.partial(_backward, way), like, results=2, kept=1,
+    )  # fmt: skip
+
+
+_run = compiled("outer_scan_torch", None, Way())

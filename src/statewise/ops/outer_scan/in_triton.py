@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adjoint import differentiable, normal
+from ..opaque import opaque
+from .edges import normal
 
 CHUNK = {"scalar": 64, "key": 16}
 VALUES = 64  # values of a program
@@ -192,10 +193,6 @@ def _gradients_kernel(
     tl.store(d_k + at, dz, mask=mask)
 
 
-def _chunk(kind: str, v: Tensor, keys: int) -> int:
-    return CHUNK[kind]
-
-
 def _sizes(q: Tensor, v: Tensor, kind: str) -> dict[str, int | bool | str]:
     exact = q.dtype == v.dtype == torch.float32
     return {
@@ -236,21 +233,13 @@ def _forward(
 
 
 def _backward(
-    d_o: Tensor,
-    d_last: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    reset: Tensor | None,
-    states: Tensor,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    d_o: Tensor, d_last: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor,
+    reset: Tensor | None, kind: str, states: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     (batch, steps, heads, values), (groups, keys), sizes = v.shape, q.shape[2:], _sizes(q, v, kind)
     d_state = d_last.clone(memory_format=torch.contiguous_format)
     if not v.numel() or not q.numel():
-        nothing = None if g is None else torch.zeros_like(g)
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), nothing, d_state
+        return *(torch.zeros_like(t) for t in (q, k, v, g) if t is not None), d_state
     decays, ends, d_v = _decays(g, v, reset), torch.empty_like(states), v.new_empty(v.shape)
     d_q, d_k = (torch.empty(batch, steps, heads, keys, dtype=torch.float32, device=v.device) for _ in range(2))
     d_g = torch.empty_like(decays)
@@ -263,12 +252,21 @@ def _backward(
     )
     d_q, d_k = (t.unflatten(2, (groups, -1)).sum(3).to(o.dtype) for t, o in ((d_q, q), (d_k, k)))
     if g is None:
-        return d_q, d_k, d_v, None, d_state
+        return d_q, d_k, d_v, d_state
     return d_q, d_k, d_v, d_g.masked_fill_(decays.exp() == 0, 0), d_state
 
 
-# cpu: interpreter mode
-_run = differentiable("outer_scan_triton", ("cuda", "xpu", "cpu"), _forward, _backward, _chunk)
+def _like(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = triton.cdiv(v.shape[1], CHUNK[kind])
+    return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(count, *state.shape)
+
+
+_run = opaque(
+    "outer_scan_triton", ("cuda", "xpu", "cpu"), "q k v g? state reset? kind:str", _forward, _backward, _like,
+    results=2, kept=1,
+)  # fmt: skip  # cpu: interpreter mode
 
 
 def scan(
@@ -281,5 +279,5 @@ def scan(
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    o, last, _ = _run(*normal(q, k, v, log_decay, state, reset, lengths))
+    o, last = _run(*normal(q, k, v, log_decay, state, reset, lengths))
     return o, last
