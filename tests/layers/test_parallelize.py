@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import statewise
-from statewise.core import Cell, UsageError, chunked, leaves, unroll
+from statewise.core import Cell, UsageError, chunked, layers, leaves, unroll
 from statewise.layers import GRULayer, LSTMLayer, ParaGRU, ParaLSTM
 from statewise.layers.parallelized import Cost, Parallelized, parallelize
 from statewise.ops.newton import Layout, by_tangents
@@ -344,3 +344,25 @@ def test_para_conforms(cls, check):
 
 def test_checks_were_found():
     assert len(CASES) > 4 * 110
+
+
+CELLS = [info for info in layers if issubclass(info.cls, Cell)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("info", CELLS, ids=lambda info: info.name)
+def test_every_cell_of_the_library_is_solved(info):
+    """transition alone, solved for all times, gives what the layer's own scan gives."""
+    cell = build(info.cls, info.examples[0])
+    layer = parallelize(cell, verify=False)
+    if layer.plan.probed is None:
+        pytest.skip("the state counts in whole numbers")
+    x = torch.randn(2, 60, cell.width, dtype=torch.float64)
+    want, end = cell(x)
+    got, last = parallelize(cell, "newton", verify=False)(x)
+    assert (got - want).abs().max() <= 1e-8
+    assert all((a - b).abs().max() <= 1e-8 for a, b in zip(leaves(last), leaves(end), strict=True))
+
+
+def test_cells_were_found():
+    assert len(CELLS) > 20
