@@ -108,8 +108,8 @@ def as_markdown(rows: list[Row]) -> str:
         "",
         f"Error in float32 against the float64 loop on the same numbers, T = {rows[0].steps}: root mean square of ",
         "the error over that of the result; random inputs, decays as given, a layer's own decays. Limits: 1e-5",
-        "for parallel forms up to 4,096 steps and 5e-5 beyond, 5e-6 and 1e-4 for the loop of an op, 1e-5 and 1e-4 for the",
-        "steps of a layer, which works out its decays in float32 too. Bold is past its limit.",
+        "for parallel forms up to 4,096 steps and 5e-5 beyond, 5e-6 and 1e-4 for the loop of an op, 1e-5 and 1e-4 for",
+        "the steps of a layer, which works out its decays in float32 too. Bold is past its limit.",
         f"Written by `statewise check --parity --steps {rows[0].steps} --out FILE`.",
         "",
     ]

@@ -141,6 +141,18 @@ def _linear(steps: int, rng: torch.Generator) -> dict[str, Any]:
     return {"a": _decays(steps, 8), "x": _normal(rng, steps, 8), "h0": _normal(rng, 8)}
 
 
+def _blocks(steps: int, rng: torch.Generator) -> dict[str, Any]:
+    angle = 6 * torch.rand(len(DECAYS), steps, 4, generator=rng)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).unflatten(-1, (2, 2))
+    return {"a": _decays(steps, 4, 2, 2) * turn, "x": _normal(rng, steps, 4, 2), "h0": _normal(rng, 4, 2)}
+
+
+def _conv(steps: int, rng: torch.Generator) -> dict[str, Any]:
+    """A channel for each decay; its kernel has the decay's powers."""
+    kernel = torch.tensor(DECAYS, dtype=torch.float64)[:, None] ** torch.arange(steps)
+    return {"u": torch.randn(2, steps, len(DECAYS), generator=rng), "kernel": kernel.float()}
+
+
 def _outer(*kind: int) -> Callable[[int, torch.Generator], dict[str, Any]]:
     return lambda steps, rng: {**_memory(steps, rng), "log_decay": _decays(steps, 1, *kind).log()}
 
@@ -185,6 +197,8 @@ def _log_sum_exp(steps: int, rng: torch.Generator) -> dict[str, Any]:
 
 CALLS: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "linear_scan": _linear,
+    "block_scan": _blocks,
+    "long_conv": _conv,
     "outer_scan (scalar)": _outer(1, 1),
     "outer_scan (per key)": _outer(8, 1),
     "outer_scan (per value)": _outer(1, 8),
