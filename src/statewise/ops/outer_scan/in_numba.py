@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..linear_scan import in_numba as threads
 from ..selective_scan import in_numba as vectors
+from ..selective_scan.in_numba import _Lanes
 from . import in_torch
 from .edges import normal
 from .in_torch import Span, Way
@@ -39,7 +40,7 @@ CHUNK = {"scalar": 64, "key": 64}  # steps, by measurement; twice that for a dec
 WIDE = 64  # keys beyond which a state is wide
 SCRATCH = 1 << 18  # elements of the weights of a span
 
-_compile, _code, _Lanes = threads._compile, vectors._code, vectors._Lanes
+_compile, _code = threads._compile, vectors._code
 
 
 # ---- vector code: `steps` is how many, `row` the bytes from one to the next
