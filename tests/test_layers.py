@@ -14,7 +14,8 @@ CASES = [
         example,
         check,
         id=f"{info.name}{i}-{check.name}",
-        marks=[pytest.mark.slow] * check.slow
+        # compiling takes seconds: the first example of a layer stands for the others
+        marks=[pytest.mark.slow] * (check.slow or (check.group == "compile" and i > 0))
         + [
             pytest.mark.xfail(reason=known_failures(info.cls)[c], strict=True)
             for c in [check.name]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -180,9 +180,7 @@ def _forward(
                 after = way.forward(parts, cuts, span, before, out, kept[span.chunks], kind, room)
                 if after is None:
                     now = parts, cuts, span, before
-                    y, starts, after, spoilt = _without_the_spoilt(*now, kind)
-                    _paste(out, span, y)
-                    kept[span.chunks] = starts
+                    after, spoilt = _without_the_spoilt(way, *now, out, kept[span.chunks], kind, room)
                     after = _put_the_spoilt(out, kept, after, spoilt, *now, kind)
                 before = after
                 continue
@@ -195,25 +193,39 @@ def _forward(
 
 
 def _without_the_spoilt(
-    parts: _Parts, reset: Tensor | None, span: Span, before: Tensor, kind: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The span by matrix products, without what is not finite: other rows and earlier steps keep their bits.
+    way: Way,
+    parts: _Parts,
+    reset: Tensor | None,
+    span: Span,
+    before: Tensor,
+    out: Tensor,
+    kept: Tensor,
+    kind: str,
+    room: Any,
+) -> tuple[Tensor, Tensor]:
+    """The span in the same way with zeros for what is not finite: other rows and earlier steps keep their bits.
 
-    Returns what a kind's forward does, and (B, S) bool: where a row is spoilt, from its first bad step on.
+    Returns the state at the end, and (B, S) bool: where a row is spoilt, from its first bad step on.
     """
     q, k, v, g = _at(parts, span.time)
     bad = ~torch.stack([t.isfinite().flatten(2).all(2) for t in (q, k, v)]).all(0)
     if g is not None:
         bad |= (g.isnan() | (g > 0) & g.isinf()).flatten(2).any(2)
-    lost = ~before.isfinite().flatten(1).all(1)
-    spoilt = bad.cummax(1).values | lost[:, None]
-    q, k, v = (t.masked_fill(spoilt[..., None, None], 0) for t in (q, k, v))
-    g = None if g is None else g.masked_fill(spoilt.view(*spoilt.shape, *[1] * (g.ndim - 2)), 0)
-    cut = None if reset is None else reset[:, span.time]
-    inputs = _cut_all((q, k, v, g), cut, span._replace(start=0), before.dtype)
-    y, starts, after = _of_kind(kind).forward(*inputs, before.masked_fill(lost[:, None, None, None], 0))
-    over = ~(y.isfinite().transpose(0, 1).flatten(1).all(1) & after.isfinite().flatten(1).all(1))
-    return y, starts, after, spoilt | over[:, None]
+    spoilt = bad.cummax(1).values | ~before.isfinite().flatten(1).all(1)[:, None]
+    while True:
+        all_time = parts[2].new_zeros(parts[2].shape[:2], dtype=torch.bool)
+        all_time[:, span.time] = spoilt
+        cleared = [
+            None if t is None else t.masked_fill(all_time.view(*all_time.shape, *[1] * (t.ndim - 2)), 0) for t in parts
+        ]
+        clean = cast(_Parts, tuple(cleared))
+        state = before.masked_fill(spoilt[:, :1, None, None], 0)
+        after = way.forward(clean, reset, span, state, out, kept, kind, room)
+        if after is not None:
+            return after, spoilt
+        y, _, after = _of_kind(kind).forward(*_cut_all(clean, reset, span, state.dtype), state)  # too large
+        over = ~(y.isfinite().transpose(0, 1).flatten(1).all(1) & after.isfinite().flatten(1).all(1))
+        spoilt = spoilt | (over | ~over.any())[:, None]
 
 
 def _put_the_spoilt(
