@@ -14,8 +14,9 @@ CASES = [
         example,
         check,
         id=f"{info.name}{i}-{check.name}",
-        # compiling takes seconds: the first example of a layer stands for the others
-        marks=[pytest.mark.slow] * (check.slow or (check.group == "compile" and i > 0))
+        # the first example of a layer goes through everything, the second through what is quick, the others when asked
+        marks=[pytest.mark.slow]
+        * (check.slow or i > 1 or (i == 1 and (check.group == "compile" or "gradcheck" in check.name)))
         + [
             pytest.mark.xfail(reason=known_failures(info.cls)[c], strict=True)
             for c in [check.name]

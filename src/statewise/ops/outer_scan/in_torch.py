@@ -212,20 +212,21 @@ def _without_the_spoilt(
     if g is not None:
         bad |= (g.isnan() | (g > 0) & g.isinf()).flatten(2).any(2)
     spoilt = bad.cummax(1).values | ~before.isfinite().flatten(1).all(1)[:, None]
-    while True:
-        all_time = parts[2].new_zeros(parts[2].shape[:2], dtype=torch.bool)
-        all_time[:, span.time] = spoilt
-        cleared = [
-            None if t is None else t.masked_fill(all_time.view(*all_time.shape, *[1] * (t.ndim - 2)), 0) for t in parts
-        ]
-        clean = cast(_Parts, tuple(cleared))
-        state = before.masked_fill(spoilt[:, :1, None, None], 0)
-        after = way.forward(clean, reset, span, state, out, kept, kind, room)
-        if after is not None:
-            return after, spoilt
-        y, _, after = _of_kind(kind).forward(*_cut_all(clean, reset, span, state.dtype), state)  # too large
-        over = ~(y.isfinite().transpose(0, 1).flatten(1).all(1) & after.isfinite().flatten(1).all(1))
-        spoilt = spoilt | (over | ~over.any())[:, None]
+    all_time = parts[2].new_zeros(parts[2].shape[:2], dtype=torch.bool)
+    all_time[:, span.time] = spoilt
+    cleared = [
+        None if t is None else t.masked_fill(all_time.view(*all_time.shape, *[1] * (t.ndim - 2)), 0) for t in parts
+    ]
+    clean, state = cast(_Parts, tuple(cleared)), before.masked_fill(spoilt[:, :1, None, None], 0)
+    after = way.forward(clean, reset, span, state, out, kept, kind, room)
+    if after is None:  # too large, or more than this way can take
+        y, starts, after = _of_kind(kind).forward(*_cut_all(clean, reset, span, state.dtype), state)
+        _paste(out, span, y)
+        kept.copy_(starts)
+        spoilt = (
+            spoilt | ~(y.isfinite().transpose(0, 1).flatten(1).all(1) & after.isfinite().flatten(1).all(1))[:, None]
+        )
+    return after, spoilt
 
 
 def _put_the_spoilt(
