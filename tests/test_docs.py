@@ -46,7 +46,7 @@ def test_the_table_of_layers_is_current():
     lines = [
         line.split(" | ")
         for line in (ROOT / "docs" / "layers.md").read_text().splitlines()
-        if "rxiv:" in line or "doi:" in line
+        if "arXiv:" in line or "doi:" in line
     ]
     shown = {line[0].removeprefix("| "): line[1] for line in lines}
     assert shown == {info.name: layer_words(info) for info in layers}

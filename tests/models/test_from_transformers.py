@@ -5,6 +5,7 @@ Every parameter is drawn at random first: constant initial values would hide a t
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -132,7 +133,9 @@ def test_logits_in_float32(name: str):
     ours = from_transformers(theirs)
     want = logits(theirs, x)
     assert want.std() > 0.1  # there is something to compare
-    assert error(ours(x)[0], want) < 1e-4
+    # xLSTM divides by sums that may be near 0: there theirs, too, is off by 8e-5 from what float64 makes of the weights
+    theirs_off = error(want, copy.deepcopy(ours).double()(x)[0])
+    assert error(ours(x)[0], want) < max(1e-4, 2 * theirs_off) and theirs_off < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
