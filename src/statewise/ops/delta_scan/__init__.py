@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...core import UsageError, wide
 from ..dispatch import Backend, op
+from ..given import check_time, needs_a_gpu
 from ..looping import loop
 
 _WIDE = (torch.float32, torch.float64)
@@ -100,14 +100,7 @@ def _check_rest(
                 f"{name}: log_decay is {tuple(log_decay.shape)}; expected a shape that broadcasts to (B, T, H, K, 1) = "
                 f"{full}, such as (H, 1, 1) or (B, T, H, 1, 1)"
             )
-    if reset is not None and (reset.dtype != torch.bool or reset.shape != (batch, steps)):
-        raise UsageError(f"{name}: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {(batch, steps)}")
-    if lengths is not None and lengths.shape != (batch,):
-        raise UsageError(f"{name}: lengths has shape {tuple(lengths.shape)}; expected ({batch},)")
-    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
-        bad = ((lengths < 0) | (lengths > steps)).nonzero()[:, 0].tolist()
-        if bad:
-            raise UsageError(f"{name}: lengths[{bad[0]}] is {int(lengths[bad[0]])}; expected 0 to T = {steps}")
+    check_time(name, q, reset, lengths)
 
 
 class _Draw:
@@ -215,12 +208,6 @@ def _dplr_samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield from draw.hard(draw.dplr)
 
 
-def _needs_a_gpu(q: Tensor, *_: Any, **__: Any) -> str | None:
-    if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "device cpu (takes cuda, or cpu with TRITON_INTERPRET=1)"
-    return None
-
-
 def delta_step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -243,7 +230,7 @@ def delta_step(
         devices=("cuda", "xpu", "cpu"),
         dtypes=(torch.float32, *_HALF),
         requires=("triton",),
-        limits=_needs_a_gpu,
+        limits=needs_a_gpu,
     ),
     Backend(
         "numba",
@@ -308,7 +295,7 @@ def dplr_step(
         devices=("cuda", "xpu", "cpu"),
         dtypes=(torch.float32, *_HALF),
         requires=("triton",),
-        limits=_needs_a_gpu,
+        limits=needs_a_gpu,
     ),
     Backend(
         "numba",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...core import UsageError, clear_past_end, past_end, wide
 from ..dispatch import Backend, op
+from ..given import check_time, needs_a_gpu
 
 _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 _HALF = (torch.bfloat16, torch.float16)
@@ -31,17 +31,7 @@ def _check(a: Tensor, x: Tensor, h0: Tensor, *, reset: Tensor | None = None, len
         )
     if not a.device == x.device == h0.device:
         raise UsageError(f"linear_scan: a is on {a.device}, x on {x.device}, h0 on {h0.device}; move them together")
-    if reset is not None and (reset.dtype != torch.bool or reset.shape != x.shape[:2]):
-        raise UsageError(
-            f"linear_scan: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {tuple(x.shape[:2])}"
-        )
-    if lengths is not None and lengths.shape != x.shape[:1]:
-        raise UsageError(f"linear_scan: lengths has shape {tuple(lengths.shape)}; expected ({len(x)},)")
-    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
-        bad = ((lengths < 0) | (lengths > x.shape[1])).nonzero()[:, 0].tolist()
-        if bad:
-            end = int(lengths[bad[0]])
-            raise UsageError(f"linear_scan: lengths[{bad[0]}] is {end}; expected 0 to T = {x.shape[1]}")
+    check_time("linear_scan", x, reset, lengths)
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -87,12 +77,6 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield inputs(4, 6, 3, a=decay(3), lengths=ends(6, 0, 3, 0), reset=coin(4, 6))
 
 
-def _needs_a_gpu(a: Tensor, x: Tensor, h0: Tensor, **_: Any) -> str | None:
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "device cpu (takes cuda, or cpu with TRITON_INTERPRET=1)"
-    return None
-
-
 @op(
     Backend(
         "triton",
@@ -100,7 +84,7 @@ def _needs_a_gpu(a: Tensor, x: Tensor, h0: Tensor, **_: Any) -> str | None:
         devices=("cuda", "xpu", "cpu"),
         dtypes=(*_WIDE, *_HALF),
         requires=("triton",),
-        limits=_needs_a_gpu,
+        limits=needs_a_gpu,
     ),
     Backend(
         "numba",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core import UsageError, clear_past_end, wide
 from ..dispatch import Backend, op
+from ..given import check_time
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -28,14 +29,7 @@ def _check(u: Tensor, kernel: Tensor, *, reset: Tensor | None = None, lengths: T
         )
     if u.device != kernel.device:
         raise UsageError(f"long_conv: u is on {u.device}, kernel on {kernel.device}; move them together")
-    if reset is not None and (reset.dtype != torch.bool or reset.shape != u.shape[:2]):
-        raise UsageError(f"long_conv: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {tuple(u.shape[:2])}")
-    if lengths is not None and lengths.shape != u.shape[:1]:
-        raise UsageError(f"long_conv: lengths has shape {tuple(lengths.shape)}; expected ({len(u)},)")
-    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
-        bad = ((lengths < 0) | (lengths > u.shape[1])).nonzero()[:, 0].tolist()
-        if bad:
-            raise UsageError(f"long_conv: lengths[{bad[0]}] is {int(lengths[bad[0]])}; expected 0 to T = {u.shape[1]}")
+    check_time("long_conv", u, reset, lengths)
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

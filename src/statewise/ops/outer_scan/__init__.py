@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...core import UsageError, wide
 from ..dispatch import Backend, op
+from ..given import check_time, needs_a_gpu
 from ..looping import loop
 from .edges import kind_of
 
@@ -63,14 +63,7 @@ def _check(
             f"outer_scan: q is on {q.device}, k on {k.device}, v on {v.device}, state on {state.device}; "
             f"move them, log_decay and reset together"
         )
-    if reset is not None and (reset.dtype != torch.bool or reset.shape != (batch, steps)):
-        raise UsageError(f"outer_scan: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {(batch, steps)}")
-    if lengths is not None and lengths.shape != (batch,):
-        raise UsageError(f"outer_scan: lengths has shape {tuple(lengths.shape)}; expected ({batch},)")
-    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
-        bad = ((lengths < 0) | (lengths > steps)).nonzero()[:, 0].tolist()
-        if bad:
-            raise UsageError(f"outer_scan: lengths[{bad[0]}] is {int(lengths[bad[0]])}; expected 0 to T = {steps}")
+    check_time("outer_scan", q, reset, lengths)
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -142,8 +135,9 @@ def outer_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state:
 
 
 def _not_in_triton(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **more: Any) -> str | None:
-    if v.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "device cpu (takes cuda, or cpu with TRITON_INTERPRET=1)"
+    missing = needs_a_gpu(v)
+    if missing is not None:
+        return missing
     kind = kind_of(more.get("log_decay"))
     if kind in ("value", "full"):
         return f"a decay per {'value' if kind == 'value' else 'key and value'} (takes one per head or per key)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...core import UsageError, wide
 from ..dispatch import Backend, op
+from ..given import check_time, needs_a_gpu
 from ..looping import loop
 
 _WIDE = (torch.float32, torch.float64)
@@ -47,14 +47,7 @@ def _check(
             raise UsageError(f"{name}: {what} is {t.dtype}, state {state.dtype}; expected none wider than the state")
         if t.device != x.device:
             raise UsageError(f"{name}: {what} is on {t.device}, x on {x.device}; move them together")
-    if reset is not None and (reset.dtype != torch.bool or reset.shape != x.shape[:2]):
-        raise UsageError(f"{name}: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {tuple(x.shape[:2])}")
-    if lengths is not None and lengths.shape != x.shape[:1]:
-        raise UsageError(f"{name}: lengths has shape {tuple(lengths.shape)}; expected ({len(x)},)")
-    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
-        bad = ((lengths < 0) | (lengths > steps)).nonzero()[:, 0].tolist()
-        if bad:
-            raise UsageError(f"{name}: lengths[{bad[0]}] is {int(lengths[bad[0]])}; expected 0 to T = {steps}")
+    check_time(name, x, reset, lengths)
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -96,12 +89,6 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield inputs(4, 6, 3, 2, lengths=ends(6, 0, 3, 0), reset=coin(4, 6))
 
 
-def _needs_a_gpu(x: Tensor, *_: Any, **__: Any) -> str | None:
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "device cpu (takes cuda, or cpu with TRITON_INTERPRET=1)"
-    return None
-
-
 def selective_step(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """One step in plain arithmetic: x, dt (B, D), b, c (B, N), state (B, D, N), a (D, N) -> y (B, D), state."""
     # h + (decay - 1) h: float32 has few numbers near 1, and what they miss would be missed at every step
@@ -116,7 +103,7 @@ def selective_step(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a
         devices=("cuda", "xpu", "cpu"),
         dtypes=(*_WIDE, *_HALF),
         requires=("triton",),
-        limits=_needs_a_gpu,
+        limits=needs_a_gpu,
     ),
     Backend(
         "numba",

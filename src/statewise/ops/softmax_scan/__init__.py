@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core import UsageError, wide
 from ..dispatch import Backend, op
+from ..given import check_time
 from ..looping import loop
 
 
@@ -47,7 +48,7 @@ def _check(
                 f"{state.u.dtype} {shape} on {v.device}"
             )
     _check_dtypes("softmax_scan", dict(score=score, v=v), state.u)
-    _check_time("softmax_scan", score, reset, lengths)
+    check_time("softmax_scan", score, reset, lengths)
 
 
 def _log_check(x: Tensor, z0: Tensor, *, reset: Tensor | None = None, lengths: Tensor | None = None) -> None:
@@ -56,7 +57,7 @@ def _log_check(x: Tensor, z0: Tensor, *, reset: Tensor | None = None, lengths: T
             f"log_sum_exp_scan: x is {tuple(x.shape)}, z0 {tuple(z0.shape)}; expected (B, T, N...) and (B, N...)"
         )
     _check_dtypes("log_sum_exp_scan", dict(x=x), z0)
-    _check_time("log_sum_exp_scan", x, reset, lengths)
+    check_time("log_sum_exp_scan", x, reset, lengths)
 
 
 def _check_dtypes(op: str, given: dict[str, Tensor], state: Tensor) -> None:
@@ -67,17 +68,6 @@ def _check_dtypes(op: str, given: dict[str, Tensor], state: Tensor) -> None:
             raise UsageError(f"{op}: {name} is {t.dtype}, the state {state.dtype}; expected none wider than the state")
         if t.device != state.device:
             raise UsageError(f"{op}: {name} is on {t.device}, the state on {state.device}; move them together")
-
-
-def _check_time(op: str, x: Tensor, reset: Tensor | None, lengths: Tensor | None) -> None:
-    if reset is not None and (reset.dtype != torch.bool or reset.shape != x.shape[:2]):
-        raise UsageError(f"{op}: reset is {reset.dtype} {tuple(reset.shape)}; expected bool {tuple(x.shape[:2])}")
-    if lengths is not None and lengths.shape != x.shape[:1]:
-        raise UsageError(f"{op}: lengths has shape {tuple(lengths.shape)}; expected ({len(x)},)")
-    if lengths is not None and not torch.compiler.is_compiling() and not lengths.is_meta:
-        bad = ((lengths < 0) | (lengths > x.shape[1])).nonzero()[:, 0].tolist()
-        if bad:
-            raise UsageError(f"{op}: lengths[{bad[0]}] is {int(lengths[bad[0]])}; expected 0 to T = {x.shape[1]}")
 
 
 class _Draw:
