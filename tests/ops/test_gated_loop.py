@@ -163,7 +163,7 @@ def test_compiled_length_is_not_unrolled() -> None:
         ({"w_ih": torch.zeros(4, 2)}, r"w_ih is \(4, 2\); expected \(4, 3\)"),
         ({"w_hh": torch.zeros(4, 3)}, r"w_hh is \(4, 3\); expected \(4, 4\)"),
         ({"reset": torch.zeros(2, 5)}, "expected bool"),
-        ({"lengths": torch.zeros(3)}, r"expected \(2,\)"),
+        ({"lengths": torch.zeros(3, dtype=torch.int64)}, r"expected \(2,\)"),
         ({"nonlinearity": "relux"}, "'tanh' or 'relu'"),
     ],
 )  # fmt: skip

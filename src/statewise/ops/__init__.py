@@ -3,7 +3,7 @@
 from .block_scan import block_scan
 from .delta_scan import delta_scan, delta_step, dplr_scan, dplr_step
 from .dispatch import Backend, Op, observe, op, ops, use_backend
-from .gated_loop import elman_loop, gru_loop, jordan_loop, lstm_loop
+from .gated_loop import elman_loop, gru_loop, jordan_loop, lstm_loop, slstm_loop
 from .linear_scan import linear_scan
 from .long_conv import long_conv
 from .outer_scan import normalised_outer_scan, outer_scan, outer_step
@@ -13,7 +13,6 @@ from .softmax_scan import SoftmaxState, log_sum_exp_scan, nothing_seen, softmax_
 __all__ = [
     "Backend", "Op", "SoftmaxState", "block_scan", "delta_scan", "delta_step", "dplr_scan", "dplr_step", "elman_loop",
     "gru_loop", "jordan_loop", "linear_scan", "log_sum_exp_scan", "long_conv", "lstm_loop", "normalised_outer_scan",
-    "nothing_seen",
-    "observe", "op", "ops", "outer_scan", "outer_step", "selective_scan", "selective_step", "softmax_scan",
-    "softmax_step", "use_backend",
+    "nothing_seen", "observe", "op", "ops", "outer_scan", "outer_step", "selective_scan", "selective_step",
+    "slstm_loop", "softmax_scan", "softmax_step", "use_backend",
 ]  # fmt: skip
