@@ -3,6 +3,7 @@
 from .aaren import Aaren
 from .attention import Attention, AttentionState
 from .bidirectional import Bidirectional
+from .cfc import CfC
 from .delta_net import DeltaNet, DeltaState
 from .delta_product import DeltaProduct
 from .elman import Elman
@@ -17,6 +18,7 @@ from .lmu import LMU
 from .lru import LRU
 from .lssl import LSSL
 from .lstm import LSTMLayer, LSTMState
+from .ltc import LTC
 from .mamba import Mamba, MambaState
 from .mamba2 import Mamba2, Mamba2State
 from .min_gru import MinGRU
@@ -37,6 +39,7 @@ __all__ = [
     "Attention",
     "AttentionState",
     "Bidirectional",
+    "CfC",
     "DeltaNet",
     "DeltaProduct",
     "DeltaState",
@@ -51,6 +54,7 @@ __all__ = [
     "LSSL",
     "LSTMLayer",
     "LSTMState",
+    "LTC",
     "LightNet",
     "LightNetState",
     "LinearAttention",
