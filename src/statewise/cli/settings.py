@@ -15,15 +15,15 @@ C = TypeVar("C")
 LETTERS = 200  # of a user's text repeated in an error
 
 
-def dict_once(settings: Iterable[str]) -> dict[str, str]:
+def dict_once(settings: Iterable[str], flag: str = "--set") -> dict[str, str]:
     """FIELD=VALUE texts as a dict; a field given twice is refused."""
     found: dict[str, str] = {}
     for text in settings:
         path, equals, value = text.partition("=")
         if not equals or not path:
-            raise UsageError(f"--set {text[:LETTERS]!r}; expected FIELD=VALUE, as in --set train.lr=1e-3")
+            raise UsageError(f"{flag} {text[:LETTERS]!r}; expected FIELD=VALUE, as in {flag} train.lr=1e-3")
         if path in found:
-            raise UsageError(f"--set {path}: given twice, as {found[path]!r} and as {value!r}")
+            raise UsageError(f"{flag} {path}: given twice, as {found[path]!r} and as {value!r}")
         found[path] = value
     return found
 
@@ -51,6 +51,25 @@ def put_texts(config: C, texts: Mapping[str, str], inside: str = "") -> C:
     except (ValueError, TypeError) as error:
         given = " ".join(f"{inside}{path}={text[:LETTERS]}" for path, text in here.items())
         raise UsageError(f"--set {given}: {error}" if given else str(error)) from None
+
+
+def value_of(config: Any, path: str, text: str, flag: str) -> Any:
+    """A text as what the field at a dotted path holds. Raises UsageError where it does not fit."""
+    try:
+        found = put_texts(config, {path: text})
+    except UsageError as error:
+        raise UsageError(str(error).replace("--set", flag, 1)) from None
+    for name in path.split("."):
+        found = found[name] if isinstance(found, Mapping) else getattr(found, name)
+    return found
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """40,80,160 as numbers. Raises UsageError for anything else."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if any(not part.isdecimal() or not 0 < int(part) <= 10**9 for part in parts):
+        raise UsageError(f"--lengths {text[:LETTERS]!r}; expected whole numbers with commas, as in 40,80,160")
+    return tuple(map(int, parts))
 
 
 def free(text: str) -> Any:

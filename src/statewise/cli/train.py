@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .parse import Positional, Repeated
 
 if TYPE_CHECKING:
-    from ..training import Experiment, Result
+    from ..training import Experiment, LengthScore, Result
 
 Event = dict[str, Any]
 
@@ -44,6 +44,8 @@ class Options:
     """Threads that torch may use; 0 leaves it to torch."""
     fresh: bool = False
     """Start anew: an earlier run in the same place is moved aside, not deleted."""
+    lengths: str = ""
+    """Also test examples of these lengths, with commas: 40,80,160. For generated tasks; of a finished run as well."""
     replay: Path | None = None
     """An experiment.json of an earlier run: train exactly that again, in the place that --run names."""
 
@@ -51,14 +53,18 @@ class Options:
 def run(options: Options) -> int:
     import torch
 
-    from ..training import choose_device, fit
+    from ..training import add_lengths, at_lengths, choose_device, fit
     from .build import build
+    from .settings import lengths
 
     device = choose_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     made = described(options)
     build(made)
+    asked = lengths(options.lengths)
+    if asked:
+        at_lengths(made.task, asked)  # a length that cannot be had is a mistake to name now
     place = options.run or Path("runs") / f"{made.task.name}-{made.model.layer}-{made.key[:8]}"
     beside = {"baseline": made.task.baseline(), "chance": made.task.chance()}  # reads the data before a folder is made
     if options.fresh:
@@ -69,6 +75,8 @@ def run(options: Options) -> int:
     with progress(made.train.steps) as on_event:
         result = fit(made, place, device=str(device), signals=True, on_event=on_event)
     show(made, result, beside, place)
+    if asked:
+        show_lengths(made, add_lengths(place, asked, device=str(device)))
     return 0
 
 
@@ -181,6 +189,24 @@ def words(event: Event) -> str:
     if event["event"] == "warning":
         return f"warning: {event['message']}"
     return ""
+
+
+def show_lengths(made: Experiment, scores: Sequence[LengthScore]) -> None:
+    """Score, chance and baseline at each length."""
+    from ..report import show_count, show_score
+    from .show import table
+
+    metric, columns = (
+        made.task.metric,
+        ("length", "steps", "examples", f"test {made.task.metric}", "chance", "baseline"),
+    )
+    found = [
+        [str(s.length), show_count(s.steps), str(s.examples), s.failed or show_score(s.score, metric),
+         show_score(s.chance, metric), show_score(s.baseline, metric)]
+        for s in scores
+    ]  # fmt: skip
+    trained = getattr(made.task, "train_length", None)
+    table(columns, found, right=columns, title=f"by length; trained up to {trained}")
 
 
 def show(made: Experiment, result: Result, beside: dict[str, float], place: Path) -> None:

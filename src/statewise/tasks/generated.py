@@ -63,6 +63,11 @@ class Generated(Task):
             own["shortest"] = min(self.shortest, length)  # type: ignore[attr-defined]
         return replace(self, **own)  # type: ignore[type-var]
 
+    @property
+    def train_length(self) -> int | None:
+        """The largest length of training examples, in the unit of `at`; None where the task has none."""
+        return next((getattr(self, name) for name in ("length", "longest") if hasattr(self, name)), None)
+
     def batches(self, split: Split) -> Iterator[Batch]:
         for index in range(self.examples // self.block):
             yield self.batch(index, self.block, seed=0, split=split)
