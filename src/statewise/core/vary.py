@@ -12,6 +12,10 @@ from .registry import near
 
 C = TypeVar("C")
 
+# Metadata of a field that came after records were written: where it has its default it is left out of them, so that
+# their keys stay what they were.
+LATER = {"later": True}
+
 
 def put(config: C, path: str, value: Any) -> C:
     """A copy of config with the field at a dotted path changed.
@@ -28,6 +32,15 @@ def put(config: C, path: str, value: Any) -> C:
     if head not in known:
         raise Unknown(f"{type(config).__name__} has no field {head!r}; {near(head, known)}")
     return replace(config, **{head: put(getattr(config, head), rest, value) if rest else value})  # type: ignore[type-var]
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """Name to value of the fields of a dataclass that a record holds."""
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.init and not ("later" in f.metadata and getattr(config, f.name) == f.default)
+    }
 
 
 def grid(base: C, axes: Mapping[str, Iterable[Any]]) -> Iterator[C]:

@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import layers as _register_all  # noqa: F401
 from ..core import RecurrentLayer, Traits, UsageError, check_input, check_sizes, clear_past_end, layers, near
+from ..core.vary import LATER
 from ..nn import GLU, GatedMLP, RMSNorm
 from .classifier import Classifier
+from .pattern import Place, places
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "rms": RMSNorm,
@@ -25,10 +28,12 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Stack:
-    """Describes a residual stack of `depth` copies of one registered layer; `build` makes it for a task's widths.
+    """Describes a residual stack of `depth` registered layers; `build` makes it for a task's widths.
 
-    args override the layer's own `sized(width)` arguments. mlp is the expansion of the gated MLP after each layer, 0
-    for none. pool="mean" answers with the running mean of the outputs (`Classifier`), "none" with the outputs.
+    layer: a name, or a pattern that repeats to the depth, as "mamba2*7,attention" (see `pattern`). args override the
+    layers' own `sized(width)` arguments, in a hybrid those of every layer that takes them. mlp is the expansion of the
+    gated MLP after each layer, 0 for none. pool="mean" answers with the running mean of the outputs (`Classifier`),
+    "none" with the outputs. residual_scale: what each branch is multiplied by before it is added.
     Every field is a number, a registry name or a mapping of those, so a description can be written down as JSON.
     """
 
@@ -40,6 +45,7 @@ class Stack:
     norm: str = "rms"
     dropout: float = 0.0
     pool: Literal["none", "mean"] = "none"
+    residual_scale: float = field(default=1.0, metadata=LATER)
 
     def build(self, *, x_width: int | None = None, x_vocab: int | None = None, y_width: int) -> RecurrentLayer[Any]:
         """A model from x (B, T, x_width), or ids (B, T) below x_vocab, to y (B, T, y_width), on torch's generator.
@@ -50,55 +56,91 @@ class Stack:
         if self.pool not in ("none", "mean"):
             raise UsageError(f"Stack: pool {self.pool!r}; expected 'none' or 'mean'")
         embed, head = embedding(self.width, x_width, x_vocab), nn.Linear(self.width, y_width)
-        model = Residual(embed, self.blocks(), self.last_norm(), head)
+        model = Residual(embed, self.blocks(), self.last_norm(), head, order=self.order())
         return Classifier(model) if self.pool == "mean" else model
 
     def check(self) -> None:
         """Raise UsageError unless every field is in range."""
         check_sizes("Stack", width=self.width, depth=self.depth)
-        for name, end in (("mlp", math.inf), ("dropout", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < end:
-                raise UsageError(f"Stack: {name} is {value!r}; expected a number from 0 to below {end}")
+        for name, end in (("mlp", math.inf), ("dropout", 1), ("residual_scale", math.inf)):
+            _check_number(name, getattr(self, name), end)
         if self.norm not in NORMS:
             raise UsageError(f"Stack: unknown norm {self.norm!r}; {near(self.norm, NORMS)}")
-        self._arguments()
+        found = places(self.layer, self.depth)
+        taken = set().union(*(self._arguments(place) for place in found))
+        for name in self.args:
+            if name not in taken:  # by any layer: let the first say what it does take
+                self._refuse(name, found[0].layer)
 
     def blocks(self) -> list[Block]:
-        """depth blocks of the described layer."""
-        return [self._block() for _ in range(self.depth)]
+        """The blocks of the pattern, each once, in the order of their first places."""
+        return [self._block(place) for place in self._distinct()]
+
+    def order(self) -> tuple[int, ...]:
+        """Which of `blocks` stands at each depth."""
+        distinct = self._distinct()
+        own = iter(range(len(distinct)))
+        first: dict[str, int] = {}
+        order = []
+        for place in places(self.layer, self.depth):
+            known = first.get(place.label) if place.label else None
+            order.append(next(own) if known is None else known)
+            if place.label:
+                first.setdefault(place.label, order[-1])
+        return tuple(order)
 
     def last_norm(self) -> nn.Module:
         """The norm in front of the head."""
         return NORMS[self.norm](self.width)
 
-    def _block(self) -> Block:
-        arguments = self._arguments()
+    def _distinct(self) -> list[Place]:
+        found, labels = [], set()
+        for place in places(self.layer, self.depth):
+            if not place.label or place.label not in labels:
+                found.append(place)
+            labels.add(place.label)
+        return found
+
+    def _block(self, place: Place) -> Block:
+        arguments = self._arguments(place)
+        mlp_size = arguments.pop("mlp", self.mlp) if "mlp" in place.args else self.mlp
+        _check_number("mlp", mlp_size, math.inf)
         try:
-            layer = layers[self.layer].cls(**arguments)
+            layer = layers[place.layer].cls(**arguments)
         except TypeError as error:
-            raise UsageError(f"Stack: {self.layer} does not take {arguments}: {error}") from error
-        mlp = GatedMLP(self.width, round(self.width * self.mlp)) if self.mlp else None
+            raise UsageError(f"Stack: {place.layer} does not take {arguments}: {error}") from error
+        mlp = GatedMLP(self.width, round(self.width * mlp_size)) if mlp_size else None
         norms = [NORMS[self.norm](self.width) for _ in range(1 if mlp is None else 2)]
-        block = Block(layer, norms, mlp, dropout=self.dropout)
+        block = Block(layer, norms, mlp, dropout=self.dropout, scale=self.residual_scale)
         with torch.no_grad():  # the sum of all branches starts with the variance of one
             for linear in block.last_maps():
                 linear.weight /= math.sqrt(self.depth * len(norms))
         return block
 
-    def _arguments(self) -> dict[str, Any]:
-        info = layers[self.layer]
-        known = [name for name in inspect.signature(info.cls).parameters if name != "width"]
-        for name in self.args:
-            if name == "width":
-                raise UsageError(f"Stack: args may not set the width of {self.layer}; set the width of the stack")
-            if name not in known:
-                raise UsageError(f"Stack: {self.layer} has no argument {name!r}; {near(name, known)}")
-        return {**info.sized(self.width), **self.args}
+    def _arguments(self, place: Place) -> dict[str, Any]:
+        info = layers[place.layer]
+        known = {name for name in inspect.signature(info.cls).parameters if name != "width"}
+        for name in place.args:
+            if name not in known | {"mlp"}:
+                self._refuse(name, place.layer)
+        if "width" in self.args:
+            self._refuse("width", place.layer)
+        return {**info.sized(self.width), **{n: v for n, v in self.args.items() if n in known}, **place.args}
+
+    def _refuse(self, name: str, layer: str) -> None:
+        if name == "width":
+            raise UsageError(f"Stack: args may not set the width of {layer}; set the width of the stack")
+        known = [n for n in inspect.signature(layers[layer].cls).parameters if n != "width"]
+        raise UsageError(f"Stack: {layer} has no argument {name!r}; {near(name, known)}")
+
+
+def _check_number(name: str, value: object, end: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < end:
+        raise UsageError(f"Stack: {name} is {value!r}; expected a number from 0 to below {end}")
 
 
 class Block(RecurrentLayer[Any]):
-    """x + W layer(norm(x)), then x + mlp(norm(x)); the state is the layer's.
+    """x + s W layer(norm(x)), then x + s mlp(norm(x)), s = scale; the state is the layer's.
 
     A layer that is linear in its input (LRU, S5, short convolution) is followed by GELU and a gated linear unit in
     place of W, as in the blocks of its paper. norms: one for the layer, one more if there is an mlp. Dropout acts on
@@ -113,6 +155,7 @@ class Block(RecurrentLayer[Any]):
         *,
         dropout: float = 0.0,
         back: nn.Module | None = None,
+        scale: float = 1.0,
     ):
         super().__init__()
         self.width = self.out_width = layer.width
@@ -120,7 +163,7 @@ class Block(RecurrentLayer[Any]):
         self.norms, self.layer, self.mlp = nn.ModuleList(norms), layer, mlp
         usual = GLU if layer.traits.linear_in_input else nn.Linear
         self.back = usual(layer.out_width, layer.width) if back is None else back
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.scale = nn.Dropout(dropout), scale
 
     def last_maps(self) -> list[nn.Linear]:
         """The linear maps of this block whose outputs are added to x."""
@@ -143,19 +186,35 @@ class Block(RecurrentLayer[Any]):
         return self._add(x, y), state
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self.dropout(self.back(y))
-        return x if self.mlp is None else x + self.dropout(self.mlp(self.norms[1](x)))
+        x = x + self._scaled(self.back(y))
+        return x if self.mlp is None else x + self._scaled(self.mlp(self.norms[1](x)))
+
+    def _scaled(self, branch: Tensor) -> Tensor:
+        branch = self.dropout(branch)
+        return branch if self.scale == 1 else self.scale * branch
 
 
 class Residual(RecurrentLayer[tuple[Any, ...]]):
     """y_t = head(norm(block_n(... block_1(embed(x)))))_t, where all but the blocks act on each time alone.
 
-    Without a head y is what the norm gives. The state is the tuple of the blocks' states. Under autocast the sum that
+    order: which of `blocks` stands at each depth, where some stand at several: they share weights, not states. Without
+    a head y is what the norm gives. The state is the tuple of the states at each depth. recompute: in training keep
+    only what enters each block, and compute its inside again for the gradient: less memory, the same numbers. Under autocast the sum that
     runs through the blocks stays in the dtype of the parameters. y has the dtype of x, or of the parameters where x is
     ids.
     """
 
-    def __init__(self, embed: nn.Linear | nn.Embedding, blocks: list[Block], norm: nn.Module, head: nn.Linear | None):
+    recompute = False
+
+    def __init__(
+        self,
+        embed: nn.Linear | nn.Embedding,
+        blocks: list[Block],
+        norm: nn.Module,
+        head: nn.Linear | None,
+        *,
+        order: tuple[int, ...] | None = None,
+    ):
         super().__init__()
         if isinstance(embed, nn.Embedding):
             self.vocab = self.width = embed.num_embeddings
@@ -164,9 +223,14 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
         self.out_width = blocks[-1].width if head is None else head.out_features
         self.traits = Traits(resets=all(block.traits.resets for block in blocks))
         self.embed, self.blocks, self.norm, self.head = embed, nn.ModuleList(blocks), norm, head
+        self.order = tuple(range(len(blocks))) if order is None else order
+
+    def at_depths(self) -> list[Block]:
+        """The block at each depth; shared ones several times."""
+        return [self.blocks[i] for i in self.order]  # type: ignore[misc]
 
     def initial_state(self, batch: int) -> tuple[Any, ...]:
-        return tuple(block.initial_state(batch) for block in self.blocks)  # type: ignore[operator]
+        return tuple(block.initial_state(batch) for block in self.at_depths())
 
     def forward(
         self,
@@ -177,21 +241,25 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         check_input(self, x, state, reset, lengths)
-        states = (None,) * len(self.blocks) if state is None else state
+        states = (None,) * len(self.order) if state is None else state
         if lengths is not None:
             lengths = lengths.to(x.device)
             x = clear_past_end(x, lengths)
         h, after = self._embed(x), []
-        for block, before in zip(self.blocks, states, strict=True):
-            h, new = block(h, before, reset=reset, lengths=lengths)
+        again = self.recompute and self.training and torch.is_grad_enabled()
+        for block, before in zip(self.at_depths(), states, strict=True):
+            if again:
+                h, new = checkpoint(block, h, before, reset=reset, lengths=lengths, use_reentrant=False)
+            else:
+                h, new = block(h, before, reset=reset, lengths=lengths)
             after.append(new)
         y = self._head(h, x)
         return (y if lengths is None else clear_past_end(y, lengths)), tuple(after)
 
     def step(self, x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         h, after = self._embed(x), []
-        for block, before in zip(self.blocks, state, strict=True):
-            h, new = block.step(h, before)  # type: ignore[operator]
+        for block, before in zip(self.at_depths(), state, strict=True):
+            h, new = block.step(h, before)
             after.append(new)
         return self._head(h, x), tuple(after)
 
