@@ -19,11 +19,11 @@ import torch
 import statewise.comparing as comparing
 from statewise.cli import main
 from statewise.cli.compare import default_out
-from statewise.comparing import Cell, Plan, locked, measure_streaming, read_rows, run_cells
-from statewise.comparing.collect import _method
+from statewise.comparing import Cell, Plan, Setup, locked, measure_streaming, read_rows, run_cells
+from statewise.comparing.collect import method
+from statewise.comparing.compare import pace
 from statewise.comparing.measure import percentile
 from statewise.comparing.pool import run_dir
-from statewise.comparing.probe import pace
 from statewise.core import UsageError, layers, nbytes
 from statewise.models import Stack
 from statewise.tasks import Adding, Parity, tasks
@@ -42,7 +42,7 @@ def experiment(layer: str = "gru", seed: int = 0, **train: object) -> Experiment
 
 
 def cell(layer: str = "gru", seed: int = 0, **train: object) -> Cell:
-    return Cell(layer, 3e-3, experiment(layer, seed, **train))
+    return Cell(experiment(layer, seed, **train))
 
 
 def scores(out: Path) -> dict[str, str]:
@@ -64,15 +64,17 @@ def test_files_are_written(calm):
     rows = read_rows(calm)
     assert len(rows) == 4 and all(row["status"] == "done" for row in rows.values())
     assert len(scores(calm)) == 4
-    for line in (calm / "results.jsonl").read_text().splitlines():
-        assert json.loads(line)["score"] == rows[json.loads(line)["key"]]["score"]
+    lines = [json.loads(line) for line in (calm / "results.jsonl").read_text().splitlines()]
+    assert [("score" in line, "latency" in line) for line in lines] == [(True, False)] * 4 + [(False, True)] * 2
+    assert all(line["score"] == rows[line["key"]]["score"] for line in lines if "score" in line)
     page = (calm / "report.html").read_text()
     assert not re.search(r"https?://", page)
     for row in rows.values():
         assert row["key"] in page and row["parameters"] > 0 and row["peak_memory"] > 2**20
     found = json.loads((calm / "comparison.json").read_text())
-    assert found["task"]["chance"] == 0.5 and len(found["task"]["examples"]) >= 2
-    for entry in found["layers"]:
+    (board,) = found["boards"]
+    assert board["task"]["chance"] == 0.5 and len(board["task"]["examples"]) >= 2
+    for entry in board["layers"]:
         assert 0 < entry["streaming"]["median"] <= entry["streaming"]["p95"] and entry["streaming"]["state_bytes"] == 32
         assert [p["step"] for p in entry["cells"][0]["curve"]] == [*range(4, 41, 4)]
 
@@ -81,7 +83,7 @@ def test_the_command_of_a_row_is_that_row(calm):
     from statewise.cli.parse import parse
     from statewise.cli.train import Options, described
 
-    for entry in json.loads((calm / "comparison.json").read_text())["layers"]:
+    for entry in json.loads((calm / "comparison.json").read_text())["boards"][0]["layers"]:
         words = entry["command"].split()
         assert words[:2] == ["statewise", "train"]
         options = parse("train", Options, words[2:])
@@ -96,9 +98,9 @@ def test_the_command_of_a_comparison_is_that_comparison(calm):
 
 
 def test_the_leaderboard_has_chance_and_baseline(calm, capsys):
-    from statewise.cli.board import print_leaderboard
+    from statewise.cli.board import print_leaderboards
 
-    print_leaderboard(json.loads((calm / "comparison.json").read_text()))
+    print_leaderboards(json.loads((calm / "comparison.json").read_text()))
     said = capsys.readouterr().out
     assert all(name in said for name in ("gru", "elman", "chance", "baseline", "±", "tokens/s", "state"))
     assert max(map(len, said.splitlines())) <= 100
@@ -110,19 +112,19 @@ def test_the_same_again_trains_nothing(calm, capsys):
     assert len(logs) == 4 and main([*ARGS, "--out", str(calm)]) == 0
     assert "4 of 4 runs were finished before and kept" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in logs} == logs and scores(calm) == before
-    assert len((calm / "results.jsonl").read_text().splitlines()) == 4
+    assert len((calm / "results.jsonl").read_text().splitlines()) == 4 + 2  # and no streaming timed again
 
 
 def test_what_the_report_says_of_its_runs(calm):
     found = json.loads((calm / "comparison.json").read_text())
-    said = " ".join(found["method"])
+    said = " ".join([*found["method"], *found["boards"][0]["method"]])
     assert "without the first 5 steps" in said and "another setup" not in said and "grows" not in said
     assert "the examples shown here and the inputs" in said and "GELU" not in said  # gru and elman have one linear map
     with (calm / "results.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["key"]]
     assert [bool(row["latency_median_s"]) for row in rows] == [True, False, True, False]
     assert {(row["device"], row["threads"], row["data"]) for row in rows} == {("cpu", "1", "generated")}
-    for cell in (c for entry in found["layers"] for c in entry["cells"]):
+    for cell in (c for entry in found["boards"][0]["layers"] for c in entry["cells"]):
         log = read_log(next(calm.glob(f"runs/*{cell['key']}/log.jsonl")))[0]
         assert [p["seconds"] for p in cell["curve"]] == [e["seconds"] for e in log if e["event"] == "evaluate"]
         assert cell["curve"][-1]["seconds"] == cell["seconds"]
@@ -136,8 +138,8 @@ def test_runs_of_another_setup_are_named(calm, tmp_path):
 
 
 def test_linear_layers_are_named():
-    plan = Plan(experiment(), ("gru", "lru", "short_conv"))
-    said = " ".join(_method(plan, {}, 1, 1, "cpu"))
+    plan = Plan((experiment(),), ("gru", "lru", "short_conv"))
+    said = " ".join(method(plan, {}, Setup()))
     assert "lru, short_conv: linear in their input, and so followed by GELU" in said
 
 
@@ -145,13 +147,13 @@ def test_changed_data_are_trained_anew(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("abc " * 100)
     train = Train(steps=3, batch=2, evaluate_every=0)
-    one = Cell("gru", 3e-3, Experiment(TextFile(path=str(path), length=8), Stack("gru", width=4, depth=1), train))
+    one = Cell(Experiment(TextFile(path=str(path), length=8), Stack("gru", width=4, depth=1), train))
 
     def again() -> tuple[list[str], dict]:
         events: list[str] = []
         with locked(tmp_path / "out") as lock:
             rows = run_cells(
-                [one], tmp_path / "out", lock=lock, workers=1, on_event=lambda event: events.append(event["event"])
+                [one], tmp_path / "out", lock=lock, setup=Setup(), on_event=lambda event: events.append(event["event"])
             )
         return events, rows[one.key]
 
@@ -171,8 +173,8 @@ def test_comparing_is_imported_without_file_locks():
 
 
 def test_two_files_are_two_comparisons():
-    assert default_out("parity", None) == Path("runs/compare-parity")
-    assert default_out("series", Path("some/where.csv")) == Path("runs/compare-series-where")
+    assert default_out(["parity"], None) == Path("runs/compare-parity")
+    assert default_out(["series"], Path("some/where.csv")) == Path("runs/compare-series-where")
 
 
 def test_the_pace_of_a_trial_leaves_out_its_first_steps():
@@ -199,10 +201,10 @@ def test_killed_driver_leaves_no_orphan_and_goes_on(calm, tmp_path):
 
 def test_failures_are_marked_and_the_rest_goes_on(tmp_path):
     small = Experiment(Parity(shortest=1, longest=1, test_longest=1), Stack("gru", width=8), Train(steps=5))
-    cells = [Cell("gru", 3e-3, small), cell("elman", steps=3)]
+    cells = [Cell(small), cell("elman", steps=3)]
     events = []
     with locked(tmp_path) as lock:
-        rows = run_cells(cells, tmp_path, lock=lock, workers=2, on_event=events.append)
+        rows = run_cells(cells, tmp_path, lock=lock, setup=Setup(workers=2), on_event=events.append)
     bad, good = (rows[c.key] for c in cells)
     assert good["status"] == "done" and bad["status"] == "failed"
     assert "too few different examples" in bad["reason"] and "\n" not in bad["reason"]
@@ -215,7 +217,7 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path):
     slow = cell(steps=1_000_000)
     began = time.monotonic()
     with locked(tmp_path) as lock:
-        rows = run_cells([slow], tmp_path, lock=lock, workers=1, timeout=0.5)
+        rows = run_cells([slow], tmp_path, lock=lock, setup=Setup(), timeout=0.5)
     assert rows[slow.key]["reason"].startswith("timed out after 0 s") and time.monotonic() - began < 40
 
 
@@ -247,16 +249,17 @@ def test_damaged_rows_do_not_count(tmp_path, calm):
 
 
 def test_a_plan_crosses_layers_and_seeds():
-    plan = Plan(experiment(), ("gru", "lru"), seeds=3)
+    plan = Plan((experiment(),), ("gru", "lru"), seeds=3)
     keys = {c.key for c in plan.first()}
     assert len(keys) == 6 == plan.count() and plan.rest({}) == []
-    assert keys == {c.key for layer in plan.layers for c in plan.cells_of(layer, 3e-3)}
+    assert {(c.layer, c.seed, c.lr) for c in plan.first()} == {(n, i, 3e-3) for n in ("gru", "lru") for i in range(3)}
+    assert all(c.label == c.layer and c.overrides == {} for c in plan.first())
 
 
 @pytest.mark.parametrize("higher", [True, False])
 def test_rates_are_chosen_on_validation(higher):
     base = experiment() if higher else Experiment(Adding(length=5), Stack("gru", width=8), Train(steps=20))
-    plan = Plan(base, ("gru", "lru"), seeds=3, lrs=(1e-3, 1e-2))
+    plan = Plan((base,), ("gru", "lru"), seeds=3, lrs=(1e-3, 1e-2))
     first = plan.first()
     assert len(first) == 4 and {c.seed for c in first} == {0}
     rows = {
@@ -264,13 +267,13 @@ def test_rates_are_chosen_on_validation(higher):
         for c in first
     }
     best = {"gru": 1e-2, "lru": 1e-3} if higher else {"gru": 1e-3, "lru": 1e-2}
-    assert plan.chosen(rows) == best
+    assert {s.layer: plan.lrs[plan.chosen(s, rows)] for s in plan.settings} == best
     rest = plan.rest(rows)
     assert {(c.layer, c.lr, c.seed) for c in rest} == {(n, r, s) for n, r in best.items() for s in (1, 2)}
-    assert all(c.experiment.train.lr == c.lr and c.experiment.model.layer == c.layer for c in rest)
+    assert all(c.tried == {"train.lr": c.lr} and c.label == c.layer for c in rest)
     assert len(first) + len(rest) == plan.count()
     rows[first[0].key]["status"] = rows[first[1].key]["status"] = "failed"
-    assert set(plan.chosen(rows)) == {"lru"}
+    assert [plan.chosen(s, rows) is None for s in plan.settings] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +293,22 @@ def test_rates_are_chosen_on_validation(higher):
         (["--set", "train.lrr=1"], "train.lrr; near: lr"),
         (["--data", "x.csv"], "reads no file of yours"),
         (["--device", "cuda:77"], "cuda:77"),
+        (["--budget", "tokens=x"], "--budget tokens=x; expected a number"),
+        (["--budget", "token=1"], "near: tokens"),
+        (["--budget", "tokens=1k", "--steps", "5"], "--steps and --budget tokens say the same thing twice"),
+        (["--budget", "parameters=1k", "--width", "5"], "--width and --budget parameters"),
+        (["--budget", "parameters=7"], "gru on parity comes no nearer than"),
+        (["--grid", "model.widht=1,2"], "--grid: unknown field model.widht; near: width"),
+        (["--grid", "model.width=1,x"], "--grid model.width=x: expected a finite number"),
+        (["--grid", "model.width=8,8"], "--grid model.width: 8 is named twice"),
+        (["--grid", "mqar:task.pairs=8"], "no task 'mqar' in this comparison"),
+        (["--grid", "train.lr=1e-3,1e-2", "--lr", "1e-3"], "--lr and --grid train.lr"),
+        (["--grid", "train.lr=1e-3..1e-2"], "a range is for --tune optuna"),
+        (["--grid", "seed=1,2"], "seeds are --seeds"),
+        (["--set", "mqar:task.pairs=8"], "no task 'mqar' in this comparison"),
+        (["--trials", "3"], "--trials is for --tune optuna"),
+        (["--tune", "hyperopt"], "('none', 'optuna')"),
+        (["--engine", "dask"], "('local', 'ray')"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_made(flags, words, tmp_path, capsys):
@@ -365,9 +384,9 @@ def test_killed_workers_go_on(calm, tmp_path):
 
     seen: list[str] = []
     with locked(tmp_path / "a") as lock:
-        hurt = run_cells([long], tmp_path / "a", lock=lock, workers=1, on_event=on_event)[long.key]
+        hurt = run_cells([long], tmp_path / "a", lock=lock, setup=Setup(), on_event=on_event)[long.key]
     with locked(tmp_path / "b") as lock:
-        whole = run_cells([long], tmp_path / "b", lock=lock, workers=1)[long.key]
+        whole = run_cells([long], tmp_path / "b", lock=lock, setup=Setup())[long.key]
     assert killed and "retry" in seen and hurt["status"] == "done"
     assert hurt["metrics"] == whole["metrics"] and hurt["score"] == whole["score"]
     begins = [r for r in read_log(run_dir(tmp_path / "a", long) / "log.jsonl")[0] if r["event"] == "start"]
@@ -392,10 +411,10 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(calm, tmp_path, number,
 @pytest.mark.slow
 def test_out_of_memory_is_said(tmp_path):
     task = Parity(longest=60, test_longest=60)
-    greedy = Cell("gru", 3e-3, Experiment(task, Stack("gru", width=256), Train(steps=2, batch=1 << 17)))
+    greedy = Cell(Experiment(task, Stack("gru", width=256), Train(steps=2, batch=1 << 17)))
     with locked(tmp_path) as lock:
-        row = run_cells([greedy], tmp_path, lock=lock, workers=1, memory=6 << 30)[greedy.key]
-    assert row["status"] == "failed" and "out of memory" in row["reason"]
+        row = run_cells([greedy], tmp_path, lock=lock, setup=Setup(memory=6 << 30))[greedy.key]
+    assert row["status"] == "failed" and "out of memory" in row["reason"] and row["failure"] == "out of memory"
 
 
 @pytest.mark.slow

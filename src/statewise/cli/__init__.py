@@ -17,7 +17,8 @@ from importlib import import_module
 VERBS = {  # in the order of --help
     "list": "layers, tasks, models and ops",
     "train": "train one model on one task, or on your own data",
-    "compare": "many layers on one task, several seeds each, and a report",
+    "compare": "layers x tasks x hyperparameters x seeds, and a report",
+    "results": "pick, group, sort and export the runs of comparisons",
     "stream": "answer standard input line by line with a trained run",
     "check": "the conformance suite on a layer, your own or a registered one",
     "explain": "what a layer is and costs; which backend it or an op takes",

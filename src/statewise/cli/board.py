@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..comparing.plan import TRIAL_STEPS
 from ..report import Row, leaderboard, show_bytes, show_count, show_score, show_time
 from ..report.summary import show_spread
 from .show import console
@@ -29,53 +30,83 @@ WIDTH = 100  # columns of the leaderboard where the output is not a terminal
 class Progress:
     """A line per running cell and a bar over all on a terminal; a line per beginning and end elsewhere."""
 
-    def __init__(self, plan: Plan, out: Path, workers: int):
-        self.total, self.metric = plan.count(), plan.base.task.metric
-        self.steps = plan.base.train.steps
-        self.ended = self.kept = self.trained = 0
+    def __init__(self, out: Path):
+        self.out = out
+        self.total = self.ended = self.kept = 0
+        self.many = False  # leaderboards
         self.began = time.monotonic()
         self.running: dict[str, tuple[Cell, dict[str, Any]]] = {}
         self.live: Live | None = None
-        self.words = (
-            f"{plan.base.task.name}: {len(plan.layers)} layers x {plan.seeds} seeds, {self.steps} steps each, "
-            f"{workers} at a time -> {out}"
-        )
 
     def __enter__(self) -> Progress:
-        print(self.words, flush=True)
-        if sys.stdout.isatty():
-            self.live = Live(self._draw(), console=console(), refresh_per_second=4, transient=True)
-            self.live.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.live:
             self.live.stop()
-        if kind is None and self.kept:
-            print(f"{self.kept} of {self.total} runs were finished before and kept", flush=True)
+            self.live = None
 
     def on_event(self, event: dict[str, Any]) -> None:
-        cell, kind = event["cell"], event["event"]
+        kind = event["event"]
+        if kind == "trial":
+            print(f"timing {TRIAL_STEPS} steps of every model ...", flush=True)
+        elif kind == "plan":
+            self._begin(event["plan"], event["workers"])
+        elif kind == "streaming":
+            self.__exit__(None, None, None)
+            if self.kept:
+                print(f"{self.kept} of {self.total} runs were finished before and kept", flush=True)
+            print("timing the streaming step of each layer ...", flush=True)
+        else:
+            self._hear(event["cell"], kind, event)
+
+    def _begin(self, plan: Plan, workers: int) -> None:
+        first = plan.first()
+        self.total, self.many = plan.count(), len({cell.board for cell in first}) > 1
+        steps = sorted({cell.experiment.train.steps for cell in first})
+        often = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        lines = len(plan.settings)
+        what = _count(len(plan.layers), "layer") if lines == len(plan.layers) else f"{lines} lines"
+        tries = f", {len(plan.settings[0].candidates)} tried by the first" if plan.adaptive else ""
+        print(
+            f"{', '.join(dict.fromkeys(base.task.name for base in plan.bases))}: {what} x "
+            f"{_count(plan.seeds, 'seed')}{tries}, {often} steps each, {workers} at a time -> {self.out}",
+            flush=True,
+        )
+        if plan.budget.parameters:
+            for cell in {(cell.board, cell.label): cell for cell in first}.values():
+                self._say(f"  {self._name(cell, seed=False)}: width {cell.experiment.model.width}")
+        if sys.stdout.isatty():
+            self.live = Live(self._draw(), console=console(), refresh_per_second=4, transient=True)
+            self.live.start()
+
+    def _name(self, cell: Cell, *, seed: bool = True) -> str:
+        return f"{cell.board}: " * self.many + (cell.name if seed else cell.label)
+
+    def _hear(self, cell: Cell, kind: str, event: dict[str, Any]) -> None:
+        name = self._name(cell)
         if kind == "start":
             self.running[cell.key] = (cell, {})
         elif kind == "progress":
             self.running[cell.key] = (cell, event["record"])
         elif kind == "changed":
-            self._say(f"{cell.name}: its data have changed since it was trained; training it anew")
+            self._say(f"{name}: its data have changed since it was trained; training it anew")
         elif kind == "retry":
             self.running.pop(cell.key, None)
-            self._say(f"{cell.name}: {event['reason']}; going on from its last checkpoint")
+            self._say(f"{name}: {event['reason']}; going on from its last checkpoint")
         else:
             self.running.pop(cell.key, None)
             self.ended += 1
             self.kept += kind == "kept"
-            self.trained += kind in ("done", "failed")
+            row = event["row"]
             if kind == "done":
-                row = event["row"]
                 took = f"in {show_time(row['seconds'])}, {show_count(row['tokens_per_second'])} tokens/s"
-                self._say(f"{self._count()} {cell.name}: {self.metric} {show_score(row['score'], self.metric)} {took}")
+                self._say(f"{self._ended()} {name}: {row['metric']} {show_score(row['score'], row['metric'])} {took}")
+            elif kind == "pruned":
+                score = show_score(row["validation_score"], row["metric"])
+                self._say(f"{self._ended()} {name}: {row['reason']}, {row['metric']} {score} on validation")
             elif kind == "failed":
-                self._say(f"{self._count()} {cell.name}: FAILED: {event['row']['reason']}")
+                self._say(f"{self._ended()} {name}: FAILED: {row['reason']}")
         if self.live:
             self.live.update(self._draw())
 
@@ -83,20 +114,20 @@ class Progress:
         (self.live.console if self.live else console()).print(words, soft_wrap=True)
         sys.stdout.flush()
 
-    def _count(self) -> str:
+    def _ended(self) -> str:
         return f"[{self.ended:>{len(str(self.total))}}/{self.total}]"
 
     def _draw(self) -> Group:
         lines = Table.grid(padding=(0, 2))
         parts = 0.0
         for cell, record in self.running.values():
-            step = record.get("step", 0)
-            parts += min(step / self.steps, 1)
+            step, steps = record.get("step", 0), cell.experiment.train.steps
+            parts += min(step / steps, 1)
             loss = record.get("loss")
             eta = record.get("eta")
             lines.add_row(
-                Text(cell.name, style="bold"), f"lr {cell.lr:g}", ProgressBar(self.steps, step, width=16),
-                f"{step}/{self.steps}", f"loss {loss:.4g}" if isinstance(loss, float) else "starting",
+                Text(self._name(cell), style="bold"), f"lr {cell.lr:g}", ProgressBar(steps, step, width=16),
+                f"{step}/{steps}", f"loss {loss:.4g}" if isinstance(loss, float) else "starting",
                 f"{show_time(eta)} left" if isinstance(eta, float) else "",
             )  # fmt: skip
         done = self.ended + parts
@@ -111,6 +142,17 @@ class Progress:
         return Group(lines, whole)
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def print_leaderboards(found: dict[str, Any]) -> None:
+    """One after another, in the order of the command."""
+    for board in found["boards"]:
+        entries = [{**entry, "layer": entry["label"]} for entry in board["layers"]]
+        print_leaderboard({**found, **board, "layers": entries})
+
+
 def print_leaderboard(comparison: dict[str, Any]) -> None:
     """Best first, with chance and baseline in their places; failures below the table."""
     task, metric = comparison["task"], comparison["task"]["metric"]
@@ -122,7 +164,7 @@ def print_leaderboard(comparison: dict[str, Any]) -> None:
         screen = Console(highlight=False, emoji=False, markup=False, width=WIDTH)
     screen.print()
     over = f"; mean ± sd over {seeds} seeds" if seeds > 1 else ", one seed"
-    screen.print(f"{task['name']}: {metric} on test, {better} is better{over}")
+    screen.print(f"{comparison.get('name', task['name'])}: {metric} on test, {better} is better{over}", soft_wrap=True)
     screen.print()
     screen.print(_fitting(rows, metric, seeds, screen))
     for row in rows:

@@ -1,9 +1,9 @@
-"""statewise compare: many layers on one task, several seeds each, and a report."""
+"""statewise compare: layers x tasks x hyperparameters x seeds, and a report."""
 
 from __future__ import annotations
 
 import shlex
-import time
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from .parse import Positional, Repeated
 
 if TYPE_CHECKING:
-    from ..comparing import Plan
-    from .board import Progress
+    from ..comparing import Plan, Range, Search
+    from ..training import Experiment
 
 DEFAULT_LAYERS = "gru,lstm,min_gru,lru,s5"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train several layers on one task, several seeds each, in parallel processes; print a leaderboard, write a report.
+    """Train several layers on one or more tasks, several seeds each, in parallel; print leaderboards, write a report.
 
     Stopped or killed, the same command goes on: finished runs are kept, failed ones are tried again.
     """
 
     task: Positional[str] = ""
-    """A name from `statewise list tasks`; with --data alone it is text_file for .txt and series for all else."""
+    """Names from `statewise list tasks` with commas; with --data alone text_file for .txt and series for all else."""
     layers: str = DEFAULT_LAYERS
     """Names from `statewise list layers` with commas, or all."""
     seeds: int = 3
@@ -38,20 +38,34 @@ class Options:
     """Training steps of every run; 0 for the task's own setting."""
     minutes: float = 0.0
     """Instead of --steps: choose them so that the whole comparison takes about this long on this machine."""
+    budget: Repeated[str] = ()
+    """Equal cost for every run: parameters=200k (chooses widths, within tolerance=0.05), tokens=10M, seconds=60."""
     lr: str = ""
     """Learning rate, or several with commas: the first seed tries all, the best on validation is used for the rest."""
     set: Repeated[str] = ()
-    """FIELD=VALUE for every run, as often as needed: task.length=200, train.batch=64, model.dropout=0.1."""
+    """FIELD=VALUE for every run, as often as needed: task.length=200 train.batch=64; for one task mqar:task.pairs=8."""
+    grid: Repeated[str] = ()
+    """FIELD=VALUE,VALUE: every combination is a line of the leaderboard: model.width=32,64 train.weight_decay=0,0.1."""
+    tune: Literal["none", "optuna"] = "none"
+    """optuna: draw --trials candidates from --grid, where train.lr=1e-4..1e-2 is a range, and halve them."""
+    trials: int = 12
+    """Candidates of --tune for each layer on each task; the first seed tries them, the others take the best."""
+    lengths: str = ""
+    """Score models of generated tasks also on test examples of these lengths: 40,80,160. Finished runs get them too."""
     data: Path | None = None
     """Your file or folder, for the tasks series and text_file."""
     out: Path | None = None
     """Where to keep runs, results and report. Default: runs/compare-TASK, or runs/compare-TASK-DATA."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: on the cluster that RAY_ADDRESS names, or one on this machine."""
     workers: Literal["auto"] | int = "auto"
     """Runs at a time; auto: as many as cores and free memory allow, one on a GPU."""
     threads: int = 1
     """Threads of each run."""
     timeout: float = 0.0
     """Minutes for one run, after which it is saved and marked; 0 for no limit."""
+    cell_timeout: float = 30.0
+    """Minutes without a sign of life, after which a run is killed and marked; 0 for no limit."""
     memory: float = 0.0
     """GiB of address space for one run, beyond which it is marked as out of memory; 0 for no limit."""
     device: str = "cpu"
@@ -59,118 +73,194 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from ..comparing import collect, fitting_workers, locked, run_cells
-    from ..training import choose_device
-    from .board import Progress, print_leaderboard
+    from ..comparing import compare
+    from .board import Progress, print_leaderboards
+    from .settings import lengths
 
-    began = time.monotonic()
     _check(options)
-    device = str(choose_device(options.device))
     plan = plan_of(options)
-    out = options.out or default_out(plan.base.task.name, options.data)
-    plan.base.task.baseline()  # reads the data: what is wrong with it is said before anything is trained
-    fitting = fitting_workers(plan.count(), options.threads) if device == "cpu" else 1
-    workers = fitting if options.workers == "auto" else options.workers
-    common: dict[str, Any] = {
-        "workers": workers, "threads": options.threads, "device": device, "timeout": 60 * options.timeout,
-        "memory": int(options.memory * 2**30),
-    }  # fmt: skip
-    with locked(out) as lock:
-        if options.minutes:
-            plan = fit_to_time(plan, out, options.minutes, lock, common)
-        with Progress(plan, out, workers) as progress:
-            rows = run_cells(plan.first(), out, lock=lock, on_event=progress.on_event, **common)
-            rest = plan.rest(rows)
-            if rest:
-                rows = run_cells(rest, out, lock=lock, on_event=progress.on_event, **common)
-        print("timing the streaming step of each layer ...", flush=True)
-        seconds = time.monotonic() - began
-        found = collect(
-            plan, rows, out, command=command_of(options), workers=workers, threads=options.threads, device=device,
-            seconds=_total(out, seconds, progress),
+    out = options.out or default_out([base.task.name for base in plan.bases], options.data)
+    for base in plan.bases:
+        base.task.baseline()  # reads the data: what is wrong with it is said before anything is trained
+    with Progress(out) as progress:
+        found = compare(
+            plan, out, engine=options.engine, workers=options.workers, threads=options.threads, device=options.device,
+            memory=int(options.memory * 2**30), timeout=60 * options.timeout, silence=60 * options.cell_timeout,
+            lengths=lengths(options.lengths),
+            command=command_of(options), on_event=progress.on_event,
         )  # fmt: skip
-        written = write_all(found, out)
-    print_leaderboard(found)
+    written = write_all(found, out)
+    print_leaderboards(found)
     for line in written:
         print(line)
-    return 0 if any(cell["status"] == "done" for entry in found["layers"] for cell in entry["cells"]) else 1
+    entries = [entry for board in found["boards"] for entry in board["layers"]]
+    return 0 if any(cell["status"] == "done" for entry in entries for cell in entry["cells"]) else 1
 
 
-def default_out(task: str, data: Path | None) -> Path:
+def default_out(tasks: list[str], data: Path | None) -> Path:
     """Two files of one's own are two comparisons, though the task is one."""
-    return Path("runs") / "-".join(["compare", task, *([data.resolve().stem] if data else [])])
+    some = tasks if len(tasks) <= 4 else [*tasks[:3], f"{len(tasks) - 3}-more"]
+    return Path("runs") / "-".join(["compare", *some, *([data.resolve().stem] if data else [])])
 
 
 def plan_of(options: Options) -> Plan:
     """The comparison that the options ask for. Raises UsageError or DataError, before anything is trained."""
-    from ..comparing import Plan, split_names
-    from ..core import UsageError, layers, put
-    from .build import build, experiment
-    from .settings import dict_once
+    from ..comparing import Budget, Plan, split_names
+    from ..core import UsageError, layers
+    from ..tasks import tasks
+    from .build import build
 
-    task = options.task or (options.data and ("text_file" if options.data.suffix == ".txt" else "series"))
-    if not task:
+    own = options.data and ("text_file" if options.data.suffix == ".txt" else "series")
+    names = split_names(options.task or own or "", tasks.names())
+    if not names:
         raise UsageError("which task? statewise compare TASK; see statewise list tasks")
     import statewise.layers  # noqa: F401  registers them
 
-    names = split_names(options.layers, layers.names())
-    for name in names:
+    known = split_names(options.layers, layers.names())
+    for name in known:
         layers[name]
-    base = experiment(
-        task, names[0] if names else "gru", width=options.width, depth=options.depth, seed=0,
-        data=options.data, settings=options.set,
+    for name in names:
+        tasks[name]
+    budget = Budget.parse(options.budget)
+    _once(options, budget)
+    bases = tuple(_base(options, name, names, known[0] if known else "gru") for name in names)
+    search, grid = _varied(options, bases)
+    plan = Plan(
+        bases, known, options.seeds, () if search else _rates(options.lr), grid, search, budget, options.minutes,
+        spread_evaluations=not any("train.evaluate_every=" in text for text in options.set),
     )  # fmt: skip
-    given = dict_once(options.set)
-    for flag, field in (("steps", "train.steps"), ("lr", "train.lr")):
-        if getattr(options, flag) and field in given:
-            raise UsageError(f"--{flag} and --set {field} say the same thing twice; give one of them")
-    if options.steps:
-        base = put(base, "train.steps", options.steps)
-        if "train.evaluate_every" not in given:
-            base = put(base, "train.evaluate_every", _often(options.steps))
-    plan = Plan(base, names, options.seeds, _rates(options.lr))
-    for cell in plan.first():
-        build(cell.experiment)  # a layer that cannot be built at this width is a mistake to name now
+    for made in plan.models():
+        build(made)  # a layer that cannot be built at this width is a mistake to name now
     return plan
 
 
-def fit_to_time(plan: Plan, out: Path, minutes: float, lock: int, common: dict[str, Any]) -> Plan:
-    """The plan with the number of steps that fills the minutes, from a short trial of every layer.
+def _base(options: Options, name: str, names: Iterable[str], layer: str) -> Experiment:
+    """What the runs on one task have in common."""
+    from ..core import put
+    from .build import experiment
 
-    The number is kept in the folder, so that the same command started again finds the same runs.
+    settings = for_task(options.set, name, names, "--set")
+    made = experiment(
+        name, layer, width=options.width, depth=options.depth, seed=0, data=options.data, settings=settings
+    )
+    if options.steps:
+        made = put(made, "train.steps", options.steps)
+        if not any(text.startswith("train.evaluate_every=") for text in settings):
+            made = put(made, "train.evaluate_every", max(1, options.steps // 10))
+    return made
+
+
+def for_task(texts: Iterable[str], name: str, names: Iterable[str], flag: str) -> list[str]:
+    """Of FIELD=VALUE and TASK:FIELD=VALUE what concerns one task; its own say more than those for all.
+
+    Raises UsageError for a task that is not compared.
     """
-    from dataclasses import replace
+    from ..core import UsageError, near
 
-    from ..comparing import probe
-    from ..core import put, read_json, write_json
+    common, own = [], []
+    for text in texts:
+        path, equals, value = text.partition("=")
+        task, colon, field = path.rpartition(":")
+        if colon and task not in names:
+            raise UsageError(f"{flag} {path}: no task {task[:60]!r} in this comparison; {near(task[:60], list(names))}")
+        if not colon:
+            common.append(text)
+        elif task == name:
+            own.append(field + equals + value)
+    mine = {text.partition("=")[0] for text in own}
+    return [text for text in common if text.partition("=")[0] not in mine] + own
 
-    path = out / "steps.json"
-    asked = {"minutes": minutes, "key": plan.base.key, "layers": list(plan.layers), "count": plan.count()}
-    found = read_json(path) if path.exists() else {}
-    if found.get("asked") != asked:
-        print("trying a few steps of every layer ...", flush=True)
-        found = {"asked": asked, "steps": probe(plan, out, minutes * 60, lock, common)}
-        write_json(path, found)
-    steps = int(found["steps"])
-    print(f"{steps} steps for each run fill {minutes:g} min", flush=True)
-    base = put(put(plan.base, "train.steps", steps), "train.evaluate_every", _often(steps))
-    return replace(plan, base=base)
+
+def _varied(options: Options, bases: tuple[Experiment, ...]) -> tuple[Search | None, dict[str, Any]]:
+    """--grid and --tune: a search whose space the grid is, or the grid itself."""
+    from ..comparing import Range, Search
+    from ..core import UsageError
+
+    axes = _axes(options.grid, bases)
+    if options.tune == "none":
+        if found := next((path for path, values in axes.items() if isinstance(values, Range)), None):
+            raise UsageError(f"--grid {found}: a range is for --tune optuna; without it name the values with commas")
+        if options.trials != Options.trials:
+            raise UsageError("--trials is for --tune optuna")
+        return None, axes
+    if options.lr:
+        axes["train.lr"] = _rates(options.lr)
+    return Search(axes or {"train.lr": Range(3e-4, 3e-2)}, options.trials), {}
+
+
+def _axes(texts: Iterable[str], bases: tuple[Experiment, ...]) -> dict[str, Any]:
+    """Dotted path -> values or Range, each read as what the field of the task concerned holds."""
+    from ..core import UsageError
+    from .settings import dict_once, value_of
+
+    found: dict[str, Any] = {}
+    for full, text in dict_once(texts, "--grid").items():
+        task, colon, path = full.rpartition(":")
+        names = [base.task.name for base in bases]
+        for_task([f"{full}="], "", names, "--grid")
+        if path == "seed" or path in ("task", "model", "train", "model.layer"):
+            raise UsageError(f"--grid {path}: expected a field, as train.lr; seeds are --seeds, layers are --layers")
+        for base in bases:
+            if not colon or base.task.name == task:
+                found[full] = _values(text, lambda part: value_of(base, path, part, "--grid"))  # noqa: B023
+    return found
+
+
+def _values(text: str, read: Any) -> tuple[Any, ...] | Range:
+    from ..comparing import Range
+
+    low, dots, high = text.partition("..")
+    if dots:
+        return Range(read(low), read(high))
+    return tuple(read(part) for part in text.split(",") if part)
+
+
+def _once(options: Options, budget: Any) -> None:
+    """Raise UsageError where two flags say the same thing."""
+    from ..core import UsageError
+
+    set_, grid = (
+        {text.partition("=")[0].rpartition(":")[2] for text in texts} for texts in (options.set, options.grid)
+    )
+    both = sorted(set_ & grid)
+    said = [f"--set {path} and --grid {path}" for path in both]
+    for flag, field in (("--steps", "train.steps"), ("--lr", "train.lr"), ("--minutes", "train.steps")):
+        if getattr(options, flag[2:]):
+            said += [
+                f"{flag} and {how} {field}" for how, paths in (("--set", set_), ("--grid", grid)) if field in paths
+            ]
+    long = [f"--budget {kind}" for kind in budget.asked if kind != "parameters"]
+    for flag, given in (
+        ("--steps", options.steps), ("--set train.steps", "train.steps" in set_), ("--grid train.steps",
+        "train.steps" in grid), ("--minutes", options.minutes),
+    ):  # fmt: skip
+        said += [f"{flag} and {one}" for one in long if given]
+    if budget.parameters:
+        wide = (("--width", options.width != Options.width), ("--set model.width", "model.width" in set_))
+        said += [f"{flag} and --budget parameters" for flag, given in wide if given]
+    if said:
+        raise UsageError(f"{said[0]} say the same thing twice; give one of them")
 
 
 def write_all(found: dict[str, Any], out: Path) -> list[str]:
-    """comparison.json, results.csv, leaderboard.md and report.html; returns a line for each."""
+    """comparison.json, and for each leaderboard a table, its Markdown and its report; returns a line for each."""
     from ..core import UsageError, write_json
     from ..report import write_csv, write_markdown, write_page
 
     write_json(out / "comparison.json", found)
-    write_csv(found, out / "results.csv")
-    write_markdown(found, out / "leaderboard.md")
-    said = [f"results  {out / 'results.csv'}, {out / 'results.jsonl'}, {out / 'leaderboard.md'}"]
-    try:
-        write_page(found, out / "report.html")
-        said.append(f"report   {out / 'report.html'}")
-    except UsageError as error:
-        said.append(f"report   not written: {error}")
+    said = [f"rows     {out / 'results.jsonl'}; ask with: statewise results {shlex.quote(str(out))}"]
+    for board in found["boards"]:
+        tail = "" if len(found["boards"]) == 1 else f"-{'-'.join(board['name'].split())}"
+        one = {**found, **board, "format": 1, "method": [*board["method"], *found["method"]]}
+        one["layers"] = [{**entry, "layer": entry["label"]} for entry in board["layers"]]
+        write_csv(one, out / f"results{tail}.csv")
+        write_markdown(one, out / f"leaderboard{tail}.md")
+        said.append(f"results  {out / f'results{tail}.csv'}, {out / f'leaderboard{tail}.md'}")
+        try:
+            write_page(one, out / f"report{tail}.html")
+            said.append(f"report   {out / f'report{tail}.html'}")
+        except UsageError as error:
+            said.append(f"report   not written: {error}")
     return said
 
 
@@ -182,7 +272,7 @@ def command_of(options: Options) -> str:
         if f.name == "task" or value == (f.default if f.default is not MISSING else None):
             continue
         for part in value if isinstance(value, tuple) else (value,):
-            words += [f"--{f.name}", str(part)]
+            words += [f"--{f.name.replace('_', '-')}", str(part)]
     if "--layers" not in words:  # said though it is the default, which may change
         words += ["--layers", options.layers]
     return shlex.join(words)
@@ -193,7 +283,7 @@ def _check(options: Options) -> None:
 
     for name, value, low in (
         ("steps", options.steps, 0), ("minutes", options.minutes, 0), ("threads", options.threads, 1),
-        ("timeout", options.timeout, 0), ("memory", options.memory, 0),
+        ("timeout", options.timeout, 0), ("cell-timeout", options.cell_timeout, 0), ("memory", options.memory, 0),
         ("workers", 1 if options.workers == "auto" else options.workers, 1),
     ):  # fmt: skip
         if not low <= value <= 10**9:
@@ -212,21 +302,3 @@ def _rates(text: str) -> tuple[float, ...]:
     if any(not 0 < rate <= 1000 for rate in found):
         raise UsageError(f"--lr {text!r}; expected numbers above 0, at most 1000")
     return found
-
-
-def _often(steps: int) -> int:
-    """Ten or so evaluations in a run."""
-    return max(1, steps // 10)
-
-
-def _total(out: Path, seconds: float, progress: Progress) -> float | None:
-    """The time the whole comparison took; None where a part of it was done by an earlier call that did not end."""
-    from ..core import read_json
-
-    path = out / "comparison.json"
-    if not progress.kept:
-        return seconds
-    if progress.trained or not path.exists():
-        return None
-    found = read_json(path).get("seconds")
-    return float(found) if found is not None else None

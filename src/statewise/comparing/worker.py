@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", type=int, default=0, help="limit of the address space in bytes")
+    parser.add_argument("--lengths", default="", help="of test examples to score the trained model at: 40,80")
     options = parser.parse_args()
     record = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_driver, daemon=True).start()
@@ -30,7 +31,8 @@ def main() -> int:
 
     from ..core import StatewiseError
     from ..core.errors import out_of_memory
-    from ..training import Experiment, OtherData, fit
+    from ..tasks import Generated
+    from ..training import Experiment, OtherData, add_lengths, fit
 
     torch.set_num_threads(options.threads)
     if options.memory:
@@ -44,6 +46,8 @@ def main() -> int:
             fit(experiment, options.run, **common)
         except OtherData:  # the file has changed since: what it gave before stands for nothing
             fit(experiment, options.run, resume=False, **common)
+        if options.lengths and isinstance(experiment.task, Generated):
+            add_lengths(options.run, [int(part) for part in options.lengths.split(",")], device=options.device)
     except StatewiseError as error:
         return _fail(error.code, str(error))
     except (MemoryError, RuntimeError, OSError) as error:
