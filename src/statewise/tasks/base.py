@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -66,6 +67,19 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def batches(self, split: Split) -> Iterator[Batch]:
         """The fixed evaluation set of a split, in order, every example once."""
+
+    def prepare(self, progress: Callable[[str, int, int], None] | None = None) -> None:  # noqa: B027
+        """Do at once what would else be done when the data is first read, for a task whose data takes time.
+
+        progress: called with (what is done, so much, of so much).
+        """
+
+    def digest(self) -> str | None:
+        """What tells the data of this task from others, where the task knows it without reading all of it."""
+        return None
+
+    def keep(self, run: Path) -> None:  # noqa: B027
+        """Write into the folder of a run what its model needs of the data when the data is gone."""
 
     @abc.abstractmethod
     def chance(self) -> float:

@@ -23,13 +23,15 @@ BLOCK = 1 << 20
 def data_hash(task: Task) -> str:
     """Sixteen hexadecimal digits; of tasks drawn on the spot, whose settings are their data, "generated".
 
-    Of a user's file or folder: its bytes. Of other finite sets and texts: all that is in them. Of all else: the
+    Of a task that knows its own: that. Of a user's file or folder: its bytes. Of other finite sets and texts: all that is in them. Of all else: the
     evaluation batches of every split. The first two are read once per process and content.
 
     Raises DataError for a file that cannot be read.
     """
     if isinstance(task, Generated):
         return "generated"
+    if (known := task.digest()) is not None:
+        return known
     if path := getattr(task, "path", ""):
         return _of_files(tuple(_listed(Path(path).expanduser())))
     return _of_rows(task) if isinstance(task, Finite | Bytes) else _of_batches(task)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ from ..core import (
 from ..core.errors import out_of_memory
 from ..core.files import shown
 from ..core.machine import locked
+from ..models import Residual
 from ..tasks.base import Batch, Split
 from ..tasks.units import write_units
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .data import data_hash
+from .evaluate import MEASURED, evaluate, sound
 from .experiment import Experiment, differences
 from .log import Log, TensorBoard
 from .optimise import Average, Optimizer, gradient_norm, learning_rate, refuse_nonfinite
@@ -63,6 +65,7 @@ class Result:
     tokens_per_second: float  # without the first five steps of each process, unless there are no others
     peak_memory: int  # bytes: of the process on a CPU, of tensors on a GPU
     stopped: str  # "done", or "early" when the patience ran out
+    tokens: int = 0  # time steps without padding that it was trained on, over all resumptions; 0 in older results
 
 
 def fit(
@@ -109,6 +112,7 @@ def fit(
                 training.begin()
                 if folder is not None:
                     write_units(folder, experiment.task)
+                    experiment.task.keep(folder)
                 result = training.train()
         except Stopped as error:
             events.send("stopped", training.step, message=str(error), code=error.code)
@@ -129,7 +133,7 @@ def read_result(run: str | os.PathLike[str]) -> Result:
     """The result of a finished run. Raises DataError where there is none."""
     record = read_json(Path(run) / "result.json")
     try:
-        return Result(**{f.name: record[f.name] for f in fields(Result)})
+        return Result(**{f.name: record[f.name] for f in fields(Result) if f.name in record or f.name != "tokens"})
     except KeyError as error:
         raise DataError(f"{shown(Path(run) / 'result.json')}: no entry {error}; not a result of this version") from None
 
@@ -163,6 +167,10 @@ class Training:
         train = self.experiment.train
         torch.manual_seed(self.experiment.seed)
         self.model: RecurrentLayer[Any] = checkpoint.build(self.experiment).to(self.device).train()
+        for part in self.model.modules():
+            if isinstance(part, Residual):
+                part.recompute = train.recompute_blocks
+        self.compiled: Any = torch.compile(self.model) if train.compile else self.model
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = Optimizer(self.model, train)
         self.average = Average(self.model, train.ema) if train.ema else None
@@ -206,6 +214,7 @@ class Training:
             tokens_per_second=tokens / max(seconds, 1e-9),
             peak_memory=peak_memory(self.device),
             stopped="done" if self.step >= train.steps else "early",
+            tokens=self.tokens,
         )
 
     def _due(self, every: int) -> bool:
@@ -248,9 +257,10 @@ class Training:
         return loss.detach()
 
     def _run(self, batch: Batch, state: Any) -> tuple[Tensor, Any]:
+        model = self.compiled if self.model.training else self.model
         half = self.experiment.train.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            found: tuple[Tensor, Any] = self.model(batch.x, state, reset=batch.reset, lengths=batch.lengths)
+            found: tuple[Tensor, Any] = model(batch.x, state, reset=batch.reset, lengths=batch.lengths)
         return found
 
     def _report(self, loss: float, norm: float, rate: float) -> None:
@@ -294,24 +304,13 @@ class Training:
     def _evaluate(self, split: Split, *, best: bool = True) -> dict[str, float]:
         """Every batch of a split by the best weights so far, or by the present ones."""
         task = self.experiment.task
-        totals: dict[str, tuple[float, float]] = {}
         weights = self.best if best and self.best is not None else self._weights()
         generators = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(generators, device_type="cuda"), self._using(weights):
-            state = None
-            for batch in task.batches(split):
-                if self.stop.received is not None:
-                    break
-                batch = batch.to(self.device)
-                fits = state is not None and len(leaves(state)[0]) == len(batch.x)
-                out, after = self._run(batch, state if fits else None)
-                state = after if task.carries and leaves(after) else None
-                for name, (value, count) in task.metrics(out.float(), batch).items():
-                    before = totals.get(name, (0.0, 0.0))
-                    totals[name] = (before[0] + value, before[1] + count)
+            batches = takewhile(lambda _: self.stop.received is None, task.batches(split))
+            found = evaluate(task, batches, self._run, self.device)
         self._stop_if_asked()  # out here, where the model has its own weights and generators again
-        found = {name: value / count if count else math.nan for name, (value, count) in totals.items()}
-        if not math.isfinite(found.get(task.metric, math.nan)):
+        if not sound(task, found):
             raise NumericError(f"step {self.step}: {task.metric} on the {split} split is {found.get(task.metric)}; "
                                "the outputs are not finite, or nothing is asked there")  # fmt: skip
         return found
@@ -498,7 +497,7 @@ def _settle(folder: Path, experiment: Experiment, *, resume: bool, force: bool) 
     if not resume:
         if not path.exists() and ((folder / "checkpoints").exists() or result.exists()):
             raise UsageError(f"{shown(folder)} holds something that is not a run; choose another run directory")
-        for old in (result, folder / "log.jsonl", path):
+        for old in (result, folder / MEASURED, folder / "log.jsonl", path):
             old.unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     elif path.exists():
