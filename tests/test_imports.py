@@ -16,15 +16,21 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 # Package -> those it may import. `cli` may import everything, and nothing imports it.
 STACK = ["core", "ops", "nn", "layers", "models"]
 BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
-    "tasks": ["core"],
+    "text": ["core"],
+    "tasks": ["core", "text"],
     "training": [*STACK, "tasks"],
     "report": ["core"],
     "comparing": [*STACK, "tasks", "training", "report"],
-    "recipes": [*STACK, "tasks", "training", "interpret", "report", "comparing"],
+    "recipes": [*STACK, "tasks", "training", "interpret", "report", "comparing", "decoding"],
     "testing": STACK,
     "interpret": [*STACK, "tasks", "training"],
-    "bench": [*STACK, "tasks", "training", "testing"],
-    "cli": [*STACK, "tasks", "training", "testing", "report", "comparing", "recipes", "interpret", "bench"],
+    "decoding": ["core", "models"],
+    "serving": ["core", "models"],
+    "bench": [*STACK, "tasks", "training", "testing", "decoding", "serving"],
+    "cli": [
+        *STACK, "tasks", "training", "testing", "report", "comparing", "recipes", "interpret", "bench", "decoding",
+        "serving",
+    ],
 }
 
 # Optional or slow to import: only inside functions, or in the one file that is for them.

@@ -1,0 +1,53 @@
+"""Text shown id by id is the text, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from statewise.decoding import TextStream
+
+
+def text_of_bytes(ids: list[int]) -> str:
+    return bytes(ids).decode("utf-8", "replace")
+
+
+def shown(data: bytes, stop: tuple[str, ...] = ()) -> list[str]:
+    stream = TextStream(text_of_bytes, stop)
+    return [*(stream.add(b) for b in data), stream.rest()]
+
+
+@given(st.text())
+@settings(max_examples=100, deadline=None)
+def test_the_parts_make_the_text(text):
+    assert "".join(shown(text.encode())) == text
+
+
+@given(st.binary(max_size=40))
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_can_be_shown(data):
+    assert "".join(shown(data)) == text_of_bytes(data)
+
+
+@given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_nothing_from_a_stop_string_on_is_shown(text, stops):
+    ends = []
+    for n in range(len(text) + 1):  # the string that is complete first ends it
+        ends = [text[:n].index(s) for s in stops if s in text[:n]]
+        if ends:
+            break
+    want = text[: min(ends)] if ends else text
+    assert "".join(shown(text.encode(), tuple(stops))) == want
+
+
+def test_what_is_sure_is_shown_at_once():
+    assert shown("aé".encode()) == ["a", "", "é", ""]
+    assert shown(b"ENxEND", ("END",)) == ["", "", "ENx", "", "", "", ""]
+
+
+def test_little_is_kept():
+    stream = TextStream(text_of_bytes)
+    for b in b"some words in a line\n" * 20 + b"x" * 5000:
+        stream.add(b)
+        assert len(stream.ids) <= 512
