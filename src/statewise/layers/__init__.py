@@ -33,6 +33,7 @@ from .s4 import S4
 from .s4d import S4D
 from .s5 import S5
 from .short_conv import ShortConv
+from .slstm import SLSTM, ConvSLSTM, ConvSLSTMState
 
 __all__ = [
     "Aaren",
@@ -40,6 +41,8 @@ __all__ = [
     "AttentionState",
     "Bidirectional",
     "CfC",
+    "ConvSLSTM",
+    "ConvSLSTMState",
     "DeltaNet",
     "DeltaProduct",
     "DeltaState",
@@ -80,5 +83,6 @@ __all__ = [
     "S4",
     "S4D",
     "S5",
+    "SLSTM",
     "ShortConv",
 ]
