@@ -167,7 +167,7 @@ class MLSTM(Cell[MLSTMState]):
         self.conv = ShortConvolution(inner, taps=taps, bias=True)
         self.q, self.k, self.v = (BlockLinear(inner, size=block) for _ in range(3))
         self.gates = nn.Linear(3 * inner, 2 * heads)
-        self.norm = HeadNorm(heads, self.value, centred=True)
+        self.norm = HeadNorm(heads, self.value, centred=True, eps=1e-5)  # as in released code: h may be tiny
         self.skip = nn.Parameter(torch.ones(inner))
         self.out = nn.Linear(inner, width, bias=False)
         _start_gates(self.gates, heads, forget)

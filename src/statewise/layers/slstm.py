@@ -131,7 +131,7 @@ class ConvSLSTM(Cell[ConvSLSTMState]):
         self.bias = nn.Parameter(torch.zeros(4 * width))
         with torch.no_grad():
             self.bias[width : 2 * width] = forget_bias(width, heads, place)
-        self.norm = HeadNorm(heads, width // heads, centred=True)
+        self.norm = HeadNorm(heads, width // heads, centred=True, eps=1e-5)
 
     def initial_state(self, batch: int) -> ConvSLSTMState:
         return ConvSLSTMState(self.conv.initial_state(batch), nothing_yet(self.recurrent, batch, self.width))

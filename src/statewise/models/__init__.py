@@ -1,7 +1,7 @@
 """Ways to stack layers. Each model is a RecurrentLayer: it streams, resets and is checked as a layer is.
 
 Descriptions are frozen dataclasses with `build(x_width= or x_vocab=, y_width=)`: `Stack`; `LanguageModel`, a stack
-that ends in its embedding; `Forecasting`, which holds a Stack. `descriptions` has them by name.
+that ends in its embedding; `XLSTM`; `Forecasting`, which holds a Stack. `descriptions` has them by name.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,14 @@ from .forecaster import Forecaster, Forecasting, forecast
 from .from_transformers import from_transformers
 from .stack import Block, Residual, Stack
 from .token_model import LanguageModel, TokenModel, generate
+from .xlstm import XLSTM
 
-descriptions: dict[str, type] = {"stack": Stack, "forecasting": Forecasting, "language_model": LanguageModel}
+descriptions: dict[str, type] = {
+    "stack": Stack,
+    "forecasting": Forecasting,
+    "language_model": LanguageModel,
+    "xlstm": XLSTM,
+}
 
 
 def examples() -> list[tuple[str, Callable[[], RecurrentLayer[Any]]]]:
@@ -32,6 +38,7 @@ def examples() -> list[tuple[str, Callable[[], RecurrentLayer[Any]]]]:
         ("stack_short_conv_dropout", stack("short_conv", depth=1, dropout=0.5)),
         ("classifier", stack("min_lstm", depth=1, pool="mean")),
         ("classifier_of_ids", lambda: Stack("s5", width=4, depth=1, pool="mean").build(x_vocab=5, y_width=2)),
+        ("xlstm", lambda: XLSTM(width=6, heads=2, taps=2).build(x_width=3, y_width=2)),
         ("forecaster", lambda: Forecasting(small).build(x_width=2, y_width=6)),
         ("token_model_tied", lambda: LanguageModel("min_gru", width=4, depth=1).build(x_vocab=5, y_width=5)),
         ("token_model", lambda: LanguageModel("min_gru", width=4, depth=1, tied=False).build(x_vocab=5, y_width=5)),
@@ -48,6 +55,7 @@ __all__ = [
     "Residual",
     "Stack",
     "TokenModel",
+    "XLSTM",
     "descriptions",
     "examples",
     "forecast",

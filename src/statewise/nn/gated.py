@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class GatedMLP(nn.Module):
-    """y = W (silu(G x) * U x) (Shazeer 2020, arXiv:2002.05202). x (..., D) -> (..., D) through `hidden` channels."""
+    """y = W (gate(G x) * U x) (Shazeer 2020, arXiv:2002.05202). x (..., D) -> (..., D) through `hidden` channels."""
 
-    def __init__(self, width: int, hidden: int, *, bias: bool = True):
+    def __init__(self, width: int, hidden: int, *, bias: bool = True, gate: Callable[[Tensor], Tensor] = F.silu):
         super().__init__()
+        self.gate = gate
         self.up = nn.Linear(width, 2 * hidden, bias=bias)
         self.out = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.up(x).chunk(2, -1)
-        return self.out(F.silu(gate) * value)
+        return self.out(self.gate(gate) * value)
 
 
 class GLU(nn.Module):
