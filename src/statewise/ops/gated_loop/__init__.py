@@ -32,6 +32,11 @@ def _aten(target: Callable[..., Any], limits: Callable[..., str | None] | None =
     return Backend("aten", target, devices=("cpu", "cuda"), dtypes=_FLOATS, limits=limits)
 
 
+def _numba(name: str, limits: Callable[..., str | None] | None = None) -> Backend:
+    target = f"statewise.ops.gated_loop.in_numba:{name}"
+    return Backend("numba", target, devices=("cpu",), dtypes=_FLOATS, requires=("numba",), limits=limits)
+
+
 def _unroll(
     step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
     x: Tensor,
@@ -85,7 +90,8 @@ def _samples(gates: int, states: int = 1) -> Callable[..., Iterator[dict[str, An
         yield call(1, 1, 1, 1, bias=False)
         yield call(2, 0, 3, 4)
         yield call(0, 3, 2, 4)
-        yield call(2, 6, 3, 4, scale=20.0)  # gates at 0 and 1
+        closed = call(2, 6, 3, 4)  # gates at 0 and 1, but not of every unit: where all are, gradients are rounding
+        yield closed | {"w_ih": closed["w_ih"] * closed["w_ih"].new_tensor([[40.0], [1.0]] * (2 * gates))}
         lengths = torch.tensor([4, 0, 6], device=device)
         yield call(3, 6, 2, 3, lengths=lengths)
         yield call(3, 6, 2, 3, reset=mask(3, 6))
@@ -232,6 +238,20 @@ def _native_lstm(
     return _dense(w_ih, w_hh)
 
 
+def _no_projection(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    **named: Any,
+) -> str | None:
+    return None if w_hr is None else "w_hr (takes no projection)"
+
+
 def _check_gru(
     x: Tensor,
     h0: Tensor,
@@ -280,7 +300,7 @@ def _check_slstm(
         raise UsageError(f"slstm_loop: forget {forget!r}; expected 'sigmoid' or 'exp'")
 
 
-@op(_aten(in_aten.elman, _native_elman), samples=_samples(1), check=_check_elman)
+@op(_numba("elman"), _aten(in_aten.elman, _native_elman), samples=_samples(1), check=_check_elman)
 def elman_loop(
     x: Tensor,
     h0: Tensor,
@@ -350,7 +370,7 @@ def jordan_loop(
     return y, last
 
 
-@op(_aten(in_aten.gru, _native_gru), samples=_samples(3), check=_check_gru)
+@op(_numba("gru"), _aten(in_aten.gru, _native_gru), samples=_samples(3), check=_check_gru)
 def gru_loop(
     x: Tensor,
     h0: Tensor,
@@ -379,7 +399,12 @@ def gru_loop(
     return h, last
 
 
-@op(_aten(in_aten.lstm, _native_lstm), samples=_samples(4, states=2), check=_check_lstm)
+@op(
+    _numba("lstm", _no_projection),
+    _aten(in_aten.lstm, _native_lstm),
+    samples=_samples(4, states=2),
+    check=_check_lstm,
+)
 def lstm_loop(
     x: Tensor,
     h0: Tensor,
@@ -412,7 +437,7 @@ def lstm_loop(
     return h, h_last, c_last
 
 
-@op(samples=_samples(4, states=4), check=_check_slstm)
+@op(_numba("slstm"), samples=_samples(4, states=4), check=_check_slstm)
 def slstm_loop(
     x: Tensor,
     h0: Tensor,

@@ -1,0 +1,898 @@
+"""Compiled loops over time: what is recurrent in registers and the nearest caches, all the rest as large products.
+
+The inputs of the gates are one product over all of time. A step is then h R^T, in tiles of rows by columns whose sums
+stay in registers, R laid out in panels of a tile's width; and the cell, unit by unit, on vectors. The gates overwrite
+their inputs and are what backward needs. Backward walks time with the gradients of the gates and R; what they mean for
+weights and inputs are again products over all of time.
+
+Threads share out heads and rows of the batch, which know nothing of each other. Where there are too few of those they
+share out the units of a row: then each wants all of h_{t-1}, and they wait for each other once a step.
+
+A row that has ended is passed over; a reset hands it other memory to read the past from: zeros.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import llvmlite.binding
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..linear_scan import in_numba as threads
+from ..opaque import opaque
+from ..selective_scan import in_numba as vectors
+from .cells import fresh_slstm
+
+ROWS = 6  # of a tile, at most: its sums fill the registers
+VECTORS = 4 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 1  # of a tile
+BYTES = vectors.BYTES  # of a vector
+PAD = 64  # bytes between rows of h, or rows a power of 2 apart would share a few lines of the cache
+ALONE = 1 << 24  # multiplications below which a second thread costs more than it brings
+WIDE = 1 << 19  # bytes of R that a thread keeps near: beyond, few rows are better shared out by units
+
+_compile = threads._compile
+
+
+class _Problem(NamedTuple):
+    """Sizes, addresses, and strides in bytes. The class of the tuple says which cell it is."""
+
+    item: int  # bytes of a number
+    batch: int
+    steps: int
+    width: int  # N
+    heads: int
+    gates: int
+    parts: int  # tensors of the state
+    groups: int  # of rows
+    members: int  # threads that share the units of a row
+    teams: int
+    units: int  # of a member
+    panels: int
+    x: int  # forward: (B, T, G N), the gates' inputs, then the gates; backward: their gradients
+    gates_at: int  # backward: (B, T, G N)
+    w: int  # (H, members, panels, rows of a panel, its columns)
+    bias: int  # (N,), inside the product with r
+    leak: int  # one number
+    h: int  # (B, T, N)
+    more: int  # (parts, B, T, N), what else backward needs; the state's other parts first
+    first: int  # (S, B, N) the state before the first step
+    fresh: int  # (S, N) the state that a reset leaves
+    zero: int  # (N,)
+    reset: int  # (B, T) bytes, or 0
+    ends: int  # (B,) words
+    dh: int  # backward: (B, T, N)
+    d_last: int  # (S, B, N)
+    d_first: int  # (S, B, N)
+    d_more: int  # (B, T, N), the gradient of what the bias is added to
+    near: int  # per team, twice: a row of h or of the gates' gradients for each row
+    near_row: int
+    near_size: int
+    sums: int  # per thread, the product of a step
+    sums_row: int
+    sums_size: int
+    side: int  # per thread, (rows, parts, units): gradients that go back in time beside the product's
+    side_row: int
+    side_size: int
+    meeting: int  # per team, a line of the cache: how often someone came
+
+
+class ElmanTanh(_Problem): ...
+
+
+class ElmanRelu(_Problem): ...
+
+
+class LeakyTanh(_Problem): ...
+
+
+class LeakyRelu(_Problem): ...
+
+
+class Gru(_Problem): ...
+
+
+class Lstm(_Problem): ...
+
+
+class SlstmSigmoid(_Problem): ...
+
+
+class SlstmExp(_Problem): ...
+
+
+# ---- the products of a step
+
+
+def _tile(rows: int) -> Any:
+    """out (rows, a panel's columns) = a (rows, depth) @ panel (depth, columns)."""
+
+    @intrinsic
+    def run(context: Any, like: Any, depth: Any, where: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            v = vectors._Lanes(builder, like)
+            a, a_row, panel, out, out_row = cgutils.unpack_tuple(builder, args[2], 5)
+            each, across = range(rows), range(VECTORS)
+            sums = [[v.variable(v.full(0.0)) for _ in across] for _ in each]
+            starts = [v.at(a, a.type(r), a_row) for r in each]
+            with cgutils.for_range(builder, args[1], intp=args[1].type) as loop:
+                at = v.at(panel, loop.index, VECTORS * BYTES)
+                line = [v.load(builder.add(at, at.type(c * BYTES))) for c in across]
+                for r in each:
+                    one = v.splat(v.at(starts[r], loop.index, v.size))
+                    for c in across:
+                        builder.store(v.mad(one, line[c], builder.load(sums[r][c])), sums[r][c])
+            for r in each:
+                to = v.at(out, out.type(r), out_row)
+                for c in across:
+                    v.store(builder.add(to, to.type(c * BYTES)), builder.load(sums[r][c]))
+            return context.get_dummy_value()
+
+        return types.void(like, types.intp, types.UniTuple(types.intp, 5)), generate
+
+    return run
+
+
+_tile1, _tile2, _tile3, _tile4, _tile5, _tile6 = map(_tile, range(1, ROWS + 1))
+
+
+@_compile
+def _multiply(like, rows, depth, a, a_row, panel, panels, out, out_row):
+    """out (rows, columns) = a (rows, depth) @ the panels side by side."""
+    threads._apart()
+    blocks = (rows + ROWS - 1) // ROWS
+    for p in range(panels):
+        first = 0
+        for block in range(blocks):
+            last = rows * (block + 1) // blocks
+            where = (a + first * a_row, a_row, panel, out + first * out_row + p * VECTORS * BYTES, out_row)
+            if last - first == 6:
+                _tile6(like, depth, where)
+            elif last - first == 5:
+                _tile5(like, depth, where)
+            elif last - first == 4:
+                _tile4(like, depth, where)
+            elif last - first == 3:
+                _tile3(like, depth, where)
+            elif last - first == 2:
+                _tile2(like, depth, where)
+            else:
+                _tile1(like, depth, where)
+            first = last
+        panel += depth * VECTORS * BYTES
+
+
+# ---- the cells
+
+
+class _Units(vectors._Lanes):
+    """Vector code for `count` units at byte `offset` of each row."""
+
+    def __init__(self, builder: Any, like: Any, count: int, offset: Any):
+        super().__init__(builder, like)
+        self.count, self.offset = count, offset
+        self.bits = ir.VectorType(ir.IntType(like.bitwidth), count)
+        self.type = ir.VectorType(self.scalar, count)
+
+    def read(self, row: Any, part: int = 0, gap: Any = None) -> _Number:
+        return _Number(self, self.load(self._place(row, part, gap)))
+
+    def write(self, value: _Number, row: Any, part: int = 0, gap: Any = None) -> None:
+        self.store(self._place(row, part, gap), value.value)
+
+    def one(self, address: Any) -> _Number:
+        return _Number(self, self.splat(address))
+
+    def _place(self, row: Any, part: int, gap: Any) -> Any:
+        here = self.builder.add(row, self.offset)
+        return self.at(here, here.type(part), gap) if part else here
+
+
+class _Number:
+    """A vector of numbers in code that is being written."""
+
+    def __init__(self, v: _Units, value: Any):
+        self.v, self.value = v, value
+
+    def _of(self, other: _Number | float) -> Any:
+        return other.value if isinstance(other, _Number) else self.v.full(float(other))
+
+    def __add__(self, other: _Number | float) -> _Number:
+        return _Number(self.v, self.v.add(self.value, self._of(other)))
+
+    def __mul__(self, other: _Number | float) -> _Number:
+        return _Number(self.v, self.v.mul(self.value, self._of(other)))
+
+    def __sub__(self, other: _Number | float) -> _Number:
+        return _Number(self.v, self.v.builder.fsub(self.value, self._of(other), flags=("contract",)))
+
+    def __rsub__(self, other: float) -> _Number:
+        return _Number(self.v, self.v.builder.fsub(self._of(other), self.value, flags=("contract",)))
+
+    def __truediv__(self, other: _Number | float) -> _Number:
+        return _Number(self.v, self.v.builder.fdiv(self.value, self._of(other)))
+
+    def __rtruediv__(self, other: float) -> _Number:
+        return _Number(self.v, self.v.builder.fdiv(self._of(other), self.value))
+
+    def __neg__(self) -> _Number:
+        return self * -1.0
+
+    def where(self, relation: str, bound: _Number | float, yes: _Number | float, no: _Number | float) -> _Number:
+        """yes where `self relation bound`, else no: so too where there is a NaN."""
+        holds = self.v.builder.fcmp_ordered(relation, self.value, self._of(bound))
+        return _Number(self.v, self.v.builder.select(holds, self._of(yes), self._of(no)))
+
+    def abs(self) -> _Number:
+        return self.where("<", 0.0, -self, self)
+
+    def exp(self) -> _Number:
+        z, most = self * (1 / np.log(2)), 1022.0 if self.v.double else 126.0
+        power, rest = self.v.exp2(z.where(">", most, most, z).value)
+        return _Number(self.v, self.v.add(power, rest))
+
+    def sigmoid(self) -> _Number:
+        return 1.0 / ((-self).exp() + 1.0)
+
+    def tanh(self) -> _Number:
+        """-m / (2 + m) with m = e^(-2|x|) - 1, from the two parts of the exponential: exact near 0 too."""
+        power, rest = self.v.exp2((self.abs() * (-2 / np.log(2))).value)
+        less = _Number(self.v, self.v.builder.fadd(self.v.builder.fsub(power, self.v.full(1.0)), rest))
+        size = less / (less + 2.0)
+        return self.where("<", 0.0, size, -size)
+
+    def log1p(self) -> _Number:
+        """log(1 + x) for x from 0 to 1: 2 artanh(x / (2 + x))."""
+        s = self / (self + 2.0)
+        square, terms = s * s, 17 if self.v.double else 8
+        total = square * 0.0 + 1 / (2 * terms + 1)
+        for k in reversed(range(terms)):
+            total = total * square + 1 / (2 * k + 1)
+        return total * s * 2.0
+
+
+class _Here(NamedTuple):
+    """Forward: where a row of units finds things at one step, and the bytes from one gate, or part, to the next."""
+
+    gates: Any
+    gate_gap: Any
+    sums: Any
+    sum_gap: Any
+    bias: Any
+    leak: Any
+    before: Any  # h_{t-1}
+    after: Any  # h_t, near
+    out: Any  # h_t, for good
+    more: Any
+    more_gap: Any
+    past: Any  # the state's other parts at t - 1
+    past_gap: Any
+
+
+class _Back(NamedTuple):
+    """The same of backward."""
+
+    gates: Any
+    gate_gap: Any
+    leak: Any
+    out: Any
+    before: Any
+    more: Any
+    more_gap: Any
+    past: Any
+    past_gap: Any
+    dh: Any
+    sums: Any  # the gradient of h_t that comes by way of t + 1
+    side: Any  # and that of the other parts
+    side_gap: Any
+    to: Any  # where those for t - 1 go
+    to_gap: Any
+    d_gates: Any
+    d_near: Any  # the same, near: of the product with R
+    near_gap: Any
+    d_more: Any
+
+
+def _pre(v: _Units, at: _Here, gate: int) -> _Number:
+    return v.read(at.gates, gate, at.gate_gap) + v.read(at.sums, gate, at.sum_gap)
+
+
+def _settle(v: _Units, at: _Here, h: _Number, *gates: _Number) -> None:
+    for g, gate in enumerate(gates):
+        v.write(gate, at.gates, g, at.gate_gap)
+    v.write(h, at.after)
+    v.write(h, at.out)
+
+
+def _hand_back(v: _Units, at: _Back, *grads: _Number) -> None:
+    for g, grad in enumerate(grads):
+        v.write(grad, at.d_gates, g, at.gate_gap)
+        v.write(grad, at.d_near, g, at.near_gap)
+
+
+def _elman(act: Callable[[_Number], _Number], leaky: bool) -> Callable[[_Units, _Here], None]:
+    def forward(v: _Units, at: _Here) -> None:
+        new = act(_pre(v, at, 0))
+        if leaky:
+            leak, before = v.one(at.leak), v.read(at.before)
+            v.write(new, at.gates)
+            new = before * (1.0 - leak) + leak * new
+        _settle(v, at, new)
+
+    return forward
+
+
+def _elman_back(slope: Callable[[_Number], _Number], leaky: bool) -> Callable[[_Units, _Back], None]:
+    def backward(v: _Units, at: _Back) -> None:
+        dh = v.read(at.dh) + v.read(at.sums)
+        if leaky:
+            dh, leak = dh + v.read(at.side), v.one(at.leak)
+            v.write(dh * (1.0 - leak), at.to)
+            dh = dh * leak
+        _hand_back(v, at, dh * slope(v.read(at.gates if leaky else at.out)))
+
+    return backward
+
+
+def _relu(x: _Number) -> _Number:
+    return x.where("<", 0.0, 0.0, x)
+
+
+def _step(y: _Number) -> _Number:
+    return y.where(">", 0.0, 1.0, 0.0)
+
+
+def _flatness(y: _Number) -> _Number:
+    return 1.0 - y * y
+
+
+def _gru(v: _Units, at: _Here) -> None:
+    r, z = _pre(v, at, 0).sigmoid(), _pre(v, at, 1).sigmoid()
+    heard = v.read(at.sums, 2, at.sum_gap) + v.read(at.bias)
+    n = (v.read(at.gates, 2, at.gate_gap) + r * heard).tanh()
+    v.write(heard, at.more)
+    _settle(v, at, n + z * (v.read(at.before) - n), r, z, n)
+
+
+def _gru_back(v: _Units, at: _Back) -> None:
+    r, z, n = (v.read(at.gates, g, at.gate_gap) for g in range(3))
+    dh = v.read(at.dh) + (v.read(at.sums) + v.read(at.side))
+    v.write(dh * z, at.to)
+    dz = dh * (v.read(at.before) - n) * (z * (1.0 - z))
+    dn = dh * (1.0 - z) * _flatness(n)
+    dr = dn * v.read(at.more) * (r * (1.0 - r))
+    _hand_back(v, at, dr, dz)
+    v.write(dn, at.d_gates, 2, at.gate_gap)
+    v.write(dn * r, at.d_near, 2, at.near_gap)
+    v.write(dn * r, at.d_more)
+
+
+def _lstm(v: _Units, at: _Here) -> None:
+    i, f, o = (_pre(v, at, g).sigmoid() for g in (0, 1, 3))
+    g = _pre(v, at, 2).tanh()
+    c = f * v.read(at.past) + i * g
+    v.write(c, at.more)
+    _settle(v, at, o * c.tanh(), i, f, g, o)
+
+
+def _lstm_back(v: _Units, at: _Back) -> None:
+    i, f, g, o = (v.read(at.gates, k, at.gate_gap) for k in range(4))
+    shown = v.read(at.more).tanh()
+    dh = v.read(at.dh) + v.read(at.sums)
+    dc = v.read(at.side) + dh * o * _flatness(shown)
+    v.write(dc * f, at.to)
+    _hand_back(
+        v, at, dc * g * (i * (1.0 - i)), dc * v.read(at.past) * (f * (1.0 - f)), dc * i * _flatness(g),
+        dh * shown * (o * (1.0 - o)),
+    )  # fmt: skip
+
+
+def _slstm(exponential: bool) -> Callable[[_Units, _Here], None]:
+    def forward(v: _Units, at: _Here) -> None:
+        i, f, o = _pre(v, at, 0), _pre(v, at, 1), _pre(v, at, 3).sigmoid()
+        z = _pre(v, at, 2).tanh()
+        c, n, m = (v.read(at.past, part, at.past_gap) for part in range(3))
+        log, slope = (f, f * 0.0 + 1.0) if exponential else (_log_sigmoid(f), (-f).sigmoid())
+        kept = log + m
+        new = i.where(">", kept, i, kept)
+        write, keep = (i - new).exp(), (kept - new).exp()
+        c, n = keep * c + write * z, keep * n + write
+        for part, value in enumerate((c, n, new, slope)):
+            v.write(value, at.more, part, at.more_gap)
+        _settle(v, at, o * c / n, write, keep, z, o)
+
+    return forward
+
+
+def _log_sigmoid(x: _Number) -> _Number:
+    return x.where("<", 0.0, x, 0.0) - (-x.abs()).exp().log1p()
+
+
+def _slstm_back(v: _Units, at: _Back) -> None:
+    write, keep, z, o = (v.read(at.gates, g, at.gate_gap) for g in range(4))
+    c, n, _, slope = (v.read(at.more, part, at.more_gap) for part in range(4))
+    dc, dn, dm = (v.read(at.side, part, at.side_gap) for part in range(3))
+    dh, shown = v.read(at.dh) + v.read(at.sums), c / n
+    pull = dh * o / n
+    dc, dn = dc + pull, dn - pull * shown
+    d_write, d_keep = (dc * z + dn) * write, (dc * v.read(at.past) + dn * v.read(at.past, 1, at.past_gap)) * keep
+    dm = dm - d_write - d_keep
+    # of write and keep one is 1: the larger one gave m, and keep where they are equal
+    di, dl = keep.where("<", 1.0, d_write + dm, d_write), keep.where("<", 1.0, d_keep, d_keep + dm)
+    for part, value in enumerate((dc * keep, dn * keep, dl)):
+        v.write(value, at.to, part, at.to_gap)
+    _hand_back(v, at, di, dl * slope, dc * write * _flatness(z), dh * shown * (o * (1.0 - o)))
+
+
+class _Cell(NamedTuple):
+    problem: type[_Problem]
+    gates: int
+    parts: int  # tensors of the state
+    more: int  # tensors that forward keeps beside the gates
+    side: int  # gradients that go back in time beside the product's
+    forward: Callable[[_Units, _Here], None]
+    backward: Callable[[_Units, _Back], None]
+
+
+CELLS = {
+    "elman_tanh": _Cell(ElmanTanh, 1, 1, 0, 0, _elman(_Number.tanh, False), _elman_back(_flatness, False)),
+    "elman_relu": _Cell(ElmanRelu, 1, 1, 0, 0, _elman(_relu, False), _elman_back(_step, False)),
+    "leaky_tanh": _Cell(LeakyTanh, 1, 1, 0, 1, _elman(_Number.tanh, True), _elman_back(_flatness, True)),
+    "leaky_relu": _Cell(LeakyRelu, 1, 1, 0, 1, _elman(_relu, True), _elman_back(_step, True)),
+    "gru": _Cell(Gru, 3, 1, 1, 1, _gru, _gru_back),
+    "lstm": _Cell(Lstm, 4, 2, 1, 1, _lstm, _lstm_back),
+    "slstm_sigmoid": _Cell(SlstmSigmoid, 4, 4, 4, 3, _slstm(False), _slstm_back),
+    "slstm_exp": _Cell(SlstmExp, 4, 4, 4, 3, _slstm(True), _slstm_back),
+}
+_BY_PROBLEM = {cell.problem: cell for cell in CELLS.values()}
+
+
+def _cellwise(name: str, places: type[_Here] | type[_Back]) -> Any:
+    """Compiled f(like, problem, units, places): the cell's code over the units of a row."""
+    count = len(places._fields)
+
+    @intrinsic
+    def run(context: Any, like: Any, problem: Any, units: Any, where: Any) -> Any:
+        body = getattr(_BY_PROBLEM[problem.instance_class], name)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            word = args[2].type
+            at = places(*cgutils.unpack_tuple(builder, args[3], count))
+            lanes = BYTES * 8 // like.bitwidth
+            whole = builder.and_(args[2], ir.Constant(word, -lanes))
+            for step, start, stop in ((lanes, word(0), whole), (1, whole, args[2])):
+                with cgutils.for_range_slice(builder, start, stop, word(step), intp=word) as (index, _):
+                    offset = builder.mul(index, word(like.bitwidth // 8))
+                    body(_Units(builder, like, step, offset), at)
+            return context.get_dummy_value()
+
+        return types.void(like, problem, types.intp, types.UniTuple(types.intp, count)), generate
+
+    return run
+
+
+_forward_row, _backward_row = _cellwise("forward", _Here), _cellwise("backward", _Back)
+
+
+# ---- the loops
+
+
+@_compile
+def _meet(q, team, goal):
+    """Wait until this many have come here. Returns the goal of the next time."""
+    if q.members > 1:
+        at, turns = q.meeting + team * 64, 0
+        threads._claim(at)
+        while threads._is_set(at) < goal:
+            turns += 1
+            if turns % 1024 == 0:
+                threads._yield()
+    return goal + q.members
+
+
+@_compile
+def _word(address):
+    return threads._is_set(address)
+
+
+@_compile
+def _resets(q, b, t):
+    return q.reset != 0 and threads._byte(q.reset + b * q.steps + t) != 0
+
+
+@_compile
+def _longest(q, r0, r1):
+    longest = 0
+    for b in range(r0, r1):
+        longest = max(longest, _word(q.ends + b * 8))
+    return longest
+
+
+@_compile
+def _forward_task(like, q, team, member, head, r0, r1, goal):
+    """Rows r0 to r1 of one head through all of time; of the head this member's units."""
+    threads._apart()
+    thread, item, row = team * q.members + member, q.item, q.width * q.item
+    size = q.units * q.members
+    at, mine = (head * size + member * q.units) * item, member * q.units * item
+    near, sums = q.near + team * 2 * q.near_size, q.sums + thread * q.sums_size
+    panel = q.w + (head * q.members + member) * q.panels * size * VECTORS * BYTES
+    more_gap, first_gap, longest = q.batch * q.steps * row, q.batch * row, _longest(q, r0, r1)
+    for b in range(r0, r1):
+        first = q.fresh if _resets(q, b, 0) else q.first + b * row
+        threads._copy(like, q.units, (near + (b - r0) * q.near_row + mine, first + at))
+    goal = _meet(q, team, goal)
+    here, there = near, near + q.near_size
+    for t in range(longest):
+        _multiply(like, r1 - r0, size, here, q.near_row, panel, q.panels, sums, q.sums_row)
+        for b in range(r0, r1):
+            now = (b * q.steps + t) * row + at
+            if t >= _word(q.ends + b * 8):
+                continue
+            past, past_gap = q.more + now - row, more_gap
+            if _resets(q, b, t):
+                past, past_gap = q.fresh + row + at, row
+            elif t == 0:
+                past, past_gap = q.first + first_gap + b * row + at, first_gap
+            after = there + (b - r0) * q.near_row + mine
+            where = (
+                q.x + (b * q.steps + t) * row * q.gates + at,
+                row,
+                sums + (b - r0) * q.sums_row,
+                q.units * item,
+                q.bias + at,
+                q.leak,
+                here + (b - r0) * q.near_row + mine,
+                after,
+                q.h + now,
+                q.more + now,
+                more_gap,
+                past,
+                past_gap,
+            )
+            _forward_row(like, q, q.units, where)
+            if t + 1 < q.steps and _resets(q, b, t + 1):
+                threads._copy(like, q.units, (after, q.fresh + at))
+        goal = _meet(q, team, goal)
+        here, there = there, here
+    for b in range(r0, r1):
+        for t in range(_word(q.ends + b * 8), q.steps):
+            threads._zero(like, q.units, (q.h + (b * q.steps + t) * row + at,))
+    return goal
+
+
+@_compile
+def _backward_task(like, q, team, member, head, r0, r1, goal):
+    threads._apart()
+    thread, item, row = team * q.members + member, q.item, q.width * q.item
+    size = q.units * q.members
+    at, mine = (head * size + member * q.units) * item, member * q.units * item
+    near, sums = q.near + team * 2 * q.near_size, q.sums + thread * q.sums_size
+    side, side_gap = q.side + thread * q.side_size, q.units * item
+    panel = q.w + (head * q.members + member) * q.panels * size * q.gates * VECTORS * BYTES
+    more_gap, first_gap, longest = q.batch * q.steps * row, q.batch * row, _longest(q, r0, r1)
+    for b in range(r0, r1):
+        for t in range(_word(q.ends + b * 8), q.steps):
+            for g in range(q.gates):
+                threads._zero(like, q.units, (q.x + ((b * q.steps + t) * q.gates + g) * row + at,))
+            if q.d_more != 0:
+                threads._zero(like, q.units, (q.d_more + (b * q.steps + t) * row + at,))
+    here, there = near, near + q.near_size
+    for t in range(longest - 1, -1, -1):
+        for b in range(r0, r1):
+            now, end = (b * q.steps + t) * row + at, _word(q.ends + b * 8)
+            if t >= end:
+                continue
+            before, past, past_gap = q.h + now - row, q.more + now - row, more_gap
+            if _resets(q, b, t):
+                before, past, past_gap = q.fresh + at, q.fresh + row + at, row
+            elif t == 0:
+                before = q.first + b * row + at
+                past, past_gap = before + first_gap, first_gap
+            to = side + (b - r0) * q.side_row
+            later, others, others_gap = sums + (b - r0) * q.sums_row, to, side_gap
+            if t == end - 1:
+                later, others, others_gap = q.d_last + b * row + at, q.zero + at, 0
+                if q.parts > 1:
+                    others, others_gap = later + first_gap, first_gap
+            elif _resets(q, b, t + 1):
+                later, others, others_gap = q.zero + at, q.zero + at, 0
+            where = (
+                q.gates_at + (b * q.steps + t) * row * q.gates + at,
+                row,
+                q.leak,
+                q.h + now,
+                before,
+                q.more + now,
+                more_gap,
+                past,
+                past_gap,
+                q.dh + now,
+                later,
+                others,
+                others_gap,
+                to,
+                side_gap,
+                q.x + (b * q.steps + t) * row * q.gates + at,
+                here + (b - r0) * q.near_row + mine,
+                size * item,
+                q.d_more + now,
+            )
+            _backward_row(like, q, q.units, where)
+        goal = _meet(q, team, goal)
+        _multiply(like, r1 - r0, size * q.gates, here, q.near_row, panel, q.panels, sums, q.sums_row)
+        here, there = there, here
+    for b in range(r0, r1):
+        later, others, others_gap = sums + (b - r0) * q.sums_row, side + (b - r0) * q.side_row, side_gap
+        if _word(q.ends + b * 8) == 0:
+            later, others, others_gap = q.d_last + b * row + at, q.zero + at, 0
+            if q.parts > 1:
+                others, others_gap = later + first_gap, first_gap
+        elif _resets(q, b, 0):
+            later, others, others_gap = q.zero + at, q.zero + at, 0
+        to = q.d_first + b * row + at
+        if q.parts == 1 and q.side_row != 0:
+            threads._sum(like, q.units, (to, later, others))
+        else:
+            threads._copy(like, q.units, (to, later))
+        for part in range(1, q.parts):
+            threads._copy(like, q.units, (to + part * first_gap, others + (part - 1) * others_gap))
+    return goal
+
+
+@_compile
+def _forward_work(like, q, thread):
+    """One thread's share."""
+    team, goal = thread // q.members, q.members
+    for task in range(team, q.groups * q.heads, q.teams):
+        group, head = task // q.heads, task % q.heads
+        r0, r1 = q.batch * group // q.groups, q.batch * (group + 1) // q.groups
+        goal = _forward_task(like, q, team, thread % q.members, head, r0, r1, goal)
+
+
+@_compile
+def _backward_work(like, q, thread):
+    team, goal = thread // q.members, q.members
+    for task in range(team, q.groups * q.heads, q.teams):
+        group, head = task // q.heads, task % q.heads
+        r0, r1 = q.batch * group // q.groups, q.batch * (group + 1) // q.groups
+        goal = _backward_task(like, q, team, thread % q.members, head, r0, r1, goal)
+
+
+# ---- sharing out
+
+
+class _Plan(NamedTuple):
+    groups: int  # of rows
+    members: int  # threads that share the units of a row
+    teams: int
+
+
+def _plan(batch: int, steps: int, heads: int, size: int, gates: int, item: int) -> _Plan:
+    work = batch * steps * heads * size * size * gates
+    workers = 1 if work < ALONE or threads._forked else torch.get_num_threads()
+    members = 1
+    few = batch * heads < workers or (batch < 2 * workers and heads < workers and size * size * gates * item > WIDE)
+    if few:
+        members = workers // heads if batch * heads < workers else workers
+        while members > 1 and size % (members * 16):
+            members -= 1
+    teams = max(1, workers // members)
+    groups = min(batch, max(-(-teams // heads), 1))
+    teams = min(teams, groups * heads)
+    return _Plan(groups, members, teams)
+
+
+_lock = threading.Lock()  # all members of a team must run at once
+_pool: tuple[int, ThreadPoolExecutor] | None = None
+
+
+def _forget() -> None:
+    global _lock, _pool
+    _lock, _pool = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _run(work: Callable[..., None], q: _Problem, like: Tensor) -> None:
+    global _pool
+    number = np.float64(0) if like.dtype == torch.float64 else np.float32(0)
+    workers = q.members * q.teams
+    if workers == 1:
+        work(number, q, 0)
+        return
+    with _lock:
+        if _pool is None or _pool[0] < workers - 1:
+            _pool = workers - 1, ThreadPoolExecutor(workers - 1)
+        jobs = [_pool[1].submit(work, number, q, thread) for thread in range(1, workers)]
+        work(number, q, 0)
+        for job in jobs:
+            job.result()
+
+
+def _panels(w: Tensor) -> Tensor:
+    """(H, members, depth, columns) -> (H, members, panels, depth, a panel's columns)."""
+    columns = VECTORS * BYTES // w.element_size()
+    w = F.pad(w, (0, -w.shape[-1] % columns))
+    return w.unflatten(3, (-1, columns)).transpose(2, 3).contiguous()
+
+
+def _solve(
+    cell: _Cell, x: Tensor, w_hh: Tensor, bias: Tensor | None, leak: float, h: Tensor, more: Tensor, first: Tensor,
+    reset: Tensor | None, ends: Tensor, back: tuple[Tensor, ...] | None = None,
+) -> None:  # fmt: skip
+    """Fill x with the gates, and h and more; or, given back (gates, dh, d_last, d_first, d_more), x and the last two."""
+    batch, steps, width = h.shape
+    heads, size, item = len(w_hh), w_hh.shape[2], h.element_size()
+    plan = _plan(batch, steps, heads, size, cell.gates, item)
+    units = size // plan.members
+    blocks = w_hh.view(heads, cell.gates, size, size)
+    if back is None:
+        w = blocks.unflatten(2, (plan.members, units)).permute(0, 2, 4, 1, 3).flatten(3)
+    else:
+        w = blocks.unflatten(3, (plan.members, units)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    w = _panels(w)
+    rows, workers = -(-batch // plan.groups), plan.members * plan.teams
+    depth, panel = w.shape[3], VECTORS * BYTES
+    near_row, sums_row, side_row = depth * item + PAD, w.shape[2] * panel + PAD, cell.side * units * item
+    byte = dict(dtype=torch.uint8)
+    near = torch.zeros(plan.teams * 2 * rows * near_row, **byte)
+    sums, side = torch.zeros(workers * rows * sums_row, **byte), torch.zeros(workers * rows * side_row, **byte)
+    meeting, zero = torch.zeros(plan.teams * 8, dtype=torch.int64), h.new_zeros(width)
+    fresh = torch.cat(fresh_slstm(1, width, like=h)) if cell.parts == 4 else h.new_zeros(cell.parts + 1, width)
+    leaks = h.new_full((1,), leak)
+    bias = zero if bias is None else bias.contiguous()
+    reset = None if reset is None else reset.contiguous()
+    gates, dh, d_last, d_first, d_more = (None,) * 5 if back is None else back
+    address = lambda t: 0 if t is None else t.data_ptr()
+    q = cell.problem(
+        item=item, batch=batch, steps=steps, width=width, heads=heads, gates=cell.gates, parts=cell.parts,
+        groups=plan.groups, members=plan.members, teams=plan.teams, units=units, panels=w.shape[2], x=address(x),
+        gates_at=address(gates), w=address(w), bias=address(bias), leak=address(leaks), h=address(h),
+        more=address(more), first=address(first), fresh=address(fresh), zero=address(zero), reset=address(reset),
+        ends=address(ends), dh=address(dh), d_last=address(d_last), d_first=address(d_first),
+        d_more=address(d_more), near=address(near), near_row=near_row, near_size=rows * near_row, sums=address(sums),
+        sums_row=sums_row, sums_size=rows * sums_row, side=address(side), side_row=side_row,
+        side_size=rows * side_row, meeting=address(meeting),
+    )  # fmt: skip
+    _run(_forward_work if back is None else _backward_work, q, h)
+
+
+def _forward(
+    x: Tensor, w_ih: Tensor | None, w_hh: Tensor, b: Tensor | None, bias: Tensor | None, first: Tensor,
+    reset: Tensor | None, ends: Tensor, kind: str, leak: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """b: added to the gates' inputs. bias (N,): of a GRU, inside the product with r. first: (S, B, N)."""
+    cell, width = CELLS[kind], first.shape[2]
+    if w_ih is None:
+        gates = x.clone(memory_format=torch.contiguous_format) if b is None else (x + b).contiguous()
+    else:
+        flat = x.reshape(-1, x.shape[2])
+        gates = (flat @ w_ih.T if b is None else torch.addmm(b, flat, w_ih.T)).view(*x.shape[:2], cell.gates * width)
+    in_place = cell.gates == 1 and not cell.side
+    h = gates if in_place else x.new_empty(*x.shape[:2], width)
+    more = x.new_empty(cell.more, *h.shape)
+    first = first.contiguous()
+    if h.numel():
+        _solve(cell, gates, w_hh.contiguous(), bias, leak, h, more, first, reset, ends)
+    if not h.shape[1]:
+        last = first.clone()
+    else:
+        at = (ends - 1).clamp(min=0)
+        rows = torch.arange(len(h))
+        last = torch.stack([part[rows, at] for part in (h, *more[: cell.parts - 1])])
+        last = torch.where((ends > 0)[:, None], last, first)
+    return h, last, gates.new_empty(0) if in_place else gates, more
+
+
+def _backward(
+    dh: Tensor, d_last: Tensor, x: Tensor, w_ih: Tensor | None, w_hh: Tensor, b: Tensor | None, bias: Tensor | None,
+    first: Tensor, reset: Tensor | None, ends: Tensor, kind: str, leak: float, h: Tensor, last: Tensor, gates: Tensor,
+    more: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    cell, width = CELLS[kind], first.shape[2]
+    d_gates, d_first = (
+        x.new_empty(*x.shape[:2], cell.gates * width),
+        torch.empty_like(first, memory_format=torch.contiguous_format),
+    )
+    d_more = torch.empty_like(h) if kind == "gru" else None
+    d_last, first = d_last.contiguous(), first.contiguous()
+    if h.numel():
+        back = (gates, dh.contiguous(), d_last, d_first, d_more)
+        _solve(cell, d_gates, w_hh.contiguous(), bias, leak, h, more, first, reset, ends, back)
+    else:
+        d_first = d_last.clone()
+    flat, heads = d_gates.flatten(0, 1), len(w_hh)
+    before = torch.cat([first[0][:, None], h[:, :-1]], 1) if h.shape[1] else h
+    if reset is not None:
+        before = before.masked_fill(reset[..., None], 0)
+    heard = d_gates if d_more is None else torch.cat([d_gates[..., : 2 * width], d_more], -1)
+    split = heard.view(-1, cell.gates, heads, width // heads).permute(2, 1, 3, 0).flatten(1, 2)
+    d_hh = split @ before.view(-1, heads, width // heads).transpose(0, 1)
+    grads = [d_hh]
+    if w_ih is not None:
+        grads = [(flat @ w_ih).view(x.shape), flat.T @ x.reshape(-1, x.shape[2]), *grads]
+    else:
+        grads = [d_gates, *grads]
+    if b is not None:
+        grads.append(flat.sum(0))
+    if bias is not None:
+        grads.append(d_more.sum((0, 1)))
+    return *grads, d_first
+
+
+def _like(
+    x: Tensor, w_ih: Tensor | None, w_hh: Tensor, b: Tensor | None, bias: Tensor | None, first: Tensor,
+    reset: Tensor | None, ends: Tensor, kind: str, leak: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    cell, width = CELLS[kind], first.shape[2]
+    h = x.new_empty(*x.shape[:2], width)
+    kept = cell.gates * width if cell.gates > 1 or cell.side else 0
+    gates = x.new_empty(*x.shape[:2], kept) if kept else x.new_empty(0)
+    return h, first.new_empty(first.shape), gates, x.new_empty(cell.more, *h.shape)
+
+
+_loop = opaque(
+    "gated_loop_numba", "cpu", "x w_ih? w_hh b? bias? first reset? ends kind:str leak:float", _forward, _backward,
+    _like, results=2, kept=2, keep_results=True,
+)  # fmt: skip
+
+
+def _call(
+    kind: str, x: Tensor, state: tuple[Tensor, ...], w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, reset: Tensor | None, lengths: Tensor | None, leak: float = 1.0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype, inside = state[0].dtype, None
+    if kind == "gru" and b_hh is not None:
+        outside, inside = b_hh.split([2 * len(b_hh) // 3, len(b_hh) // 3])
+        inside, b_hh = inside.to(dtype), F.pad(outside, (0, len(inside)))
+    given = [b.to(dtype) for b in (b_ih, b_hh) if b is not None]
+    bias = given[0] + given[1] if len(given) == 2 else given[0] if given else None
+    ends = torch.full((len(x),), x.shape[1]) if lengths is None else lengths.to(x.device, torch.int64)
+    h, last = _loop(
+        x.to(dtype), None if w_ih is None else w_ih.to(dtype), (w_hh[None] if w_hh.ndim == 2 else w_hh).to(dtype),
+        bias, inside, torch.stack(state), reset, ends, kind, leak,
+    )  # fmt: skip
+    return h.to(x.dtype), *last.unbind(0)
+
+
+def elman(
+    x: Tensor, h0: Tensor, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+    *, nonlinearity: str = "tanh", leak: float = 1.0, reset: Tensor | None = None, lengths: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    kind = ("elman_" if leak == 1 else "leaky_") + nonlinearity
+    return _call(kind, x, (h0,), w_ih, w_hh, b_ih, b_hh, reset, lengths, leak)
+
+
+def gru(
+    x: Tensor, h0: Tensor, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+    *, reset: Tensor | None = None, lengths: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _call("gru", x, (h0,), w_ih, w_hh, b_ih, b_hh, reset, lengths)
+
+
+def lstm(
+    x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None, w_hr: Tensor | None = None, *, reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _call("lstm", x, (h0, c0), w_ih, w_hh, b_ih, b_hh, reset, lengths)
+
+
+def slstm(
+    x: Tensor, h0: Tensor, c0: Tensor, n0: Tensor, m0: Tensor, w_ih: Tensor | None, w_hh: Tensor,
+    b_ih: Tensor | None = None, b_hh: Tensor | None = None, *, forget: str = "sigmoid", reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _call(f"slstm_{forget}", x, (h0, c0, n0, m0), w_ih, w_hh, b_ih, b_hh, reset, lengths)
