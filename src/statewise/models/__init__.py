@@ -11,8 +11,9 @@ from ..core import RecurrentLayer
 from .classifier import Classifier, ClassifierState
 from .forecaster import Forecaster, Forecasting, forecast
 from .from_transformers import from_transformers
+from .pattern import Place, places
 from .stack import Block, Residual, Stack
-from .token_model import LanguageModel, TokenModel, generate
+from .token_model import LanguageModel, TokenModel
 from .xlstm import XLSTM
 
 descriptions: dict[str, type] = {
@@ -41,6 +42,7 @@ def examples() -> list[tuple[str, Callable[[], RecurrentLayer[Any]]]]:
         ("xlstm", lambda: XLSTM(width=6, heads=2, taps=2).build(x_width=3, y_width=2)),
         ("forecaster", lambda: Forecasting(small).build(x_width=2, y_width=6)),
         ("token_model_tied", lambda: LanguageModel("min_gru", width=4, depth=1).build(x_vocab=5, y_width=5)),
+        ("hybrid_shared", stack("min_gru,window_attention(window=3,heads=2)@a", depth=4, residual_scale=0.5)),
         ("token_model", lambda: LanguageModel("min_gru", width=4, depth=1, tied=False).build(x_vocab=5, y_width=5)),
     ]
 
@@ -52,6 +54,7 @@ __all__ = [
     "Forecaster",
     "Forecasting",
     "LanguageModel",
+    "Place",
     "Residual",
     "Stack",
     "TokenModel",
@@ -60,5 +63,5 @@ __all__ = [
     "examples",
     "forecast",
     "from_transformers",
-    "generate",
+    "places",
 ]

@@ -47,7 +47,7 @@ def places(pattern: str, depth: int | None = None) -> list[Place]:
         found = _ITEM.match(pattern, at)
         if found is None or not (found[4] is None or int(found[4])):
             raise UsageError(
-                f"layer {pattern[:100]!r}: not a pattern at {pattern[at : at + 20]!r}; expected as in mamba2*3,attention"
+                f"layer {pattern[:99]!r}: not a pattern at {pattern[at : at + 20]!r}; expected as in mamba2*3,attention"
             )
         once += [Place(found[1], _arguments(found[2] or "", pattern), found[3] or "")] * int(found[4] or 1)
         at = found.end()
@@ -59,7 +59,7 @@ def places(pattern: str, depth: int | None = None) -> list[Place]:
     if depth is None:
         return once
     if depth < len(once):
-        raise UsageError(f"layer {pattern[:100]!r}: the pattern has {len(once)} layers, the depth is {depth}; raise it")
+        raise UsageError(f"layer {pattern[:99]!r}: the pattern has {len(once)} layers, the depth is {depth}; raise it")
     return [once[i % len(once)] for i in range(depth)]
 
 

@@ -199,9 +199,9 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
 
     order: which of `blocks` stands at each depth, where some stand at several: they share weights, not states. Without
     a head y is what the norm gives. The state is the tuple of the states at each depth. recompute: in training keep
-    only what enters each block, and compute its inside again for the gradient: less memory, the same numbers. Under autocast the sum that
-    runs through the blocks stays in the dtype of the parameters. y has the dtype of x, or of the parameters where x is
-    ids.
+    only what enters each block, and compute its inside again for the gradient: less memory, the same numbers. Under
+    autocast the sum that runs through the blocks stays in the dtype of the parameters. y has the dtype of x, or of the
+    parameters where x is ids.
     """
 
     recompute = False

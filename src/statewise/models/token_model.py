@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ class LanguageModel(Stack):
         if self.pool != "none":
             raise UsageError(f"LanguageModel: pool {self.pool!r}; expected 'none'")
         table = embedding(self.width, None, x_vocab)
-        body = Residual(table, self.blocks(), self.last_norm(), None)
+        body = Residual(table, self.blocks(), self.last_norm(), None, order=self.order())
         return TokenModel(body, None if self.tied else nn.Linear(self.width, x_vocab))
 
 
@@ -60,42 +59,3 @@ class TokenModel(RecurrentLayer[Any]):
     def _logits(self, h: Tensor) -> Tensor:
         y = F.linear(h, self.body.embed.weight) if self.head is None else self.head(h)
         return y.to(h.dtype)
-
-
-@torch.no_grad()
-def generate(
-    model: RecurrentLayer[Any],
-    prompt: Tensor,
-    steps: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    rng: torch.Generator | None = None,
-) -> Tensor:
-    """Continue prompt (B, T) ids, T >= 1, by `steps` ids drawn one by one: (B, steps), in constant memory.
-
-    temperature 0 takes the likeliest id; top_k draws among that many. rng must be given unless temperature is 0.
-    Uses forward on the prompt and step from there, so any layer from ids to logits will do.
-    """
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise UsageError(f"generate: prompt has shape {tuple(prompt.shape)}; expected (B, T) with T >= 1")
-    if not temperature >= 0 or (top_k is not None and top_k < 1):
-        raise UsageError(f"generate: temperature {temperature}, top_k {top_k}; expected >= 0 and >= 1")
-    if temperature > 0 and rng is None:
-        raise UsageError("generate: sampling needs a generator: rng=torch.Generator().manual_seed(0)")
-    y, state = model(prompt)
-    logits, ids = y[:, -1], []
-    for n in range(steps):
-        ids.append(_draw(logits.float(), temperature, top_k, rng).to(prompt.dtype))
-        if n + 1 < steps:
-            logits, state = model.step(ids[-1], state)
-    return torch.stack(ids, 1) if ids else prompt[:, :0]
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None, rng: torch.Generator | None) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(-1)
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
