@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from statewise.core import Unknown, grid, put
+from statewise.core import Unknown, grid, put, put_all
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,27 @@ def test_put_changes_a_copy_by_path():
 def test_put_names_what_is_near(path, said):
     with pytest.raises(Unknown, match=said):
         put(Experiment(), path, 1)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    shortest: int = 1
+    longest: int = 2
+
+    def __post_init__(self):
+        if self.shortest > self.longest:
+            raise ValueError("shortest above longest")
+
+
+def test_fields_that_only_fit_together_change_together():
+    made = put_all({"of": Lengths(), "x": 1}, {"of.shortest": 5, "of.longest": 7, "x": 2})
+    assert made == {"of": Lengths(5, 7), "x": 2}
+    with pytest.raises(ValueError, match="shortest above longest"):
+        put({"of": Lengths()}, "of.shortest", 5)
+    with pytest.raises(Unknown, match="near: longest"):
+        put_all(Lengths(), {"shortest": 1, "longset": 2})
+    ((one, both),) = [list(grid(Lengths(), {"shortest": [1, 6], "longest": [8]}))]
+    assert (one, both) == (Lengths(1, 8), Lengths(6, 8))
 
 
 def test_grid_is_the_product_last_path_fastest():

@@ -7,12 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..comparing import SETTINGS
+from ..comparing.budget import outline
 from ..core import RecurrentLayer, ResourceError, UsageError, layers
 from ..core.machine import free_memory
-from ..models import descriptions
+from ..models import descriptions, places
 from ..tasks import Task, tasks
 from ..training import Experiment
 from .settings import dict_once, put_texts
@@ -25,7 +24,8 @@ def experiment(
     for name, value, most in (("width", width, 10**9), ("depth", depth, 1000), ("seed", seed, 2**63 - 1)):
         if not (name != "seed") <= value <= most:
             raise UsageError(f"--{name} {value}; expected {int(name != 'seed')} to {most}")
-    layers[layer]
+    for place in places(layer):
+        layers[place.layer]
     given = dict_once(settings)
     chosen = {path: str(value) for path, value in SETTINGS.get(task, {}).items() if path not in given} | given
     inside = {path.removeprefix("task."): text for path, text in chosen.items() if path.startswith("task.")}
@@ -53,10 +53,9 @@ def build(made: Experiment) -> RecurrentLayer[Any]:
     Raises UsageError for arguments the layer does not take, ResourceError for a model larger than free memory.
     """
     task = made.task
-    widths = {"x_width": task.x_width, "x_vocab": task.x_vocab, "y_width": task.y_width}  # may read the data
+    widths = (task.x_width, task.x_vocab, task.y_width)  # may read the data
     try:
-        with torch.device("meta"):
-            model = made.model.build(**widths)
+        model = outline(made.model, *widths)
     except (TypeError, ValueError) as error:
         raise UsageError(f"model {made.model.layer!r}: {error}") from None
     except RuntimeError as error:

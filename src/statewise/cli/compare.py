@@ -27,7 +27,7 @@ class Options:
     task: Positional[str] = ""
     """Names from `statewise list tasks` with commas; with --data alone text_file for .txt and series for all else."""
     layers: str = DEFAULT_LAYERS
-    """Names from `statewise list layers` with commas, or all."""
+    """Names from `statewise list layers` with commas, or all; a hybrid with plus signs: mamba2*3+attention."""
     seeds: int = 3
     """Runs of each layer: seeds 0, 1, 2 ..."""
     width: int = 64
@@ -74,6 +74,7 @@ class Options:
 
 def run(options: Options) -> int:
     from ..comparing import compare
+    from ..report import write_all
     from .board import Progress, print_leaderboards
     from .settings import lengths
 
@@ -86,13 +87,11 @@ def run(options: Options) -> int:
         found = compare(
             plan, out, engine=options.engine, workers=options.workers, threads=options.threads, device=options.device,
             memory=int(options.memory * 2**30), timeout=60 * options.timeout, silence=60 * options.cell_timeout,
-            lengths=lengths(options.lengths),
-            command=command_of(options), on_event=progress.on_event,
+            lengths=lengths(options.lengths), command=command_of(options), on_event=progress.on_event,
         )  # fmt: skip
     written = write_all(found, out)
     print_leaderboards(found)
-    for line in written:
-        print(line)
+    print(f"rows     {out / 'results.jsonl'}; ask with: statewise results {shlex.quote(str(out))}", *written, sep="\n")
     entries = [entry for board in found["boards"] for entry in board["layers"]]
     return 0 if any(cell["status"] == "done" for entry in entries for cell in entry["cells"]) else 1
 
@@ -107,6 +106,7 @@ def plan_of(options: Options) -> Plan:
     """The comparison that the options ask for. Raises UsageError or DataError, before anything is trained."""
     from ..comparing import Budget, Plan, split_names
     from ..core import UsageError, layers
+    from ..models import places
     from ..tasks import tasks
     from .build import build
 
@@ -114,11 +114,9 @@ def plan_of(options: Options) -> Plan:
     names = split_names(options.task or own or "", tasks.names())
     if not names:
         raise UsageError("which task? statewise compare TASK; see statewise list tasks")
-    import statewise.layers  # noqa: F401  registers them
-
     known = split_names(options.layers, layers.names())
-    for name in known:
-        layers[name]
+    for place in (place for name in known for place in places(name)):
+        layers[place.layer]
     for name in names:
         tasks[name]
     budget = Budget.parse(options.budget)
@@ -240,28 +238,6 @@ def _once(options: Options, budget: Any) -> None:
         said += [f"{flag} and --budget parameters" for flag, given in wide if given]
     if said:
         raise UsageError(f"{said[0]} say the same thing twice; give one of them")
-
-
-def write_all(found: dict[str, Any], out: Path) -> list[str]:
-    """comparison.json, and for each leaderboard a table, its Markdown and its report; returns a line for each."""
-    from ..core import UsageError, write_json
-    from ..report import write_csv, write_markdown, write_page
-
-    write_json(out / "comparison.json", found)
-    said = [f"rows     {out / 'results.jsonl'}; ask with: statewise results {shlex.quote(str(out))}"]
-    for board in found["boards"]:
-        tail = "" if len(found["boards"]) == 1 else f"-{'-'.join(board['name'].split())}"
-        one = {**found, **board, "format": 1, "method": [*board["method"], *found["method"]]}
-        one["layers"] = [{**entry, "layer": entry["label"]} for entry in board["layers"]]
-        write_csv(one, out / f"results{tail}.csv")
-        write_markdown(one, out / f"leaderboard{tail}.md")
-        said.append(f"results  {out / f'results{tail}.csv'}, {out / f'leaderboard{tail}.md'}")
-        try:
-            write_page(one, out / f"report{tail}.html")
-            said.append(f"report   {out / f'report{tail}.html'}")
-        except UsageError as error:
-            said.append(f"report   not written: {error}")
-    return said
 
 
 def command_of(options: Options) -> str:

@@ -54,14 +54,17 @@ def put_texts(config: C, texts: Mapping[str, str], inside: str = "") -> C:
 
 
 def value_of(config: Any, path: str, text: str, flag: str) -> Any:
-    """A text as what the field at a dotted path holds. Raises UsageError where it does not fit."""
+    """A text as what the field at a dotted path holds. Raises UsageError where it cannot be read so."""
+    inside, found = "", config
     try:
-        found = put_texts(config, {path: text})
+        for name in path.split("."):
+            found, inside = _get(found, name, inside), f"{inside}{name}."
+        return _typed(found, text)
     except UsageError as error:
-        raise UsageError(str(error).replace("--set", flag, 1)) from None
-    for name in path.split("."):
-        found = found[name] if isinstance(found, Mapping) else getattr(found, name)
-    return found
+        words = str(error)
+        raise UsageError(
+            words.replace("--set", flag, 1) if "--set" in words else f"{flag} {path}={text}: {words}"
+        ) from None
 
 
 def lengths(text: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..core import UsageError, near, put
+from ..core import RecurrentLayer, UsageError, near, put
 from ..training import Experiment
 
 SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
@@ -70,7 +70,7 @@ class Budget:
             return made
         task = made.task
         like = _Frozen(put(made.model, "width", 1), (task.x_width, task.x_vocab, task.y_width))
-        width, count = width_for(like, self.parameters)
+        width, count = width_for(like, self.parameters, self.tolerance)
         if abs(count - self.parameters) > self.tolerance * self.parameters:
             raise UsageError(
                 f"--budget parameters={self.parameters}: {made.model.layer} on {task.name} comes no nearer than "
@@ -110,14 +110,16 @@ class _Frozen:
 
 
 @lru_cache(maxsize=4096)
-def width_for(like: _Frozen, parameters: int) -> tuple[int, int]:
-    """The width with about this many parameters, and how many it has: of the roundest widths that come within 2 %, the
-    nearest; else the nearest of all.
+def width_for(like: _Frozen, parameters: int, tolerance: float) -> tuple[int, int]:
+    """The width with about this many parameters, and how many it has: of multiples of 8 the nearest, if it is within
+    the tolerance, else of 4, of 2, of 1: heads share out round widths better.
 
-    The count grows with the width but for what rounding to whole heads does; so a search by halves among multiples of
-    16 finds the neighbourhood, which is then looked through in multiples of 8, 4, 2 and 1.
+    The count grows with the width but for what rounding to whole heads does; so doubling and halving among multiples
+    of 16 finds the neighbourhood, which is then looked through.
     """
-    low, high = 0, WIDEST // 16
+    low, high = 0, 1
+    while high < WIDEST // 16 and (_count(like, 16 * high) or 0) <= parameters:
+        low, high = high, 2 * high
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (middle, high) if (_count(like, 16 * middle) or 0) <= parameters else (low, middle)
@@ -128,7 +130,7 @@ def width_for(like: _Frozen, parameters: int) -> tuple[int, int]:
                 found[width] = count
         if found:
             best = min(found, key=lambda w: abs(found[w] - parameters))
-            if abs(found[best] - parameters) <= 0.02 * parameters:
+            if abs(found[best] - parameters) <= tolerance * parameters:
                 return best, found[best]
     if not found:
         raise UsageError(f"no width of {like.model.layer} from 1 to {WIDEST} can be built")
@@ -138,13 +140,24 @@ def width_for(like: _Frozen, parameters: int) -> tuple[int, int]:
 @lru_cache(maxsize=1 << 16)
 def _count(like: _Frozen, width: int) -> int | None:
     """Parameters at that width; None where the layer cannot be built so."""
-    x_width, x_vocab, y_width = like.widths
     try:
-        with torch.device("meta"):
-            model = put(like.model, "width", width).build(x_width=x_width, x_vocab=x_vocab, y_width=y_width)
+        model = outline(put(like.model, "width", width), *like.widths)
     except (ValueError, TypeError, RuntimeError):
         return None
-    return sum(p.numel() for p in itertools.chain(model.parameters()))
+    return sum(p.numel() for p in model.parameters())
+
+
+def outline(model: Any, x_width: int | None, x_vocab: int | None, y_width: int) -> RecurrentLayer[Any]:
+    """The described model without memory for its weights; with it where a layer, as a reservoir, must compute them."""
+    try:
+        with torch.device("meta"):
+            found: RecurrentLayer[Any] = model.build(x_width=x_width, x_vocab=x_vocab, y_width=y_width)
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        with torch.random.fork_rng([]):
+            found = model.build(x_width=x_width, x_vocab=x_vocab, y_width=y_width)
+    return found
 
 
 def amount(text: str, kind: str = "amount") -> float:
@@ -154,6 +167,8 @@ def amount(text: str, kind: str = "amount") -> float:
     unit = body[-1:] if body[-1:] in SIZES and body[-1:] else ""
     try:
         value = float(body[:-1] if unit or share else body)
+        if not math.isfinite(value):
+            raise ValueError
     except ValueError:
         raise UsageError(f"--budget {kind}={text[:80]}; expected a number, as in 200k, 10M or 60") from None
     return round(value / 100 if share else value * SIZES[unit], 9)

@@ -14,6 +14,8 @@ import torch
 
 from .. import __version__
 from ..core import StatewiseError, Traits, layers
+from ..core.registry import LayerInfo
+from ..models import places
 from ..training import load
 from ..training.fit import WARM_UP as WARM_UP_STEPS
 from ..training.log import Log
@@ -88,14 +90,14 @@ def _entry(
 ) -> dict[str, Any]:
     chosen = [plan.cell(setting, number or 0, seed) for seed in range(plan.seeds)]
     others = [cell for cell in plan.tries(setting) if cell.key not in {c.key for c in chosen}]
-    info, first = layers[setting.layer], chosen[0]
+    parts, first = infos(setting.layer), chosen[0]
     return {
         "layer": setting.layer,
         "label": first.label,
         "overrides": dict(setting.point),
         "tried": dict(first.tried),
-        "summary": info.summary,
-        "paper": info.paper,
+        "summary": parts[0].summary if len(parts) == 1 else " and ".join(info.name for info in parts),
+        "paper": ", ".join(dict.fromkeys(info.paper for info in parts if info.paper)),
         "lr": first.lr,
         "command": train_command(first.experiment, setup.device, setup.threads),
         "record": first.experiment.record(),
@@ -208,13 +210,19 @@ def _budget(plan: Plan) -> list[str]:
 
 def _linear(names: Sequence[str]) -> str:
     """Which layers get more around them than the others."""
-    linear = [name for name in names if _traits(name).linear_in_input]
+    parts = dict.fromkeys(info.name for name in names for info in infos(name))
+    linear = [name for name in parts if _traits(name).linear_in_input]
     if not linear:
         return ""
     return (
         f" {', '.join(linear)}: linear in their input, and so followed by GELU and a gated linear unit where the "
         "others have one linear map."
     )
+
+
+def infos(layer: str) -> list[LayerInfo]:
+    """What the registry knows of a layer, or of each that a hybrid is made of."""
+    return [layers[name] for name in dict.fromkeys(place.layer for place in places(layer))]
 
 
 def _traits(name: str) -> Traits:

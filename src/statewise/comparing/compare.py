@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core import UsageError, near, read_json
+from ..core import UsageError, near, read_json, write_json
 from ..tasks import Generated
 from ..training import at_lengths, choose_device, read_log
 from .collect import collect
@@ -38,7 +38,8 @@ def compare(
     command: str = "",
     on_event: Callable[[Event], object] = lambda event: None,
 ) -> dict[str, Any]:
-    """Run what is not finished yet of a plan in a results folder; returns everything that a report needs.
+    """Run what is not finished yet of a plan in a results folder; returns everything that a report needs, which is then
+    in out/comparison.json too.
 
     The rows are in out/results.jsonl, for `read_results`. Called again after a stop or a kill with the same plan it
     goes on: finished runs are kept, others go on from their last checkpoint, failed ones are tried again.
@@ -70,7 +71,9 @@ def compare(
         rows = run_plan(plan, out, lock=lock, on_event=count, **how)
         on_event({"event": "streaming"})
         seconds = _total(out, time.monotonic() - began, seen)
-        return collect(plan, rows, out, command=command, setup=setup, seconds=seconds)
+        found = collect(plan, rows, out, command=command, setup=setup, seconds=seconds)
+        write_json(out / "comparison.json", found)
+    return found
 
 
 def check_lengths(plan: Plan, lengths: Sequence[int]) -> None:
@@ -90,7 +93,7 @@ def run_plan(plan: Plan, out: Path, **how: Any) -> dict[str, Row]:
         for setting in plan.settings:
             cells = list(plan.tries(setting))
             groups[f"{cells[0].board} / {cells[0].label}"] = cells
-        halving = Halving(groups, out / "optuna.jsonl")
+        halving = Halving(groups, plan.search, out / "optuna.jsonl")
     rows = run_cells(plan.first(), out, halving=halving, **how)
     rest = plan.rest(rows)
     return run_cells(rest, out, **how) if rest else rows

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..core import UsageError, near, put
+from ..core import UsageError, near, put, put_all
 from ..tasks import Task
 from ..training import Experiment
 from .budget import Budget, often
@@ -215,10 +215,8 @@ class Plan:
         """The run of a candidate and seed, with width and steps that its budget leaves."""
         tried = setting.candidates[number] if self.adaptive else {}
         overrides = {**setting.point, **tried}
-        made = put(put(setting.base, "model.layer", setting.layer), "seed", seed)
-        for path, value in {**setting.point, **setting.candidates[number]}.items():
-            made = put(made, path, value)
-        made = self.budget.widened(made)
+        varied = {**setting.point, **setting.candidates[number]}
+        made = self.budget.widened(put_all(setting.base, {"model.layer": setting.layer, "seed": seed, **varied}))
         fault = ""
         if self.timed and isinstance(pace := self.paces.get(short(made).key, (0.0, 0.0)), str):
             fault = f"in a trial of {TRIAL_STEPS} steps: {pace}"

@@ -8,6 +8,7 @@ for the old workers. Where the processes run is the engine's business.
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import time
@@ -61,7 +62,8 @@ def fitting_workers(cells: int, threads: int) -> int:
 
 
 def run_dir(out: Path, cell: Cell) -> Path:
-    return out / "runs" / f"{cell.layer}-seed{cell.seed}-{cell.key}"
+    layer = "-".join(re.findall(r"\w+", cell.layer))  # of a hybrid without its signs
+    return out / "runs" / f"{layer}-seed{cell.seed}-{cell.key}"
 
 
 @contextlib.contextmanager

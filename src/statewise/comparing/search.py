@@ -74,7 +74,7 @@ def _draw(space: tuple[tuple[str, Any], ...], trials: int, seed: int) -> tuple[t
     for number in range(DRAWS * trials):
         study.sampler = optuna.samplers.RandomSampler(seed=_mixed(seed, number))  # so each draw stands for itself
         asked = study.ask({path: _distribution(optuna, values) for path, values in space})
-        one = tuple((path, _rounded(asked.params[path])) for path, _ in space)
+        one = tuple((path, _rounded(asked.params[path], values)) for path, values in space)
         found.setdefault(one, None)
         if len(found) == trials:
             break
@@ -90,9 +90,11 @@ def _distribution(optuna: Any, values: Range | tuple[Any, ...]) -> Any:
     return kinds.FloatDistribution(values.low, values.high, log=values.log)
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Any, values: Range | tuple[Any, ...]) -> Any:
     """Four figures of a drawn number say enough, and can be typed."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    if not isinstance(values, Range) or values.whole:
+        return value
+    return min(max(float(f"{value:.4g}"), values.low), values.high)
 
 
 def _mixed(seed: int, number: int) -> int:
@@ -117,12 +119,12 @@ class Halving:
     anew from the runs at every start, since a kill between two of its writes could change a decision.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[Cell]], path: Path):
+    def __init__(self, groups: Mapping[str, Sequence[Cell]], search: Search, path: Path):
         optuna = load()
         for old in path.parent.glob(f"{path.name}*"):  # the lock of a process that was killed among them
             old.unlink()
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-        self.groups = [_Group(optuna, storage, name, cells) for name, cells in groups.items()]
+        self.groups = [_Group(optuna, storage, name, search, cells) for name, cells in groups.items()]
         self.at = {cell.key: (group, n) for group in self.groups for n, cell in enumerate(group.cells)}
 
     def hear(self, key: str, step: int, score: float) -> None:
@@ -154,7 +156,7 @@ class Halving:
 class _Group:
     """The candidates of one setting, as one study."""
 
-    def __init__(self, optuna: Any, storage: Any, name: str, cells: Sequence[Cell]):
+    def __init__(self, optuna: Any, storage: Any, name: str, search: Search, cells: Sequence[Cell]):
         task, train = cells[0].experiment.task, cells[0].experiment.train
         self.states, self.cells, self.higher = optuna.trial.TrialState, cells, task.higher_is_better
         self.study = optuna.create_study(
@@ -164,10 +166,10 @@ class _Group:
             ),
         )  # fmt: skip
         self.trials = []
+        space = {path: _distribution(optuna, values) for path, values in search.of(task.name).space.items()}
         for cell in cells:
-            kinds = optuna.distributions.CategoricalDistribution
             self.study.enqueue_trial(dict(cell.tried), user_attrs={"key": cell.key})
-            self.trials.append(self.study.ask({path: kinds([value]) for path, value in cell.tried.items()}))
+            self.trials.append(self.study.ask(space))
         self.curves: list[list[tuple[int, float]]] = [[] for _ in cells]
         self.passed = [0] * len(cells)  # scores that Optuna was told
         self.over: dict[int, str] = {}

@@ -23,15 +23,31 @@ def put(config: C, path: str, value: Any) -> C:
     >>> put({"a": {"b": 1}}, "a.b", 2)
     {'a': {'b': 2}}
     """
-    head, _, rest = path.partition(".")
-    if isinstance(config, Mapping):
-        if rest and head not in config:
-            raise Unknown(f"{path!r}: no entry {head!r}; {near(head, config)}")
-        return {**config, head: put(config[head], rest, value) if rest else value}  # type: ignore[return-value]
-    known = [f.name for f in fields(config)] if is_dataclass(config) else []
-    if head not in known:
+    return put_all(config, {path: value})
+
+
+def put_all(config: C, values: Mapping[str, Any]) -> C:
+    """A copy of config with the fields at several dotted paths changed, all at once: some only fit together.
+
+    >>> put_all({"a": {"b": 1, "c": 2}}, {"a.b": 3, "a.c": 4})
+    {'a': {'b': 3, 'c': 4}}
+    """
+    changes = {path: value for path, value in values.items() if "." not in path}
+    below: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        head, dot, rest = path.partition(".")
+        if dot:
+            below.setdefault(head, {})[rest] = value
+    known = config if isinstance(config, Mapping) else [f.name for f in fields(config)] if is_dataclass(config) else []
+    for head in [*changes, *below]:
+        if head in known or (isinstance(config, Mapping) and head in changes):
+            continue
+        if isinstance(config, Mapping):
+            raise Unknown(f"{next(p for p in values if p.startswith(head))!r}: no entry {head!r}; {near(head, known)}")
         raise Unknown(f"{type(config).__name__} has no field {head!r}; {near(head, known)}")
-    return replace(config, **{head: put(getattr(config, head), rest, value) if rest else value})  # type: ignore[type-var]
+    for head, inner in below.items():
+        changes[head] = put_all(config[head] if isinstance(config, Mapping) else getattr(config, head), inner)
+    return {**config, **changes} if isinstance(config, Mapping) else replace(config, **changes)  # type: ignore
 
 
 def recorded(config: Any) -> dict[str, Any]:
@@ -50,7 +66,4 @@ def grid(base: C, axes: Mapping[str, Iterable[Any]]) -> Iterator[C]:
     [11, 12, 21, 22]
     """
     for values in itertools.product(*axes.values()):
-        config = base
-        for path, value in zip(axes, values, strict=True):
-            config = put(config, path, value)
-        yield config
+        yield put_all(base, dict(zip(axes, values, strict=True)))
