@@ -18,6 +18,14 @@ CHECKED += ["statewise.testing.checks", "statewise.testing.sample"]
 install_import_hook(CHECKED, "beartype.beartype")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests tokenise does not stay in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STATEWISE_CORPORA", str(tmp_path_factory.mktemp("corpora")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test starts from the same seed and leaves the defaults as it found them."""

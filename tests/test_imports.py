@@ -29,7 +29,7 @@ BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
     "bench": [*STACK, "tasks", "training", "testing", "decoding", "serving"],
     "cli": [
         *STACK, "tasks", "training", "testing", "report", "comparing", "recipes", "interpret", "bench", "decoding",
-        "serving",
+        "serving", "text",
     ],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ class Options:
     task: Positional[str] = ""
     """A name from `statewise list tasks`; series and text_file read your own data."""
     layer: str = "gru"
-    """A name from `statewise list layers`."""
+    """A name from `statewise list layers`, or a pattern that repeats to the depth: mamba2*3,attention."""
     width: int = 64
     """Channels between the layers."""
     depth: int = 2
@@ -34,6 +35,8 @@ class Options:
     """FIELD=VALUE, as often as needed: task.length=200, train.lr=1e-4, model.dropout=0.1, model.args.NAME=VALUE."""
     data: Path | None = None
     """Your file or folder, for the tasks series and text_file."""
+    field: str = ""
+    """For text_file: the name of the text in JSON lines and Parquet. Default: text."""
     run: Path | None = None
     """Where to keep the run. Default: runs/TASK-LAYER-KEY, where KEY names the configuration."""
     seed: int = 0
@@ -61,11 +64,16 @@ def run(options: Options) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     made = described(options)
+    with preparing() as on_progress:
+        made.task.prepare(on_progress)
+    for remark in made.task.remarks():
+        print(remark)
     build(made)
     asked = lengths(options.lengths)
     if asked:
         at_lengths(made.task, asked)  # a length that cannot be had is a mistake to name now
-    place = options.run or Path("runs") / f"{made.task.name}-{made.model.layer}-{made.key[:8]}"
+    layer = re.sub(r"[^\w.+-]+", "_", made.model.layer)[:80]
+    place = options.run or Path("runs") / f"{made.task.name}-{layer}-{made.key[:8]}"
     beside = {"baseline": made.task.baseline(), "chance": made.task.chance()}  # reads the data before a folder is made
     if options.fresh:
         move_aside(place)
@@ -89,11 +97,12 @@ def described(options: Options) -> Experiment:
     if options.replay is None:
         if not options.task:
             raise UsageError("which task? statewise train TASK; see statewise list tasks")
+        settings = [*options.set, *([f"task.field={options.field}"] if options.field else [])]
         return experiment(
             options.task, options.layer, width=options.width, depth=options.depth, seed=options.seed,
-            data=options.data, settings=options.set,
+            data=options.data, settings=settings,
         )  # fmt: skip
-    other = [name for name in ("task", "set", "data") if getattr(options, name)]
+    other = [name for name in ("task", "set", "data", "field") if getattr(options, name)]
     if other:
         raise UsageError(f"--replay trains what the file says; leave out {' and '.join(other)}")
     return Experiment.from_record(read_json(options.replay))
@@ -158,6 +167,36 @@ def progress(steps: int) -> Iterator[Callable[[Event], None]]:
                 bar.console.print(text)
 
         yield show_event
+
+
+@contextmanager
+def preparing() -> Iterator[Callable[[str, int, int], None]]:
+    """What to do with the progress of reading data: a bar on a terminal, a line now and then elsewhere."""
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        from .show import console
+
+        columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console(), transient=True) as bar:
+            shown: dict[str, Any] = {}
+
+            def move(what: str, done: int, total: int) -> None:
+                if what not in shown:
+                    shown[what] = bar.add_task(what, total=total)
+                bar.update(shown[what], completed=done)
+
+            yield move
+        return
+    last = time.monotonic()
+
+    def say(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 2:
+            last = time.monotonic()
+            print(f"{what}: {100 * done / max(total, 1):.0f} %", flush=True)
+
+    yield say
 
 
 class Lines:

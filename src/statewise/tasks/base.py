@@ -74,6 +74,10 @@ class Task(abc.ABC):
         progress: called with (what is done, so much, of so much).
         """
 
+    def remarks(self) -> list[str]:
+        """What the user should know of the data before training, in lines."""
+        return []
+
     def digest(self) -> str | None:
         """What tells the data of this task from others, where the task knows it without reading all of it."""
         return None

@@ -8,12 +8,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..core import DataError
+from ..text import ByteTokenizer, save_tokenizer
 from .base import Batch, Split, Task, register_task, rng_of
 from .sources import KJV
 
@@ -35,6 +37,9 @@ class Bytes(Task):
     model = "language_model"
     x_vocab = 256
     y_width = 256
+
+    def keep(self, run: Path) -> None:
+        save_tokenizer(ByteTokenizer(end=None), run)
 
     @abc.abstractmethod
     def read(self) -> np.ndarray:
