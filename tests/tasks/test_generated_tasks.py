@@ -45,7 +45,7 @@ CASES: list[Generated] = [
     Events(length=12, clocks=2),
     Recall(),
     Recall(length=9, pairs=3, symbols=3),
-    *(WordProblem(group, length=9, test_length=21) for group in ("Z2", "S3", "S4", "A5", "S5", "Z60")),  # type: ignore[arg-type]
+    *(WordProblem(group, length=9, test_length=21) for group in ("Z2", "Z5", "S3", "S4", "A5", "S5", "Z60")),  # type: ignore[arg-type]
     WordProblem("S4", length=9, test_length=21, moves="few"),
     *formal_by_hand.CASES,
 ]
@@ -262,7 +262,7 @@ def test_one_mistake_costs_one_sequence() -> None:
     assert found["sequence_accuracy"] == (9, 10)
 
 
-@pytest.mark.parametrize("group, order", [("Z2", 2), ("S3", 6), ("S4", 24), ("A5", 60), ("S5", 120), ("Z60", 60)])
+@pytest.mark.parametrize("group, order", [("Z2", 2), ("Z5", 5), ("S3", 6), ("S4", 24), ("A5", 60), ("S5", 120), ("Z60", 60)])
 def test_group_tables(group: Any, order: int) -> None:
     """Closed, with the identity first, inverses, and the associative law."""
     times = table(group)
