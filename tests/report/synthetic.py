@@ -44,6 +44,43 @@ def comparison(broken: str | None = "reservoir", seeds: int = 3, hostile: str = 
     }  # fmt: skip
 
 
+TASKS = {"parity": (0.5, 40), "copy": (0.125, 60), "adding": (0.33, 100)}  # chance; the length trained at
+
+
+def several(lengths: tuple[int, ...] = (20, 40, 80, 160)) -> dict[str, Any]:
+    """Three boards as `compare` writes them in format 2: scores by length, a grid, a pruned and a failed run."""
+    whole = comparison(broken=None)
+    boards = []
+    for number, (name, (chance, trained)) in enumerate(TASKS.items()):
+        board = comparison("reservoir" if name == "copy" else None)
+        task = {**board["task"], "name": name, "chance": chance, "baseline": chance, "train_length": trained}
+        loss = name == "adding"
+        task |= {"metric": "loss", "higher_is_better": False, "baseline": 0.167} if loss else {}
+        for place, entry in enumerate(board["layers"]):
+            entry |= {"label": f"{entry['layer']} width=32", "overrides": {"model.width": 32}}
+            for cell in entry["cells"]:
+                cell |= {"label": entry["label"], "tried": {}, "command": f"{entry['command']} --seed {cell['seed']}"}
+                if cell["status"] == "done":
+                    turned = (cell["score"] * 7 + number * place) % 1
+                    cell["score"] = turned * 0.1 if loss else 0.6 + 0.4 * turned
+                    cell["scores_by_length"] = [score_at(n, cell["score"], trained, chance, task) for n in lengths]
+        if name == "copy":
+            board["layers"][1]["cells"][0]["scores_by_length"][-1] |= {"score": None, "failed": "out of memory: 9 GiB"}
+        other = {**board["layers"][0]["cells"][0], "key": f"{name}pruned", "status": "pruned", "score": None,
+                 "reason": "stopped at step 100 by successive halving", "stopped": None}  # fmt: skip
+        board["layers"][0]["others"] = [other]
+        boards.append({"name": f"{name} length={trained}", "task": task, "train": board["train"], "budget": {},
+                       "method": [f"Score of {name}."], "layers": board["layers"]})  # fmt: skip
+    keep = ("command", "created", "seconds", "environment", "method")
+    return {"format": 2, **{k: whole[k] for k in keep}, "boards": boards}
+
+
+def score_at(length: int, top: float, trained: int, chance: float, task: dict[str, Any]) -> dict[str, Any]:
+    near = min(1.0, trained / length)
+    return {"length": length, "steps": length + 1, "examples": 1024, "chance": chance, "baseline": task["baseline"],
+            "score": chance + (top - chance) * near, "metrics": {}, "failed": None}  # fmt: skip
+
+
 def _waves(d: int) -> list[list[float]]:
     return [[math.sin(t / 5 + c + d) * (1 + d) for c in range(13)] for t in range(40 + 9 * d)]
 

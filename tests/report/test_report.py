@@ -102,7 +102,7 @@ def test_every_row_is_there(page):
 
 def test_guides_are_in_the_curves(page):
     charts = re.findall(r'<svg class="chart".*?</svg>', page, re.S)
-    assert len(charts) == 5  # two learning curves, three costs
+    assert len(charts) == 7  # two learning curves, five costs
     for chart in charts[:2]:
         assert chart.count('class="guide') == 2
         assert set(LAYERS) <= set(re.findall(r'data-layer="([a-z0-9_]+)"', chart))

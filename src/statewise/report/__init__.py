@@ -1,4 +1,4 @@
-"""What a comparison found, for people: a leaderboard in the terminal and in Markdown, a CSV, one HTML page, a picture.
+"""What a comparison found, for people: leaderboards in the terminal, in Markdown and as CSV, one HTML page, a picture.
 
 Everything here reads the plain dict that `statewise compare` writes to comparison.json, so a report can be made again
 from a results folder without training anything.
@@ -6,10 +6,20 @@ from a results folder without training anything.
 
 from .page import write_page
 from .picture import write_picture
-from .summary import FORMAT, Row, leaderboard, read_comparison, show_bytes, show_count, show_score, show_time
-from .tables import write_csv, write_markdown
+from .summary import (
+    SHARES,
+    Row,
+    boards_of,
+    leaderboard,
+    read_comparison,
+    show_bytes,
+    show_count,
+    show_score,
+    show_time,
+)  # fmt: skip
+from .tables import write_all, write_csv, write_leaderboard_csv, write_markdown
 
 __all__ = [
-    "FORMAT", "Row", "leaderboard", "read_comparison", "show_bytes", "show_count", "show_score", "show_time",
-    "write_csv", "write_markdown", "write_page", "write_picture",
+    "SHARES", "Row", "boards_of", "leaderboard", "read_comparison", "show_bytes", "show_count", "show_score",
+    "show_time", "write_all", "write_csv", "write_leaderboard_csv", "write_markdown", "write_page", "write_picture",
 ]  # fmt: skip

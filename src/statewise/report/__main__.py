@@ -10,21 +10,19 @@ import sys
 from pathlib import Path
 
 from ..core import StatewiseError
-from . import read_comparison, write_csv, write_markdown, write_page, write_picture
+from . import read_comparison, write_all, write_picture
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m statewise.report", description=(__doc__ or "").split(":")[0])
     parser.add_argument("results", type=Path, help="a folder written by statewise compare")
-    parser.add_argument("--picture", type=Path, help="also write this SVG file")
+    parser.add_argument("--picture", type=Path, help="also write this SVG file, of the first task")
     options = parser.parse_args()
     try:
         found = read_comparison(options.results)
         if options.picture:
             write_picture(found, options.picture)
-        write_csv(found, options.results / "results.csv")
-        write_markdown(found, options.results / "leaderboard.md")
-        write_page(found, options.results / "report.html")
+        print(*write_all(found, options.results), sep="\n")
     except StatewiseError as error:
         print(f"error[{error.code}]: {error}", file=sys.stderr)
         return error.code

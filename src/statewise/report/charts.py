@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 SHAPES = 12  # colours and marker shapes before they repeat
@@ -28,6 +28,7 @@ class Axis:
     bytes: bool = False  # ticks at powers of two
     most: float = math.inf  # no tick above it: 1 for accuracies
     errors: bool = False  # equal distances are equal ratios of 1 - value
+    at: tuple[float, ...] = ()  # the ticks, where they are given
 
     def __call__(self, value: float) -> float:
         low, high, v = self.low, self.high, min(max(value, self.low), self.high)
@@ -38,6 +39,8 @@ class Axis:
         return round(self.start + (v - low) / (high - low) * (self.end - self.start), 1)
 
     def ticks(self, about: int) -> list[float]:
+        if self.at:
+            return list(self.at)
         if self.errors:
             return [v for v in (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999) if self.low <= v <= self.high]
         if self.log:
@@ -69,11 +72,12 @@ class Dot:
 
 @dataclass(frozen=True)
 class Guide:
-    """A horizontal line: chance or baseline."""
+    """Chance or baseline: a horizontal line, or a line through points (x, y) where it depends on x."""
 
     name: str
     value: float
     note: str = ""
+    points: tuple[tuple[float, float], ...] = ()
 
 
 def curves(
@@ -86,23 +90,36 @@ def curves(
     show_x: Show,
     show_y: Show,
     stretch: bool = False,
+    at: Sequence[float] = (),
+    mark: tuple[float, str] | None = None,
+    most: float = math.inf,
 ) -> str:
     """Mean over seeds as a line, smallest to largest seed as a band, chance and baseline as dashed lines.
 
-    stretch: for accuracies, give the last per cent before one the room of the first fifty.
+    stretch: for accuracies, give the last per cent before one the room of the first fifty. at: measured places, each
+    with a tick and a marker, on a logarithmic axis. mark: a vertical line and what it says. most: no tick above it.
     """
-    width, height, left, top, bottom = 480, 320, 68, 14, 48
+    width, height, left, top, bottom = 480, max(320, 66 + 16 * len(lines)), 68, 14, 48  # 16 for each name
     right = 24 + min(max((len(c.name) for c in lines), default=0), 18) * 7.6  # room for the names at the line ends
     xs = [p[0] for c in lines for p in c.points]
     seen = [v for c in lines for p in c.points for v in p[1:]]
-    values = [v for v in [*seen, *(g.value for g in guides)] if math.isfinite(v)]
+    marks = [v for g in guides for v in ([p[1] for p in g.points] or [g.value])]
+    values = [v for v in [*seen, *marks] if math.isfinite(v)]
     log = bool(values) and min(values) > 0 and max(values) / min(values) > 50
     x = Axis(min(xs, default=0), _above(xs), left, width - right)
-    y = Axis(*_padded(values, log), height - bottom, top, log)
+    if at:
+        places = [*at, mark[0]] if mark else at
+        x = Axis(min(places) / 1.12, max(places) * 1.12, left, width - right, log=True, at=tuple(at))
+    y = Axis(*_padded(values, log), height - bottom, top, log, most=most)
     if stretch and max(seen, default=0) > 0.9:
         y = Axis(1 - 1.2 * (1 - min(values)), 1 - max(1 - max(seen), 1e-3) / 1.25, height - bottom, top, errors=True)
     parts = [_frame(x, y, show_x, show_y, x_label, y_label, width, height, bottom)]
-    parts += [_guide(g, x, y) for g in guides]
+    parts += [_guide(g, x, y) for g in _merged(guides)]
+    if mark:
+        parts.append(
+            f'<g class="guide"><line x1="{x(mark[0])}" x2="{x(mark[0])}" y1="{y.start}" y2="{y.end}"/>'
+            f'<text x="{x(mark[0]) + 5:.1f}" y="{y.start - 7}">{escape(mark[1])}</text></g>'
+        )
     for c in lines:
         band = [f"{x(p[0])},{y(p[2])}" for p in c.points] + [f"{x(p[0])},{y(p[3])}" for p in reversed(c.points)]
         path = " ".join(f"{x(p[0])},{y(p[1])}" for p in c.points)
@@ -111,18 +128,18 @@ def curves(
             f'<g class="series s{c.index % SHAPES}" data-layer="{escape(c.name)}">'
             f'<polygon class="band" points="{" ".join(band)}"/>'
             f'<polyline class="line" points="{path}"/>'
-            f"{marker(c.index, x(final[0]), y(final[1]))}"
-            f"<title>{escape(c.name)}: {escape(show_y(final[1]))}</title></g>"
+            + "".join(marker(c.index, x(p[0]), y(p[1]), 5 if p is final else 4) for p in c.points if at or p is final)
+            + f"<title>{escape(c.name)}: {escape(show_y(final[1]))}</title></g>"
         )
     ends = [(c, y(c.points[-1][1])) for c in lines]
     for (c, _), place in zip(ends, _apart([at for _, at in ends], 16, top + 4, height - bottom - 2)):
         parts.append(
             f'<text class="label s{c.index % SHAPES}" data-layer="{escape(c.name)}" x="{width - right + 10}" '
-            f'y="{place + 4:.1f}">{escape(c.name)}</text>'
+            f'y="{place + 4:.1f}">{escape(_short(c.name))}</text>'
         )
     finals = "; ".join(f"{c.name} ends at {show_y(c.points[-1][1])}" for c in lines)
-    marks = ", ".join(f"{g.name}{g.note} {show_y(g.value)}" for g in guides)
-    return drawn(width, height, title, f"{y_label} against {x_label}. {finals}. {marks}.", parts)
+    beside = ", ".join(f"{g.name}{g.note} {show_y(g.value)}" for g in guides)
+    return drawn(width, height, title, f"{y_label} against {x_label}. {finals}. {beside}.", parts)
 
 
 def plane(
@@ -147,7 +164,7 @@ def plane(
     y = Axis(low, high, height - bottom, top, most=most)
     parts = [_frame(x, y, show_x, show_y, x_label, y_label, width, height, bottom)]
     inside = [g for g in guides if low <= g.value <= high]
-    parts += [_guide(g, x, y) for g in inside]
+    parts += [_guide(g, x, y) for g in _merged(inside)]
     for side, at, beyond in (("↓", height - bottom - 7, [g for g in guides if g.value < low]),
                              ("↑", top - 6, [g for g in guides if g.value > high])):  # fmt: skip
         if beyond:
@@ -165,7 +182,8 @@ def plane(
         parts.append(
             f'<g class="series s{d.index % SHAPES}" data-layer="{escape(d.name)}">'
             f'<line class="range" x1="{px}" x2="{px}" y1="{y(d.low)}" y2="{y(d.high)}"/>{marker(d.index, px, py)}'
-            f'<text class="label" text-anchor="{anchor}" x="{label_x:.1f}" y="{label_y:.1f}">{escape(d.name)}</text>'
+            f'<text class="label" text-anchor="{anchor}" x="{label_x:.1f}" y="{label_y:.1f}">'
+            f"{escape(_short(d.name))}</text>"
             f"<title>{escape(d.name)}: {escape(show_y(d.y))} at {escape(show_x(d.x))} {escape(d.hint)}</title></g>"
         )
     said = "; ".join(f"{d.name} {show_y(d.y)} at {show_x(d.x)}" for d in dots)
@@ -173,9 +191,18 @@ def plane(
 
 
 def strip(
-    scores: Sequence[float], index: int | None, *, worst: float, best: float, guides: Sequence[Guide], words: str
+    scores: Sequence[float],
+    index: int | None,
+    *,
+    worst: float,
+    best: float,
+    guides: Sequence[Guide],
+    words: str,
+    interval: tuple[float, float] | None = None,
 ) -> str:
-    """One line of the leaderboard: a bar from chance to the mean, a dot for each seed, a notch at every guide."""
+    """One line of the leaderboard: a bar from chance to the mean, a dot for each seed, a notch at every guide, and a
+    whisker over the interval of the mean.
+    """
     width, height, middle = 220, 22, 11
     place = Axis(min(worst, best), max(worst, best), 4, width - 6)
 
@@ -186,8 +213,12 @@ def strip(
     parts = [f'<rect class="track" x="4" y="{middle - 4}" width="{width - 10}" height="8" rx="4"/>']
     if scores and index is not None:
         mean = sum(scores) / len(scores)
+        whisker = ""
+        if interval:
+            low, high = sorted(map(at, interval))
+            whisker = f'<path class="range" d="M{low} {middle}H{high}M{low} {middle - 5}v10M{high} {middle - 5}v10"/>'
         parts.append(
-            f'<rect class="bar" x="4" y="{middle - 4}" width="{max(at(mean) - 4, 1):.1f}" height="8" rx="4"/>'
+            f'<rect class="bar" x="4" y="{middle - 4}" width="{max(at(mean) - 4, 1):.1f}" height="8" rx="4"/>{whisker}'
             + "".join(f'<circle class="seed" cx="{at(s)}" cy="{middle}" r="3.4"/>' for s in scores)
         )
     parts += [f'<line class="notch" x1="{at(g.value)}" x2="{at(g.value)}" y1="2" y2="20"/>' for g in guides]
@@ -242,13 +273,29 @@ def _frame(
     return "".join(parts)
 
 
+def _merged(guides: Sequence[Guide]) -> list[Guide]:
+    """Those that lie on one another as one, so that their names do not."""
+    found: dict[tuple[object, ...], Guide] = {}
+    for g in guides:
+        same = found.get((g.value, g.points))
+        found[g.value, g.points] = replace(g, name=f"{same.name}, {g.name}") if same else g
+    return list(found.values())
+
+
 def _guide(guide: Guide, x: Axis, y: Axis) -> str:
-    at = y(guide.value)
+    ends = guide.points or ((x.low, guide.value), (x.high, guide.value))
+    at = y(ends[-1][1])
     above = at - 5 if at > y.end + 16 else at + 13
+    path = " ".join(f"{x(u)},{y(v)}" for u, v in ends)
     return (
-        f'<g class="guide {escape(guide.name)}"><line x1="{x.start}" x2="{x.end}" y1="{at}" y2="{at}"/>'
+        f'<g class="guide"><polyline points="{path}"/>'
         f'<text x="{x.end - 4}" y="{above:.1f}" text-anchor="end">{escape(guide.name + guide.note)}</text></g>'
     )
+
+
+def _short(name: str) -> str:
+    """At most 18 letters, for which there is room beside a line."""
+    return name if len(name) <= 18 else f"{name[:17]}…"
 
 
 def drawn(width: int, height: int, title: str, description: str, parts: Sequence[str]) -> str:

@@ -8,7 +8,18 @@ from pathlib import Path
 
 from . import charts
 from .page import HERE, curves_of, guides_of
-from .summary import Comparison, leaderboard, show_bytes, show_count, show_score, show_spread, show_tick, show_time
+from .summary import (
+    SHARES,
+    Comparison,
+    boards_of,
+    leaderboard,
+    show_bytes,
+    show_count,
+    show_score,
+    show_spread,
+    show_tick,
+    show_time,
+)  # fmt: skip
 
 _STYLE = """
 svg{background:var(--card);font:13px system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}
@@ -18,9 +29,10 @@ text{fill:var(--ink)}.soft,.soft text{fill:var(--soft)}.b{font-weight:650}.h{fon
 
 
 def write_picture(comparison: Comparison, path: Path) -> None:
-    """Rows with score, parameters, streaming step and state at the left, learning curves at the right."""
-    task, metric = comparison["task"], comparison["task"]["metric"]
-    rows = [r for r in leaderboard(comparison) if r.kind != "failed"]
+    """Of the first board: scores, parameters, streaming step and state at the left, learning curves at the right."""
+    board = boards_of(comparison)[0]
+    task, metric = board["task"], board["task"]["metric"]
+    rows = [r for r in leaderboard(board) if r.kind != "failed"]
     top, left = 84, 24
     pitch = min(44, max(32, (420 - top - 20) // len(rows)))
     height = max(top + pitch * len(rows) + 20, 420)
@@ -52,10 +64,10 @@ def write_picture(comparison: Comparison, path: Path) -> None:
         )
         parts += [f'<text text-anchor="end" x="{x}" y="{y}">{t}</text>' for t, (_, x) in zip(texts, columns)]
     chart = charts.curves(
-        curves_of(comparison, "step"), guides_of(comparison, " (test)"), title="Learning curves",
+        curves_of(board, "step"), guides_of(board, " (test)"), title="Learning curves",
         x_label="training step",
         y_label=f"{metric} on validation", show_x=show_count, show_y=lambda v: show_tick(v, metric),
-        stretch=metric == "accuracy",
+        stretch=metric in SHARES,
     )  # fmt: skip
     chart = chart.replace("<svg ", f'<svg x="616" y="44" width="560" height="{560 * 320 / 480:.0f}" ', 1)
     names = ", ".join(f"{r.name} {show_score(r.mean, metric)}" for r in rows)

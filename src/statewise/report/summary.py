@@ -12,7 +12,9 @@ from typing import Any
 from ..core import DataError
 
 Comparison = dict[str, Any]  # the content of comparison.json
-FORMAT = 1
+Board = dict[str, Any]  # one task of it: all that is known of its layers
+FORMATS = (1, 2)  # the first had one board, whose entries stood in the comparison itself
+SHARES = ("accuracy", "certain", "exact", "far")  # metrics that are a share of all that is asked: shown in per cent
 
 # two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -20,7 +22,10 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the leaderboard. kind is "layer", "chance", "baseline" or "failed"; scores are of the test split."""
+    """A line of the leaderboard. kind is "layer", "chance", "baseline" or "failed"; scores are of the test split.
+
+    name: of the layer, with what the grid varied in it where it did.
+    """
 
     kind: str
     name: str
@@ -67,15 +72,36 @@ def read_comparison(out: Path) -> Comparison:
         raise DataError(
             f"{path}: no readable comparison ({why}); expected a folder made by `statewise compare`"
         ) from why
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise DataError(f"{path}: expected a comparison of format {FORMAT}; make it again with `statewise compare`")
+    if not isinstance(found, dict) or found.get("format") not in FORMATS:
+        raise DataError(
+            f"{path}: expected a comparison of format {FORMATS[-1]}; make it again with `statewise compare`"
+        )
     return found
 
 
-def leaderboard(comparison: Comparison) -> list[Row]:
+def boards_of(comparison: Comparison) -> list[Board]:
+    """A dict for each task with its "name", "task", "train", "layers" and what holds for all. A line of the same name
+    has the same "index" on every board, by which it has its colour.
+    """
+    old = comparison["format"] == 1
+    boards = [{"name": comparison["task"]["name"], **comparison}] if old else comparison["boards"]
+    names: dict[str, int] = {}
+    found = []
+    for board in boards:
+        entries = [{**e, "index": names.setdefault(name_of(e), len(names))} for e in board["layers"]]
+        found.append({**comparison, **board, "layers": entries})
+    return found
+
+
+def name_of(entry: dict[str, Any]) -> str:
+    """What a line of the leaderboard is called."""
+    return str(entry.get("label") or entry["layer"])
+
+
+def leaderboard(board: Board) -> list[Row]:
     """Best first, chance and baseline in their places, layers without any finished seed last."""
-    task = comparison["task"]
-    rows = [_row(i, entry) for i, entry in enumerate(comparison["layers"])]
+    task = board["task"]
+    rows = [_row(entry.get("index", i), entry) for i, entry in enumerate(board["layers"])]
     rows += [Row("chance", "chance", (task["chance"],)), Row("baseline", "baseline", (task["baseline"],))]
     sign = -1 if task["higher_is_better"] else 1
     # at equal scores a layer stands above the baseline, and the baseline above chance
@@ -92,10 +118,10 @@ def _row(index: int, entry: dict[str, Any]) -> Row:
     cells = tuple(entry["cells"])
     done = [c for c in cells if c["status"] == "done"]
     streaming = entry.get("streaming") or {}
-    reasons = [c["reason"] for c in cells if c["status"] != "done"] + [streaming.get("failed")]
+    reasons = [c["reason"] for c in cells if c["status"] == "failed"] + [streaming.get("failed")]
     return Row(
         kind="layer" if done else "failed",
-        name=entry["layer"],
+        name=name_of(entry),
         scores=tuple(c["score"] for c in done),
         index=index,
         lr=entry.get("lr"),
@@ -112,10 +138,10 @@ def _row(index: int, entry: dict[str, Any]) -> Row:
 
 
 def show_score(value: float | None, metric: str) -> str:
-    """Accuracies in per cent, everything else in four figures."""
+    """Shares in per cent, everything else in four figures."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.4g}"
+    return f"{100 * value:.1f} %" if metric in SHARES else f"{value:.4g}"
 
 
 def show_tick(value: float, metric: str) -> str:
@@ -127,7 +153,15 @@ def show_spread(value: float | None, metric: str) -> str:
     """A difference of scores: percentage points, or two figures."""
     if value is None:
         return ""
-    return f"± {100 * value:.1f}" if metric == "accuracy" else f"± {value:.2g}"
+    return f"± {100 * value:.1f}" if metric in SHARES else f"± {value:.2g}"
+
+
+def show_interval(interval: tuple[float, float] | None, metric: str) -> str:
+    """95.1 to 99.3 %; of shares no end below 0 or above 1."""
+    if interval is None:
+        return ""
+    low, high = (min(max(v, 0.0), 1.0) for v in interval) if metric in SHARES else interval
+    return f"{show_score(low, metric).removesuffix(' %')} to {show_score(high, metric)}"
 
 
 def show_count(value: float | None) -> str:
