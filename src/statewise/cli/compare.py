@@ -134,13 +134,19 @@ def plan_of(options: Options) -> Plan:
 
 def _base(options: Options, name: str, names: Iterable[str], layer: str) -> Experiment:
     """What the runs on one task have in common."""
-    from ..core import put
+    from ..core import UsageError, put
     from .build import experiment
 
     settings = for_task(options.set, name, names, "--set")
-    made = experiment(
-        name, layer, width=options.width, depth=options.depth, seed=0, data=options.data, settings=settings
-    )
+    try:
+        made = experiment(
+            name, layer, width=options.width, depth=options.depth, seed=0, data=options.data, settings=settings
+        )
+    except UsageError as error:
+        many = len(list(names)) > 1
+        raise UsageError(
+            f"{error}" + f"; task {name}: settings of one task alone: {name}:task.FIELD=VALUE" * many
+        ) from None
     if options.steps:
         made = put(made, "train.steps", options.steps)
         if not any(text.startswith("train.evaluate_every=") for text in settings):
