@@ -31,6 +31,7 @@ def describe_task(task: Task) -> dict[str, Any]:
         if task.kind == "classification"
         else _plural(task.y_width, "number"),
         "settings": {f.name: _word(getattr(task, f.name)) for f in fields(task)},  # type: ignore[arg-type]
+        "train_length": getattr(task, "train_length", None),
         "examples": examples(task),
     }  # fmt: skip
 
@@ -59,9 +60,7 @@ def _input(task: Task, one: Batch) -> dict[str, Any]:
         return {"rows": [[round(float(v), 4) for v in row] for row in one.x[:end].tolist()]}
     ids = one.x[: min(end, 160)].tolist()
     more = " …" if end > len(ids) else ""
-    if task.x_vocab >= 128:  # bytes
-        return {"text": bytes(i for i in ids if i < 256).decode("utf-8", "replace") + more}
-    return {"text": " ".join(map(str, ids)) + more}
+    return {"text": task.readable(ids) + more}
 
 
 def _answer(task: Task, one: Batch) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -96,6 +96,10 @@ class Task(abc.ABC):
     def oracle(self, batch: Batch) -> Tensor:
         """Perfect answers (B, T, E), where the task has them. Raises NotImplementedError for real data."""
         raise NotImplementedError(f"{self.name}: real data has no oracle")
+
+    def readable(self, ids: Sequence[int]) -> str:
+        """Ids of x as a person reads them; text where they stand for text."""
+        return " ".join(map(str, ids))
 
     def loss(self, out: Tensor, batch: Batch) -> Tensor:
         """Mean over what is asked: squared error, or cross entropy in nats. out (B, T, E)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import ast
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +40,9 @@ class Bytes(Task):
 
     def keep(self, run: Path) -> None:
         save_tokenizer(ByteTokenizer(end=None), run)
+
+    def readable(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
 
     @abc.abstractmethod
     def read(self) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -98,6 +98,9 @@ class TextFile(Task):
 
     def keep(self, run: Path) -> None:
         save_tokenizer(self.corpus.tokenizer, run)
+
+    def readable(self, ids: Sequence[int]) -> str:
+        return self.corpus.tokenizer.decode(ids)
 
     @property
     def x_vocab(self) -> int:  # type: ignore[override]
