@@ -17,8 +17,9 @@ from ...core import UsageError, wide
 from ..dispatch import Backend, op
 from ..given import check_time
 from ..looping import loop
-from . import in_aten
-from .cells import SLSTMState, elman_step, fresh_slstm, gru_step, jordan_step, lstm_step, slstm_step
+from . import cells, in_aten
+from .cells import SLSTMState, fresh_slstm, jordan_step, slstm_step
+from .in_aten import elman_step, gru_step, lstm_step
 
 __all__ = [
     "SLSTMState", "elman_loop", "elman_step", "fresh_slstm", "gru_loop", "gru_step", "jordan_loop", "jordan_step",
@@ -331,7 +332,7 @@ def elman_loop(
     """
 
     def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (elman_step(x_t, state[0], w_ih, w_hh, b_ih, b_hh, nonlinearity=nonlinearity, leak=leak),)
+        return (cells.elman_step(x_t, state[0], w_ih, w_hh, b_ih, b_hh, nonlinearity=nonlinearity, leak=leak),)
 
     h, (last,) = _unroll(step, x, (h0,), reset, lengths)
     return h, last
@@ -393,7 +394,7 @@ def gru_loop(
     """
 
     def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (gru_step(x_t, state[0], w_ih, w_hh, b_ih, b_hh),)
+        return (cells.gru_step(x_t, state[0], w_ih, w_hh, b_ih, b_hh),)
 
     h, (last,) = _unroll(step, x, (h0,), reset, lengths)
     return h, last
@@ -431,7 +432,7 @@ def lstm_loop(
     """
 
     def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return lstm_step(x_t, state[0], state[1], w_ih, w_hh, b_ih, b_hh, w_hr)
+        return cells.lstm_step(x_t, state[0], state[1], w_ih, w_hh, b_ih, b_hh, w_hr)
 
     h, (h_last, c_last) = _unroll(step, x, (h0, c0), reset, lengths)
     return h, h_last, c_last

@@ -1,7 +1,8 @@
 """The native kernels behind torch.nn: oneDNN or a fused loop on a CPU, cuDNN on a GPU.
 
-They know neither resets nor padding, but they take packed batches. A reset makes the rest of a row a sequence of its
-own, so rows are cut at their resets and the pieces run side by side: more resets make it faster.
+One step by them has no Python in it. Over time they know neither resets nor padding, but they take packed batches. A
+reset makes the rest of a row a sequence of its own, so rows are cut at their resets and the pieces run side by side:
+more resets make it faster.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ...core import clear_past_end
+from ..opaque import is_traced
+from . import cells
 from .cells import no_autocast
 
 
@@ -96,6 +99,61 @@ def lstm(
     weights = _weights(w_ih, w_hh, b_ih, b_hh) + ([] if w_hr is None else [w_hr])
     h, h_last, c_last = _call("lstm", x, [h0, c0], weights, reset, lengths)
     return h, h_last, c_last
+
+
+def elman_step(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    leak: float = 1.0,
+) -> Tensor:
+    """cells.elman_step, by torch's own where it can be."""
+    if leak == 1 and _has_native_step(x, h, w_ih, w_hh):
+        step = torch.rnn_relu_cell if nonlinearity == "relu" else torch.rnn_tanh_cell
+        return step(x, h, w_ih, w_hh, b_ih, b_hh)  # type: ignore[arg-type]
+    return cells.elman_step(x, h, w_ih, w_hh, b_ih, b_hh, nonlinearity=nonlinearity, leak=leak)
+
+
+def gru_step(
+    x: Tensor, h: Tensor, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Tensor:
+    """cells.gru_step, by torch's own where it can be."""
+    if _has_native_step(x, h, w_ih, w_hh):
+        return torch.gru_cell(x, h, w_ih, w_hh, b_ih, b_hh)  # type: ignore[arg-type]
+    return cells.gru_step(x, h, w_ih, w_hh, b_ih, b_hh)
+
+
+def lstm_step(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """cells.lstm_step, by torch's own where it can be."""
+    if w_hr is None and _has_native_step(x, h, w_ih, w_hh):
+        return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)  # type: ignore[arg-type]
+    return cells.lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr)
+
+
+def _has_native_step(x: Tensor, h: Tensor, w_ih: Tensor | None, w_hh: Tensor) -> bool:
+    """Whether there is nothing to convert and nothing but eager autograd, on a CPU, looks on."""
+    return (
+        w_ih is not None
+        and w_hh.ndim == 2
+        and x.dtype is h.dtype is w_hh.dtype is w_ih.dtype
+        and x.is_cpu
+        and not is_traced(x)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _weights(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> list[Tensor]:

@@ -13,6 +13,7 @@ A row that has ended is passed over; a reset hands it other memory to read the p
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -37,6 +38,7 @@ ROWS = 6  # of a tile, at most: its sums fill the registers
 VECTORS = 4 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 1  # of a tile
 BYTES = vectors.BYTES  # of a vector
 PAD = 64  # bytes between rows of h, or rows a power of 2 apart would share a few lines of the cache
+LARGE = 1 << 22  # bytes from which on memory may come in large pages
 ALONE = 1 << 24  # multiplications below which a second thread costs more than it brings
 WIDE = 1 << 19  # bytes of R that a thread keeps near: beyond, few rows are better shared out by units
 
@@ -732,7 +734,7 @@ def _solve(
     cell: _Cell, x: Tensor, w_hh: Tensor, bias: Tensor | None, leak: float, h: Tensor, more: Tensor, first: Tensor,
     reset: Tensor | None, ends: Tensor, back: tuple[Tensor, ...] | None = None,
 ) -> None:  # fmt: skip
-    """Fill x with the gates, and h and more; or, given back (gates, dh, d_last, d_first, d_more), x and the last two."""
+    """Fill x with the gates, and h and more; given back (gates, dh, d_last, d_first, d_more), x and the last two."""
     batch, steps, width = h.shape
     heads, size, item = len(w_hh), w_hh.shape[2], h.element_size()
     plan = _plan(batch, steps, heads, size, cell.gates, item)
@@ -769,20 +771,29 @@ def _solve(
     _run(_forward_work if back is None else _backward_work, q, h)
 
 
+def _room(like: Tensor, *shape: int) -> Tensor:
+    """Empty memory. What numpy hands out in large pieces comes in large pages: it is mapped, and found, far sooner."""
+    if like.numel() and math.prod(shape) * like.element_size() >= LARGE and type(like) is Tensor:
+        return torch.from_numpy(np.empty(shape, np.float64 if like.dtype == torch.float64 else np.float32))
+    return like.new_empty(shape)
+
+
 def _forward(
     x: Tensor, w_ih: Tensor | None, w_hh: Tensor, b: Tensor | None, bias: Tensor | None, first: Tensor,
     reset: Tensor | None, ends: Tensor, kind: str, leak: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """b: added to the gates' inputs. bias (N,): of a GRU, inside the product with r. first: (S, B, N)."""
     cell, width = CELLS[kind], first.shape[2]
+    gates = _room(x, *x.shape[:2], cell.gates * width)
     if w_ih is None:
-        gates = x.clone(memory_format=torch.contiguous_format) if b is None else (x + b).contiguous()
+        gates.copy_(x) if b is None else torch.add(x, b, out=gates)
     else:
-        flat = x.reshape(-1, x.shape[2])
-        gates = (flat @ w_ih.T if b is None else torch.addmm(b, flat, w_ih.T)).view(*x.shape[:2], cell.gates * width)
+        args = x.flatten(0, 1), w_ih.T
+        flat = gates.flatten(0, 1)
+        torch.mm(*args, out=flat) if b is None else torch.addmm(b, *args, out=flat)
     in_place = cell.gates == 1 and not cell.side
-    h = gates if in_place else x.new_empty(*x.shape[:2], width)
-    more = x.new_empty(cell.more, *h.shape)
+    h = gates if in_place else _room(x, *x.shape[:2], width)
+    more = _room(x, cell.more, *h.shape)
     first = first.contiguous()
     if h.numel():
         _solve(cell, gates, w_hh.contiguous(), bias, leak, h, more, first, reset, ends)
@@ -802,34 +813,45 @@ def _backward(
     more: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     cell, width = CELLS[kind], first.shape[2]
-    d_gates, d_first = (
-        x.new_empty(*x.shape[:2], cell.gates * width),
-        torch.empty_like(first, memory_format=torch.contiguous_format),
-    )
-    d_more = torch.empty_like(h) if kind == "gru" else None
-    d_last, first = d_last.contiguous(), first.contiguous()
+    d_gates, d_last, first = _room(x, *x.shape[:2], cell.gates * width), d_last.contiguous(), first.contiguous()
+    d_first = torch.empty_like(first) if h.numel() else d_last.clone()
+    d_more = _room(x, *h.shape) if kind == "gru" else None
     if h.numel():
         back = (gates, dh.contiguous(), d_last, d_first, d_more)
         _solve(cell, d_gates, w_hh.contiguous(), bias, leak, h, more, first, reset, ends, back)
-    else:
-        d_first = d_last.clone()
-    flat, heads = d_gates.flatten(0, 1), len(w_hh)
-    before = torch.cat([first[0][:, None], h[:, :-1]], 1) if h.shape[1] else h
-    if reset is not None:
-        before = before.masked_fill(reset[..., None], 0)
-    heard = d_gates if d_more is None else torch.cat([d_gates[..., : 2 * width], d_more], -1)
-    split = heard.view(-1, cell.gates, heads, width // heads).permute(2, 1, 3, 0).flatten(1, 2)
-    d_hh = split @ before.view(-1, heads, width // heads).transpose(0, 1)
-    grads = [d_hh]
-    if w_ih is not None:
-        grads = [(flat @ w_ih).view(x.shape), flat.T @ x.reshape(-1, x.shape[2]), *grads]
-    else:
-        grads = [d_gates, *grads]
+    flat = d_gates.flatten(0, 1)
+    grads = [d_gates] if w_ih is None else [(flat @ w_ih).view(x.shape), flat.T @ x.flatten(0, 1)]
+    heard = [flat] if d_more is None else [flat[:, : 2 * width], d_more.flatten(0, 1)]
+    grads.append(_by_recurrent(heard, h, first[0], reset, len(w_hh)))
     if b is not None:
         grads.append(flat.sum(0))
     if bias is not None:
-        grads.append(d_more.sum((0, 1)))
+        grads.append(heard[1].sum(0))
     return *grads, d_first
+
+
+def _by_recurrent(grads: list[Tensor], h: Tensor, first: Tensor, reset: Tensor | None, heads: int) -> Tensor:
+    """The gradient of R, (H, G N/H, N/H), from those (B T, * N) of what it is added to."""
+    steps, flat = h.shape[1], h.flatten(0, 1)
+    if reset is not None:
+        before = torch.cat([first[:, None], h[:, :-1]], 1).masked_fill(reset[..., None], 0)
+        return _outer(grads, before.flatten(0, 1), heads)
+    if not len(flat):
+        return _outer(grads, flat, heads)
+    # what stands before a row is the last of another; to put that right costs less than a copy of h
+    wrong = torch.cat([torch.zeros_like(first[:1]), h[:-1, -1]])
+    right = _outer([g[::steps] for g in grads], first - wrong, heads)
+    return _outer([g[1:] for g in grads], flat[:-1], heads) + right
+
+
+def _outer(grads: list[Tensor], h: Tensor, heads: int) -> Tensor:
+    """The sum over rows of grads h^T, head by head."""
+    if heads == 1:
+        return torch.cat([g.T @ h for g in grads])[None]
+    of_heads = lambda t: t.unflatten(1, (heads, -1)).transpose(0, 1)
+    width = h.shape[1]
+    each = [one for g in grads for one in g.split(width, 1)]
+    return torch.cat([of_heads(g).mT @ of_heads(h) for g in each], 1)
 
 
 def _like(
