@@ -20,6 +20,8 @@ VERBS = {  # in the order of --help
     "compare": "layers x tasks x hyperparameters x seeds, and a report",
     "results": "pick, group, sort and export the runs of comparisons",
     "stream": "answer standard input line by line with a trained run",
+    "generate": "write on from a prompt with a run trained on text",
+    "export": "a trained run's step as ONNX or torch.export",
     "check": "the conformance suite on a layer, your own or a registered one",
     "explain": "what a layer is and costs; which backend it or an op takes",
     "reproduce": "a paper's experiments, and which of its claims hold",

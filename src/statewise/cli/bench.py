@@ -18,13 +18,15 @@ Row = dict[str, Any]
 class Options:
     """Measure speed and memory in one run, beside the Python loop, torch.nn and installed peers."""
 
-    what: Positional[Literal["linear_scan", "layers", "streaming", "peers", "tasks"]]
+    what: Positional[Literal["linear_scan", "layers", "streaming", "peers", "tasks", "decoding"]]
     """linear_scan: beside the byte floor. layers: beside torch.nn. streaming: a million steps, is the last as fast?
-    peers: the linear family beside other implementations and beside matrix products. tasks: generators of data."""
+    peers: the linear family beside other implementations and beside matrix products. tasks: generators of data.
+    decoding: tokens per second at batch 1, beside reading the weights once."""
     layers: str = ""
-    """Names with commas, for layers, streaming, the cases of peers and tasks; all of them if empty."""
+    """Names with commas, for layers, streaming, the cases of peers and tasks, all of them if empty; for decoding,
+    where empty is mamba."""
     shape: Repeated[str] = ()
-    """B,T,D as often as needed."""
+    """B,T,D as often as needed; for decoding width,depth,vocabulary."""
     repeats: int = 0
     """Rounds, of which medians are printed; 0 leaves it to the measurement."""
     steps: int = 1_000_000
@@ -128,6 +130,27 @@ def measure_tasks(options: Options) -> list[Row]:
     return rows
 
 
+def measure_decoding(options: Options) -> list[Row]:
+    from ..bench import decoding
+    from .explain import read_shape
+    from .show import table
+
+    sizes = dict(zip(("width", "depth", "vocab"), read_shape(options.shape[0]) if options.shape else (), strict=False))
+    rows: list[Row] = []
+    columns = ("way", "tokens/s", "ms", "reading the weights, ms", "fraction", "x transformers")
+    for layer in names(options.layers) or ("mamba",):
+        found = decoding.run(layer, rounds=options.repeats or 7, **sizes)
+        lines = [
+            [row["way"], *(f"{row[k]:.1f}" for k in ("tokens_per_second", "ms", "limit")), times(row["fraction"]),
+             times(row.get("speedup"))]
+            for row in found
+        ]  # fmt: skip
+        title = f"{layer}, {found[0]['parameters'] / 1e6:.0f} M random weights, float32, batch 1"
+        table(columns, lines, right=columns[1:], title=title)
+        rows += found
+    return rows
+
+
 def peer_cells(row: Row) -> list[str]:
     from ..report import show_bytes, show_time
 
@@ -200,4 +223,5 @@ MEASURES = {
     "streaming": measure_streaming,
     "peers": measure_peers,
     "tasks": measure_tasks,
+    "decoding": measure_decoding,
 }

@@ -11,14 +11,14 @@ from .layer import (
     ragged,
 )
 from .registry import LayerInfo, Registry, layers, near, register_layer
-from .running import chunked, stream, unroll
+from .running import Step, chunked, stream, unroll
 from .state import clone, detach, join, leaves, names, nbytes, select, tree_map, where, wide
 from .vary import grid, put, put_all
 
 __all__ = [
     "Cell", "DataError", "LayerInfo", "NumericError", "RecurrentLayer", "Registry", "ResourceError",
-    "StatewiseError", "Traits", "Unknown", "UsageError", "check_input", "check_sizes", "chunked", "clear_past_end",
-    "clone", "detach", "grid", "join", "layers", "leaves", "load_state", "names", "nbytes", "near", "past_end",
-    "put", "put_all", "ragged", "read_json", "read_tensors", "register_layer", "save_state", "select", "stream",
-    "tree_map", "unroll", "where", "wide", "write_json", "write_tensors",
+    "StatewiseError", "Step", "Traits", "Unknown", "UsageError", "check_input", "check_sizes", "chunked",
+    "clear_past_end", "clone", "detach", "grid", "join", "layers", "leaves", "load_state", "names", "nbytes",
+    "near", "past_end", "put", "put_all", "ragged", "read_json", "read_tensors", "register_layer", "save_state",
+    "select", "stream", "tree_map", "unroll", "where", "wide", "write_json", "write_tensors",
 ]  # fmt: skip

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UsageError
 from .layer import RecurrentLayer, S, clear_past_end
-from .state import where
+from .state import leaves, tree_map, where
 
 if TYPE_CHECKING:
     import jaxtyping
@@ -75,3 +75,16 @@ def stream(layer: RecurrentLayer[S], inputs: Iterable[Tensor], state: S | None =
         state = layer.initial_state(x.shape[0]) if state is None else state
         y, state = layer.step(x, state)
         yield y, state
+
+
+class Step(nn.Module):
+    """step with the leaves of the state as plain arguments and results: (x, *state) -> (y, *state), for exporters."""
+
+    def __init__(self, layer: RecurrentLayer[Any]):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        given = iter(state)
+        y, after = self.layer.step(x, tree_map(lambda _: next(given), self.layer.initial_state(1)))
+        return (y, *leaves(after))

@@ -92,7 +92,8 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 def selective_step(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """One step in plain arithmetic: x, dt (B, D), b, c (B, N), state (B, D, N), a (D, N) -> y (B, D), state."""
     # h + (decay - 1) h: float32 has few numbers near 1, and what they miss would be missed at every step
-    state = state + torch.expm1(dt[..., None] * a) * state + (dt * x)[..., None] * b[:, None]
+    state = torch.addcmul(state, torch.expm1(dt[..., None] * a), state)
+    state = torch.addcmul(state, (dt * x)[..., None], b[:, None])
     return (state * c[:, None]).sum(-1), state
 
 

@@ -8,9 +8,8 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ...core import leaves, tree_map
+from ...core import Step, leaves
 from ..check import Skipped, check
 from ..sample import Layer, close, inputs, mask, warm
 
@@ -95,19 +94,6 @@ def check_step_exports_to_onnx(layer: Layer) -> None:
     want, last = layer.step(x, first)
     close(y, want, "as ONNX, step gives another output", 1e-4)
     close(tuple(after), tuple(leaves(last)), "as ONNX, step leaves another state", 1e-4)
-
-
-class Step(nn.Module):
-    """step with the leaves of the state as plain arguments and results."""
-
-    def __init__(self, layer: Layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        given = iter(state)
-        y, after = self.layer.step(x, tree_map(lambda _: next(given), self.layer.initial_state(1)))
-        return (y, *leaves(after))
 
 
 def _compiled(function: Any) -> Any:

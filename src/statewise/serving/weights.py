@@ -1,0 +1,137 @@
+"""Weights made for streaming on a CPU: read as fast as memory gives them, or rounded to 8 bits.
+
+torch multiplies one row by a matrix at a third to a half of what memory would give; streaming at batch 1 is nothing
+but that. A `StreamedWeight` stands in place of a weight, and the model stays the one that it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core import UsageError
+
+FEW = 8  # rows of x up to which reading the weights is what takes the time
+LEAST = 1 << 12  # weights: a smaller matrix is left as it is
+
+Kind = Literal["float32", "int8"]
+M = TypeVar("M", bound=nn.Module)
+
+
+class StreamedWeight(Tensor):
+    """w (N, K) for y = x w^T, float32 to whoever asks; kept as float32, or as int8 with w = scale_n q, one scale a row.
+
+    Products of up to FEW rows go to a kernel of their own, of more to torch; looking up rows of an embedding takes
+    those rows alone. In everything else it is the tensor `dense()`. No gradient reaches it.
+    """
+
+    values: Tensor  # (N, K) float32 or int8
+    scale: Tensor  # (N,) float32, or (0,) for none
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scale: Tensor) -> StreamedWeight:
+        made: Any = Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, device=values.device)
+        made.values, made.scale = values.contiguous(), scale
+        made.arrays = made.values.numpy(), scale.numpy()
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def of(cls, weight: Tensor, kind: Kind) -> StreamedWeight:
+        """kind "int8": q = round(w / scale) within 127, scale_n = max |w_n| / 127: off by at most scale_n / 2."""
+        weight = weight.detach()
+        if kind == "float32":
+            return cls(weight, torch.empty(0))
+        scale = weight.abs().amax(1) / 127
+        steps = (weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
+        return cls(steps.to(torch.int8), scale)
+
+    def dense(self) -> Tensor:
+        """The weights as a plain tensor (N, K)."""
+        return self.values if not len(self.scale) else self.values.float() * self.scale[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.values, self.scale))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs and type(args[1]) is cls:
+            return args[1]._linear(*args)
+        if func in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func is F.embedding and type(args[1]) is cls and not isinstance(args[0], cls):
+            return args[1]._rows(args[0])
+        dense = lambda given: given.dense() if isinstance(given, cls) else given
+        return func(*map(dense, args), **{name: dense(given) for name, given in (kwargs or {}).items()})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UsageError(f"a streamed weight cannot take part in {func}; it is for step and forward in evaluation mode")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedWeight:
+        return self  # nothing changes it
+
+    def _linear(self, x: Tensor, _: Any, bias: Tensor | None = None) -> Tensor:
+        rows = x.numel() // max(1, x.shape[-1])
+        if not 0 < rows <= FEW or x.dtype != torch.float32 or (x.requires_grad and torch.is_grad_enabled()):
+            return F.linear(x, self.dense().to(x.dtype), bias)
+        from .in_numba import product
+
+        x = x.detach() if x.requires_grad else x
+        y = product(*self.arrays, x.reshape(rows, -1).contiguous()).view(*x.shape[:-1], -1)  # type: ignore[attr-defined]
+        return y if bias is None else y + bias.detach()
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        found = F.embedding(ids, self.values.detach()) if not len(self.scale) else self.values[ids].float()
+        return found if not len(self.scale) else found * self.scale[ids][..., None]
+
+
+_FACTS = {
+    getattr(Tensor, name).__get__ for name in ("dtype", "shape", "device", "requires_grad", "ndim", "layout", "is_leaf")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
+
+
+def for_streaming(model: M, *, weights: Kind = "float32") -> M:
+    """A copy of a model on a CPU, in evaluation mode, whose linear maps and embeddings are read at the speed of memory.
+
+    weights "float32": the same numbers, shared with the model, its sums in another order. "int8": each row of a matrix
+    rounded to 255 levels, a quarter of the bytes; biases, norms, decays and states stay as they are.
+    The copy takes the states of the model and gives them back. It does not train, compile or export; export the model.
+
+    Raises UsageError for another kind, parameters that are not float32 or not on a CPU, and where numba is missing.
+    """
+    if weights not in ("float32", "int8"):
+        raise UsageError(f"for_streaming: weights {weights!r}; expected 'float32' or 'int8'")
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and (p.dtype != torch.float32 or p.device.type != "cpu"):
+            raise UsageError(f"for_streaming: {name} is {p.dtype} on {p.device}; expected float32 on cpu")
+    made = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    done: dict[int, StreamedWeight] = {}  # a matrix may stand in several places
+    for module in made.modules():
+        if type(module) not in (nn.Linear, nn.Embedding) and not _is_linear(module):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None or weight.numel() < LEAST:
+            continue
+        if id(weight) not in done:
+            done[id(weight)] = StreamedWeight.of(weight, weights)
+        del module._parameters["weight"]
+        module.register_buffer("weight", done[id(weight)])
+    return made
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A subclass of Linear, such as one that bends the result, as long as it multiplies by `weight` alone."""
+    return isinstance(module, nn.Linear) and set(module._parameters) <= {"weight", "bias"}
