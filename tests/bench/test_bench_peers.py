@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from statewise.bench import peers
 from statewise.cli import main
@@ -52,21 +53,28 @@ def test_a_peer_that_is_very_slow_is_called_once(monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 1 and row["rounds"] == 1 and row["time"] == row["first"]
 
 
-def test_products_are_counted_as_they_are_run():
-    a, b, c = torch.ones(3, 5, 7), torch.ones(3, 7, 11), torch.ones(3, 5, 11)
-    each = 2 * 3 * 5 * 7 * 11
-    assert peers._products(lambda: a @ b) == each
-    assert peers._products(lambda: c.baddbmm_(a, b) + torch.bmm(a, b)) == 2 * each
-    assert peers._products(lambda: torch.einsum("bij,bjk->bik", a, b)) == each
-    w = torch.ones(7, 2, requires_grad=True)
-    assert peers._products(lambda: torch.autograd.grad((a[0] @ w).sum(), w)[0]) == 2 * (2 * 5 * 7 * 2)
+def test_products_are_those_of_the_chunked_algorithm():
+    """Products with states are counted whole, those within a chunk by half."""
+    c, d = peers.CHUNK, 5
+    with FlopCounterMode(display=False) as counted:
+        q, k, v, s = torch.ones(c, d), torch.ones(c, d), torch.ones(c, d), torch.ones(d, d)
+        scores = q @ k.mT
+        _ = scores @ v
+        within = counted.get_total_flops()
+        _ = q @ s, k.mT @ v
+        through = counted.get_total_flops() - within
+    assert peers.OUTER.operations(d, "forward") * c == within / 2 + through
+    for work in (peers.OUTER, peers.DELTA, peers.DPLR):  # a product has two factors, so two products for its gradients
+        assert work.operations(d, "training") == 3 * work.operations(d, "forward")
 
 
 def test_fractions_of_the_speed_of_products():
     rows = peers.run(["gemm"], repeats=1, small=True)
     assert len(rows) == 10 and {row["way"] for row in rows} == {"forward", "training"}
     for row in rows:
-        assert row["least"] > 0 and row["fraction"] > 0 and row["gemm"] > 0, row
+        assert 0 < row["least"] < row["fraction"]
+        assert row["fraction"] == pytest.approx(row["gflops"] / row["gemm"])
+        assert row["of_batched"] == pytest.approx(row["gflops"] / row["batched"])
 
 
 def test_the_command_prints_tables_and_writes_rows(

@@ -59,8 +59,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(in_torch, "CHUNK", {"scalar": 32, "key": 8, "value": 8})
     monkeypatch.setattr(in_torch, "SCRATCH", 2 * 32 * 32)
     monkeypatch.setattr(in_torch, "FULL", 200)
-    monkeypatch.setattr(in_numba, "CHUNK", {"scalar": 32, "key": 32})
-    monkeypatch.setattr(in_numba, "SCRATCH", 2 * 32 * 32)
+    monkeypatch.setattr(in_numba, "CHUNK", 32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

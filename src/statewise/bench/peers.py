@@ -11,12 +11,11 @@ import ctypes
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +69,10 @@ def run(
     off (largest difference of the outputs from ours, relative to the largest value), rounds, load and noisy.
     A contender that needs more than 20 s for its first call is not called again: that is its time, with rounds 1.
     A peer that is missing, or fails, has a row with `failed`.
-    Rows of the case "gemm" instead have op, the ways "forward" and "training", gflops (of the matrix products that it
-    runs, per second), gemm (of a large matrix product), fraction (their ratio, the median over the rounds) and least,
-    the fraction if only the operations of the recurrence itself are counted.
+    Rows of the case "gemm" instead have op, the ways "forward" and "training", gflops (of the matrix products of the
+    chunked algorithm, per second; see Products), gemm (of torch's product of two large matrices), batched (of its
+    products of as many chunks by d x d matrices as there are), fraction and of_batched (gflops over these, medians of
+    the ratios of the rounds), and least, the fraction if only products with d x d states are counted.
     """
     unknown = [name for name in names if name not in CASES and name != "gemm"]
     if unknown:
@@ -333,6 +333,24 @@ CASES: dict[str, Callable[[bool], Case]] = {
 # ---- as a fraction of the speed of matrix products
 
 SHAPES = ((4, 2048, 4, 64), (1, 8192, 8, 128))
+CHUNK = 64  # steps in a chunk of ours
+
+
+class Products(NamedTuple):
+    """Products of the chunked algorithm, for each step and head of size d, forward and backward.
+
+    What a backward pass computes again counts once, and nothing counts beyond the products.
+    """
+
+    triangles: tuple[int, int]  # half of CHUNK x CHUNK x d: scores within a chunk, or such scores times a row
+    squares: tuple[int, int]  # d x d: a row times a state, or an outer product added to one
+
+    def operations(self, d: int, way: str) -> float:
+        parts = slice(0, 2 if way == "training" else 1)
+        return sum(self.triangles[parts]) * CHUNK * d + sum(self.squares[parts]) * 2 * d * d
+
+
+OUTER, DELTA, DPLR = Products((2, 4), (2, 4)), Products((4, 8), (3, 6)), Products((8, 16), (4, 8))
 
 
 def _gemm(repeats: int, small: bool, say: Callable[[str], None]) -> list[Row]:
@@ -341,71 +359,57 @@ def _gemm(repeats: int, small: bool, say: Callable[[str], None]) -> list[Row]:
     gemm = lambda: torch.mm(a, b)
     rows = []
     for shape in ((2, 64, 2, 8),) if small else SHAPES:
-        for name, run, inputs, least in _chunked(*shape):
-            work = {"forward": lambda: _no_grad(run, inputs), "training": _differentiated(run, inputs)}  # noqa: B023
-            for way, one in work.items():
+        batch, steps, heads, d = shape
+        units = batch * steps * heads
+        left, right, out = _draw(units // CHUNK, CHUNK, d), _draw(units // CHUNK, d, d), _draw(units // CHUNK, CHUNK, d)
+        batched = lambda: torch.bmm(left, right, out=out)  # noqa: B023
+        for name, run, inputs, work in _chunked(*shape):
+            calls = {"forward": lambda: _no_grad(run, inputs), "training": _differentiated(run, inputs)}  # noqa: B023
+            for way, one in calls.items():
                 say(f"gemm: {name} {way} at {shape} ...")
-                one(), gemm()
-                done, took, speeds = _products(one), [], []
+                one(), gemm(), batched()
+                done, own = (units * w.operations(d, way) for w in (work, work._replace(triangles=(0, 0))))
+                took, large, small_ones = [], [], []
                 for _ in range(repeats):
-                    speeds.append(2 * n**3 / seconds(gemm, CPU))
+                    large.append(2 * n**3 / seconds(gemm, CPU))
+                    small_ones.append(2 * units * d * d / seconds(batched, CPU))
                     took.append(seconds(one, CPU))
-                own = least * (3 if way == "training" else 1)
                 rows.append(
                     {
                         "case": "gemm", "shape": _words(*shape), "op": name, "way": way,
                         "time": statistics.median(took),
                         "gflops": statistics.median(done / t for t in took) / 1e9,
-                        "gemm": statistics.median(speeds) / 1e9,
-                        "fraction": statistics.median(done / t / s for t, s in zip(took, speeds, strict=True)),
-                        "least": statistics.median(own / t / s for t, s in zip(took, speeds, strict=True)),
+                        "gemm": statistics.median(large) / 1e9,
+                        "batched": statistics.median(small_ones) / 1e9,
+                        "fraction": statistics.median(done / t / s for t, s in zip(took, large, strict=True)),
+                        "of_batched": statistics.median(done / t / s for t, s in zip(took, small_ones, strict=True)),
+                        "least": statistics.median(own / t / s for t, s in zip(took, large, strict=True)),
                         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
                     }
                 )  # fmt: skip
     return rows
 
 
-def _chunked(batch: int, steps: int, heads: int, d: int) -> list[tuple[str, Callable[..., Tensor], Any, float]]:
-    """Name, function, inputs, and the operations of the recurrence itself: products with d x d states, forward."""
+def _chunked(batch: int, steps: int, heads: int, d: int) -> list[tuple[str, Callable[..., Tensor], Any, Products]]:
+    """Name, function, inputs, and its products."""
     lead = (batch, steps, heads)
     q, k, v = (_draw(*lead, d, seed=s) for s in range(3))
     k = F.normalize(k, dim=-1)
     beta, scalar = _draw(*lead).sigmoid(), -F.softplus(_draw(*lead, 1, 1, seed=4) - 3)
     per_key = -F.softplus(_draw(*lead, d, 1, seed=5) - 3)
-    zero, product = torch.zeros(batch, heads, d, d), 2.0 * batch * steps * heads * d * d
-    qkv = dict(q=q, k=k, v=v)
+    zero, qkv = torch.zeros(batch, heads, d, d), dict(q=q, k=k, v=v)
     outer = lambda **x: outer_scan(**x, state=zero)[0]
     delta = lambda **x: delta_scan(**x, state=zero)[0]
     dplr = lambda **x: dplr_scan(**x, state=zero)[0]
     return [
-        ("outer_scan", outer, qkv, 2 * product),
-        ("outer_scan, scalar decay", outer, dict(qkv, log_decay=scalar), 2 * product),
-        ("outer_scan, decay per key", outer, dict(qkv, log_decay=per_key), 2 * product),
-        ("delta_scan", delta, dict(qkv, beta=beta, log_decay=scalar), 3 * product),
-        ("dplr_scan", dplr, dict(qkv, a=-k, b=k * beta[..., None], log_decay=per_key), 4 * product),
+        ("outer_scan", outer, qkv, OUTER),
+        ("outer_scan, scalar decay", outer, dict(qkv, log_decay=scalar), OUTER),
+        ("outer_scan, decay per key", outer, dict(qkv, log_decay=per_key), OUTER),
+        ("delta_scan", delta, dict(qkv, beta=beta, log_decay=scalar), DELTA),
+        ("dplr_scan", dplr, dict(qkv, a=-k, b=k * beta[..., None], log_decay=per_key), DPLR),
     ]
 
 
 @torch.no_grad()
 def _no_grad(run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:
     return run(**inputs)
-
-
-PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1, "aten::baddbmm_": 1}
-
-
-def _products(work: Work) -> float:
-    """Floating point operations of the matrix products that torch runs within.
-
-    By the profiler: a counter that sits in torch's dispatch would be shown the ops as a whole.
-    """
-    from torch.autograd.profiler_legacy import profile  # the newer one writes lines to stderr
-
-    with profile(record_shapes=True) as seen:
-        work()
-    total = 0
-    for event in seen.function_events:
-        if event.name in PRODUCTS:
-            left, right = event.input_shapes[PRODUCTS[event.name] :][:2]
-            total += 2 * math.prod(left) * right[-1]
-    return float(total)

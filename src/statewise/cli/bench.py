@@ -18,10 +18,11 @@ Row = dict[str, Any]
 class Options:
     """Measure speed and memory in one run, beside the Python loop, torch.nn and installed peers."""
 
-    what: Positional[Literal["linear_scan", "layers", "streaming", "peers", "tasks", "decoding"]]
+    what: Positional[Literal["linear_scan", "layers", "streaming", "peers", "tasks", "decoding", "gated_loop"]]
     """linear_scan: beside the byte floor. layers: beside torch.nn. streaming: a million steps, is the last as fast?
     peers: the linear family beside other implementations and beside matrix products. tasks: generators of data.
-    decoding: tokens per second at batch 1, beside reading the weights once."""
+    decoding: tokens per second at batch 1, beside reading the weights once.
+    gated_loop: LSTM, GRU and Elman beside torch.nn."""
     layers: str = ""
     """Names with commas, for layers, streaming, the cases of peers and tasks, all of them if empty; for decoding,
     where empty is mamba."""
@@ -108,7 +109,7 @@ def measure_peers(options: Options) -> list[Row]:
         found = [row for row in rows if (row["case"], row["shape"]) == (case, shape)]
         title = f"{case}: {shape}, float32, forward and backward"
         if case == "gemm":
-            heads = ("op", "way", "time", "GFLOP/s", "of GEMM", "least")
+            heads = ("op", "way", "time", "GFLOP/s", "of GEMM", "of batched", "least")
             table(heads, map(gemm_cells, found), right=heads[2:], title=f"products: {shape}, float32")
         else:
             measured = [row for row in found if "failed" not in row]
@@ -151,6 +152,31 @@ def measure_decoding(options: Options) -> list[Row]:
     return rows
 
 
+def measure_gated_loop(options: Options) -> list[Row]:
+    from ..bench import gated_loop
+    from ..report import show_bytes, show_time
+    from ..training import choose_device
+    from .explain import read_shape
+    from .show import table
+
+    shapes = [read_shape(text)[:3] for text in options.shape]
+    chosen, device = names(options.layers), choose_device(options.device)
+    rows = gated_loop.run(chosen, shapes=shapes, repeats=options.repeats or 7, device=device)
+    measured = [row for row in rows if "shape" in row]
+    columns = ("(B, T, N)", "cell", "backend", "ours", "torch.nn", "x faster", "forward", "products", "peak", "theirs")
+    lines = [
+        [str(row["shape"]), row["cell"], row["backend"], show_time(row["ours"]), show_time(row["theirs"]),
+         times(row["ratio"]), times(row["forward"]), show_time(row["products"]), show_bytes(row["peak"]),
+         show_bytes(row["their_peak"])]
+        for row in measured
+    ]  # fmt: skip
+    table(columns, lines, right=columns[3:], title=f"training steps, float32, {options.device}")
+    steps = gated_loop.steps() if str(device) == "cpu" else []
+    generic(steps)
+    generic(row for row in rows if "shape" not in row)
+    return rows + steps
+
+
 def peer_cells(row: Row) -> list[str]:
     from ..report import show_bytes, show_time
 
@@ -164,7 +190,7 @@ def peer_cells(row: Row) -> list[str]:
 def gemm_cells(row: Row) -> list[str]:
     from ..report import show_time
 
-    speeds = [f"{row['gflops']:.3g}", times(row["fraction"]), times(row["least"])]
+    speeds = [f"{row['gflops']:.3g}", *(times(row[key]) for key in ("fraction", "of_batched", "least"))]
     return [row["op"], row["way"], show_time(row["time"]), *speeds]
 
 
@@ -223,5 +249,6 @@ MEASURES = {
     "streaming": measure_streaming,
     "peers": measure_peers,
     "tasks": measure_tasks,
+    "gated_loop": measure_gated_loop,
     "decoding": measure_decoding,
 }

@@ -29,7 +29,8 @@ def contained(arguments: str, forward: Kernel, backward: Kernel, loop: Kernel) -
 
     def once(*inputs: Any, keep: bool) -> tuple[Tensor, ...]:
         out, last, *kept = forward(*inputs, keep=keep)
-        if bool(last.isfinite().all()):
+        # what a query holds reaches no state, but backward it would reach other steps
+        if bool(last.isfinite().all()) and not (keep and not bool(out.isfinite().all())):
             return out, last, last.new_zeros(out.shape[:2], dtype=torch.bool), *kept
         spoilt = _spoilt(names, inputs, out.shape[1])
         out, last, *kept = forward(*_cleared(inputs, state_at, spoilt), keep=keep)

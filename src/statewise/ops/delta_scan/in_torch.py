@@ -20,11 +20,11 @@ from ..contain import contained
 from ..looping import loop
 from ..opaque import Kernel, opaque
 from . import delta_step
-from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, fold, plan, unfold
+from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, decays, fold, plan, unfold
 from .dplr_in_torch import run as dplr_run
 
 _ROWS = 64
-_ARGUMENTS = "q k v beta g? reset? state"
+ARGUMENTS = "q k v beta g? reset? state"
 
 
 def _past(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -61,7 +61,7 @@ def _forward(
             qk.mul_(_past(c, dtype, q.device)[n - 1 :: n])
             k_read = k_.neg()
         else:
-            decay = passes.decays(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
+            decay = decays(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
             kk.mul_(decay.d)
             qk.mul_(decay.d[..., n - 1 :: n, :])
             q_.mul_(decay.from_start[..., n - 1 :: n, :])
@@ -111,7 +111,7 @@ def _backward(
             d, d_read = past, past[n - 1 :: n]
             q_read, k_read, k_write = q_, k_.neg(), k_
         else:
-            decay = passes.decays(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
+            decay = decays(fold(g[..., None], lo, hi, p.tokens, torch.float64)[..., 0], p, dtype)
             d, d_read, whole = decay.d, decay.d[..., n - 1 :: n, :], decay.whole
             q_read, k_read, k_write = (
                 q_ * decay.from_start[..., n - 1 :: n, :],
@@ -174,7 +174,7 @@ def _add(into: Tensor, x: Tensor, y: Tensor) -> None:
     into.flatten(0, 1).baddbmm_(x.flatten(0, 1), y.flatten(0, 1))
 
 
-def _by_loop(
+def by_loop(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     k, v, beta = (x.unflatten(1, (q.shape[1], -1)) for x in (k, v, beta))
@@ -200,8 +200,8 @@ def _fake(
 def chunked(name: str, devices: str | tuple[str, ...] | None, passes: Passes) -> Kernel:
     """run(q, k, v, beta, g, reset, state) with a decay per head, g (B, T, H) or None; k, v, beta (B, n T, H, ...)."""
     kernels = functools.partial(_forward, passes), functools.partial(_backward, passes)
-    forward, backward, alone = contained(_ARGUMENTS, *kernels, _by_loop)
-    return opaque(name, devices, _ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
+    forward, backward, alone = contained(ARGUMENTS, *kernels, by_loop)
+    return opaque(name, devices, ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
 
 
 _run = chunked("delta_chunks", None, IN_TORCH)

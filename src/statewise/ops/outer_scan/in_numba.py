@@ -1,65 +1,43 @@
-"""Matrix products by torch over chunks of time, as in in_torch.py, with all that lies between them compiled.
+"""Chunks of time as in in_torch.py, each from its inputs to its outputs in the nearest caches.
 
-What lies between is done once and in passes over memory: a change of layout scales too, a mask multiplies too. One
-decay per head makes e^D row by row: the sums of the log decays since each step of the chunk grow by one term, and their
-exponentials weigh the row. They are 0 where nothing is to pass, so a mask is not needed. Backward does it again and
-sums rows and columns on the way for the gradient of the decays.
+A thread owns heads of a row, goes from chunk to chunk with their states, and does there all that a chunk needs: its
+products (see tiles), which stop at the diagonal, and what lies between them. Memory is read once and written once. Kept
+for the backward pass, which goes the other way, are the states between chunks.
+
+One decay per head makes e^D row by row: the sums of the log decays since each step of the chunk grow by one term, and
+their exponentials weigh the row. They are 0 where nothing is to pass, so a mask is not needed. Backward does it again
+and sums rows and columns on the way for the gradient of the decays.
 
 A decay per key is one factor per step and key, never rounded to one number (see selective_scan). In blocks of LEAF
 steps every pair of steps is walked, the decays multiplied one by one; the rest of the weights, halving by halving, are
-matrix products about the middle of their block, the factors on rows of q and k being running products from there.
-
-Threads share out (chunk, row, head).
+products about the middle of their block, the factors on rows of q and k being running products from there.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..contain import contained
 from ..linear_scan import in_numba as threads
+from ..opaque import opaque
 from ..selective_scan import in_numba as vectors
 from ..selective_scan.in_numba import _Lanes
-from . import in_torch
+from ..tiles import in_numba as tiles
 from .edges import normal
-from .in_torch import Span, Way
+from .in_torch import ARGUMENTS, by_loop
 
+CHUNK = 64  # steps, by measurement
 LEAF = 16  # steps in a block whose pairs are walked
-LANES = 16  # rows of vectors are filled up to a multiple of this
-LOG2 = math.log2(math.e)
-CHUNK = {"scalar": 64, "key": 64}  # steps, by measurement; twice that for a decay per head and wide states
-WIDE = 64  # keys beyond which a state is wide
-SCRATCH = 1 << 18  # elements of the weights of a span
+TOGETHER = 4  # heads of a group whose queries and keys are read once
 
 _compile, _code = threads._compile, vectors._code
-
-
-# ---- vector code: `steps` is how many, `row` the bytes from one to the next
-
-
-def _grow(v: _Lanes, at: Any, g: Any) -> Any:
-    """The sums at `at` grow by g; e to them is returned in two parts."""
-    total = v.builder.fadd(v.load(at), g)
-    v.store(at, total)
-    return v.exp2(total)
-
-
-@functools.partial(_code, addresses=4)
-def _weigh(v: _Lanes, steps: Any, row: Any, sums: Any, g: Any, weights: Any, out: Any):
-    """out = weights e^sums over `steps` vectors, once the sums have grown by g."""
-    from_g = v.splat(g)
-    with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
-        at = [v.at(base, loop.index, vectors.BYTES) for base in (sums, weights, out)]
-        v.store(at[2], v.decayed(_grow(v, at[0], from_g), v.load(at[1])))
 
 
 @functools.partial(_code, addresses=7)
@@ -71,7 +49,7 @@ def _weigh_both(
     from_g, whole = v.splat(g), v.variable(v.full(0.0))
     with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
         at = [v.at(base, loop.index, vectors.BYTES) for base in (sums, weights, d_out, total, columns)]
-        decay = _grow(v, at[0], from_g)
+        decay = tiles.grow(v, at[0], from_g)
         weight, given = v.decayed(decay, v.load(at[1])), v.load(at[2])
         v.store(at[2], weight)
         v.store(at[3], v.builder.fadd(v.load(at[3]), v.decayed(decay, given)))
@@ -81,406 +59,182 @@ def _weigh_both(
     v.sum(across, v.builder.load(whole))
 
 
-@functools.partial(_code, addresses=2)
-def _exp2(v: _Lanes, steps: Any, row: Any, x: Any, out: Any):
-    """out = 2^x, and 2^x - out in the vector `row` bytes further on."""
-    with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
-        power, rest = v.exp2(v.load(v.at(x, loop.index, vectors.BYTES)))
-        at = v.at(out, loop.index, vectors.BYTES)
-        v.store(at, power)
-        v.store(v.builder.add(at, row), rest)
-
-
-# ---- what is the same for every kind
+# ---- one decay per head, or none
 
 
 @_compile
-def _cut(x, out, start, steps, first, last):
-    """Units (chunk, row, head) of (B, T, H, D) -> (units, C, D), zero past `steps`."""
-    _, heads, size, width = x.shape[0], x.shape[2], out.shape[1], out.shape[2]
-    batch = x.shape[0]
-    for u in range(first, last):
-        c, b, h = u // (batch * heads), u // heads % batch, u % heads
-        for i in range(size):
-            t = c * size + i
-            if t < steps:
-                for d in range(width):
-                    out[u, i, d] = x[b, start + t, h, d]
-            else:
-                for d in range(width):
-                    out[u, i, d] = 0
+def _decays(like, logs, factors, whole, g, reset, b, start, steps, h):
+    """The logs (C) of a chunk's decays in powers of 2, the factors (2, C) from its start and to its end, and that of
+    all of it in two parts."""
+    threads._apart()
+    for i in range(logs.shape[0]):
+        logs[i] = g[b, start + i, h, 0] * tiles.LOG2 if i < steps and g.shape[3] else 0
+        if i < steps and reset.shape[0] and reset[b, start + i]:
+            logs[i] = -np.inf
+    tiles.factors(like, factors, whole, logs)
 
 
 @_compile
-def _paste(x, out, start, steps, sound, first, last):
-    """The way back from _cut; sound[u]: whether all of it is finite."""
-    batch, heads, size, width = out.shape[0], out.shape[2], x.shape[1], x.shape[2]
-    for u in range(first, last):
-        c, b, h = u // (batch * heads), u // heads % batch, u % heads
-        spoilt = x[u, 0, 0] * 0
-        for i in range(min(size, steps - c * size)):
-            t = start + c * size + i
-            for d in range(width):
-                out[b, t, h, d] = x[u, i, d]
-            for d in range(width):
-                spoilt += x[u, i, d] * 0
-        sound[u] = spoilt == 0
+def _weighed_back(like, given, weights, total, logs, later):
+    """given (C, C), the gradient of the weighed weights, becomes these; total grows by the gradient of the weights.
 
-
-@_compile
-def _pass_on(added, state, decay, backwards, first, last):
-    """added (chunks, heads, K, V) becomes the states before (after) each chunk; state (heads, K, V) that past them all.
-
-    decay: (chunks, heads, 2, K or 1), each in two parts.
+    later: (C), the gradient of the sums of the decays from each step on.
     """
-    many, _, keys, values = added.shape
-    for u in range(first, last):
-        for step in range(many):
-            c = many - 1 - step if backwards else step
-            for k in range(keys):
-                power, rest = decay[c, u, 0, k % decay.shape[3]], decay[c, u, 1, k % decay.shape[3]]
-                for x in range(values):
-                    more, now = added[c, u, k, x], state[u, k, x]
-                    added[c, u, k, x] = now
-                    state[u, k, x] = now * power + (now * rest + more)
-
-
-def _bytes(t: Tensor | None) -> np.ndarray:
-    return np.empty((0, 0), np.uint8) if t is None else t.contiguous().view(torch.uint8).numpy()
-
-
-def _numbers(*tensors: Tensor) -> list[np.ndarray]:
-    return [t.detach().numpy() for t in tensors]
-
-
-_pool: tuple[int, ThreadPoolExecutor] | None = None
-
-
-def _forget() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-
-
-def _share(work: Callable[..., None], units: int, elements: int, *args: Any) -> None:
-    """work(*args, first, last) over all units, by as many threads as torch has."""
-    global _pool
-    workers = max(1, min(threads._workers(elements), units))
-    if workers == 1:
-        work(*args, 0, units)
-        return
-    if _pool is None or _pool[0] < workers:
-        _pool = workers, ThreadPoolExecutor(workers)
-    each = [units * i // workers for i in range(workers + 1)]
-    jobs = [_pool[1].submit(work, *args, first, last) for first, last in itertools.pairwise(each[1:])]
-    work(*args, each[0], each[1])
-    for job in jobs:
-        job.result()
-
-
-class _Room:
-    """Memory by name: fresh memory costs as much as what is done with it."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        count = math.prod(shape)
-        if name not in self.known or self.known[name].numel() < count:
-            self.known[name] = like.new_empty(count)
-        return self.known[name][:count].view(shape)
-
-    def product(self, name: str, p: Tensor, q: Tensor) -> Tensor:
-        return torch.bmm(p, q, out=self(name, p, len(p), p.shape[1], q.shape[2]))
-
-
-def _like(dtype: torch.dtype) -> Any:
-    return np.float64(0) if dtype == torch.float64 else np.float32(0)
-
-
-def _up(n: int) -> int:
-    return -(-n // LANES) * LANES
-
-
-def _size(span: Span) -> int:
-    return max(span.size, LEAF)
-
-
-def _two_parts(x: Tensor) -> Tensor:
-    """2^x of (n, m) with m a multiple of LANES: (n, 2, m), to be added."""
-    out = x.new_empty(len(x), 2, x.shape[1])
-    (source, target), like, row = _numbers(x, out), _like(x.dtype), x.shape[1] * x.element_size()
-    _exp2_rows(like, source, target, row)
-    return out
+    threads._apart()
+    size, item = weights.shape[0], weights.itemsize
+    lanes, row = vectors.BYTES // item, size * item
+    sums, columns = np.full(size, -np.inf, weights.dtype), np.zeros(size, weights.dtype)
+    for i in range(size):
+        own, at = given[i, i], i * row
+        _weigh_both(
+            like, i // lanes + 1, row,
+            (sums.ctypes.data, logs.ctypes.data + i * item, weights.ctypes.data + at, given.ctypes.data + at,
+             total.ctypes.data + at, columns.ctypes.data, later.ctypes.data + i * item),
+        )  # fmt: skip
+        total[i, i] += own
+        given[i, i] = weights[i, i]
+        sums[i] = 0
+    for i in range(size):
+        later[i] -= columns[i]
 
 
 @_compile
-def _exp2_rows(like, source, target, row):
-    lanes = 64 // source.itemsize
-    for u in range(source.shape[0]):
-        at = source.ctypes.data + u * row
-        _exp2(like, source.shape[1] // lanes, row, (at, target.ctypes.data + 2 * u * row))
-
-
-# ---- one decay per head
-
-
-@_compile
-def _prepare(like, q, k, v, d_o, g, reset, start, steps, qs, ks, vs, do, q_, k_, logs, factors, whole, first, last):
-    """For units (chunk, row, group), steps past the end being zero: q, k, v and d_o, if there is one; q and k scaled
-    for the state before and after each head's chunk; its log decays in powers of 2; the factors (2, units, C) of q and
-    k, and that of the state (units, 2, 1) in two parts."""
-    batch, groups, size = q.shape[0], q.shape[2], qs.shape[1]
-    keys, values, group, lanes = q.shape[3], v.shape[3], v.shape[2] // q.shape[2], 64 // q.itemsize
-    sums, parts, row = np.empty((2, size), q.dtype), np.empty((2, 2, size), q.dtype), size * q.itemsize
-    for u in range(first, last):
-        c, b, at = u // (batch * groups), u // groups % batch, u % groups
-        here = max(0, min(size, steps - c * size))
-        begin = start + c * size
-        for i in range(here):
-            for d in range(keys):
-                qs[u, i, d] = q[b, begin + i, at, d]
-            for d in range(keys):
-                ks[u, i, d] = k[b, begin + i, at, d]
-        qs[u, here:] = 0
-        ks[u, here:] = 0
-        for e in range(group):
-            n, h = u * group + e, at * group + e
-            for i in range(here):
-                for d in range(values):
-                    vs[n, i, d] = v[b, begin + i, h, d]
-                if do.shape[0]:
-                    for d in range(values):
-                        do[n, i, d] = d_o[b, begin + i, h, d]
-                logs[n, i] = g[b, begin + i, h, 0] * LOG2 if g.shape[3] else 0
-                if reset.shape[0] and reset[b, begin + i]:
-                    logs[n, i] = -np.inf
-            vs[n, here:] = 0
-            if do.shape[0]:
-                do[n, here:] = 0
-            logs[n, here:] = 0
-            upto, after = logs[n, 0] * 0, logs[n, 0] * 0
-            for i in range(size):
-                upto += logs[n, i]
-                sums[0, i] = upto
-                sums[1, size - 1 - i] = after
-                after += logs[n, size - 1 - i]
-            for side in range(2):
-                where = (sums.ctypes.data + side * row, parts.ctypes.data + 2 * side * row)
-                _exp2(like, size // lanes, row, where)
-                for i in range(size):
-                    factors[side, n, i] = parts[side, 0, i] + parts[side, 1, i]
-            whole[n, 0, 0], whole[n, 1, 0] = parts[0, 0, size - 1], parts[0, 1, size - 1]
-            for i in range(size):
-                f = factors[0, n, i]
-                for d in range(keys):
-                    q_[n, i, d] = qs[u, i, d] * f
-            for i in range(size):
-                f = factors[1, n, i]
-                for d in range(keys):
-                    k_[n, i, d] = ks[u, i, d] * f
+def _forward_units(like, q, k, v, g, reset, state, size, o, last, states, worker, workers):
+    """Units are rows of the batch by groups by parts of their heads. states: (B, H, chunks, keys, values), or none."""
+    threads._apart()
+    steps, groups, keys, heads, values = q.shape[1], q.shape[2], q.shape[3], v.shape[2], v.shape[3]
+    group, wide, high = heads // groups, tiles.up(keys), tiles.up(values)
+    parts = -(-group // TOGETHER)
+    qs, ks, kt = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((wide, size), v.dtype)
+    scaled, vs, os = np.zeros((size, wide), v.dtype), np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype)
+    both, weights = np.zeros((size, size), v.dtype), np.zeros((size, size), v.dtype)
+    logs, factors, whole = np.zeros(size, v.dtype), np.zeros((2, size), v.dtype), np.zeros((2, 1), v.dtype)
+    now = np.zeros((TOGETHER, wide, high), v.dtype)
+    units = q.shape[0] * groups * parts
+    for u in range(units * worker // workers, units * (worker + 1) // workers):
+        b, at = u // (groups * parts), u // parts % groups
+        h0 = at * group + u % parts * TOGETHER
+        h1 = min(h0 + TOGETHER, (at + 1) * group)
+        for h in range(h0, h1):
+            now[h - h0, :keys, :values] = state[b, h]
+        for c in range(-(-steps // size)):
+            start = c * size
+            here = min(size, steps - start)
+            tiles.load(qs, q, b, start, here, at)
+            tiles.load(ks, k, b, start, here, at)
+            tiles.turn(like, kt, ks)
+            tiles.lower(like, both, qs, kt)
+            for h in range(h0, h1):
+                s = now[h - h0]
+                tiles.load(vs, v, b, start, here, h)
+                _decays(like, logs, factors, whole, g, reset, b, start, here, h)
+                tiles.weighed(like, weights, both, logs)
+                tiles.lower_product(like, 0, os, weights, vs)
+                tiles.scale(scaled, qs, factors[0])
+                tiles.product(like, 1, os, scaled, s)
+                tiles.save(o, os, b, start, here, h)
+                if states.shape[0]:
+                    states[b, h, c] = s
+                tiles.scale(scaled, ks, factors[1])
+                tiles.pass_on(s, whole[0], whole[1])
+                tiles.turned_product(like, 1, s, scaled, vs)
+        for h in range(h0, h1):
+            last[b, h] = now[h - h0, :keys, :values]
 
 
 @_compile
-def _weigh_units(like, weights, g, out, group, first, last):
-    """e^D times the weights (units, C, C) of each of the group's heads, -> (units * group, C, C)."""
-    size = weights.shape[1]
-    lanes = 64 // weights.itemsize
-    sums = np.empty(size, weights.dtype)
-    row = size * weights.itemsize
-    for u in range(first, last):
-        for h in range(u * group, (u + 1) * group):
-            sums[:] = -np.inf
-            for i in range(size):
-                many = i // lanes + 1
-                own = weights[u, i, i]
-                here = i * row
-                _weigh(
-                    like, many, row,
-                    (sums.ctypes.data, g.ctypes.data + h * row + i * g.itemsize,
-                     weights.ctypes.data + u * size * row + here, out.ctypes.data + h * size * row + here),
-                )  # fmt: skip
-                out[h, i, i] = own
-                sums[i] = 0
-                for j in range(many * lanes, size):
-                    out[h, i, j] = 0
-
-
-@_compile
-def _weigh_units_back(like, weights, d_weights, g, later, group, first, last):
-    """d_weights (units * group, C, C) become the weights, weights (units, C, C) their gradient before the decay.
-
-    later: (units * group, C), the gradient of the sums of the decays from each step on.
-    """
-    size = weights.shape[1]
-    lanes = 64 // weights.itemsize
-    row = size * weights.itemsize
-    sums = np.empty((group, size), weights.dtype)
-    total, across = np.empty(size, weights.dtype), np.zeros(1, weights.dtype)
-    columns = np.empty((group, size), weights.dtype)
-    for u in range(first, last):
-        sums[:] = -np.inf
-        columns[:] = 0
-        for i in range(size):
-            many = i // lanes + 1
-            own = weights[u, i, i]
+def _backward_units(
+    like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, worker, workers
+):  # fmt: skip
+    """d_q, d_k: (B, T, groups * parts, keys), still to be summed over the parts."""
+    threads._apart()
+    steps, groups, keys, heads, values = q.shape[1], q.shape[2], q.shape[3], v.shape[2], v.shape[3]
+    group, wide, high = heads // groups, tiles.up(keys), tiles.up(values)
+    parts = -(-group // TOGETHER)
+    qs, ks, kt = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((wide, size), v.dtype)
+    q_, k_ = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
+    dqs, dks = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
+    dq_, dk_ = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
+    vs, vt, dv = np.zeros((size, high), v.dtype), np.zeros((high, size), v.dtype), np.zeros((size, high), v.dtype)
+    do, turned = np.zeros((size, high), v.dtype), np.zeros((high, wide), v.dtype)
+    both, weights, total = (
+        np.zeros((size, size), v.dtype), np.zeros((size, size), v.dtype), np.zeros((size, size), v.dtype)
+    )  # fmt: skip
+    logs, factors, whole = np.zeros(size, v.dtype), np.zeros((2, size), v.dtype), np.zeros((2, 1), v.dtype)
+    later, ends = np.zeros(size, v.dtype), np.zeros((TOGETHER, wide, high), v.dtype)
+    units = q.shape[0] * groups * parts
+    for u in range(units * worker // workers, units * (worker + 1) // workers):
+        b, at = u // (groups * parts), u // parts % groups
+        h0 = at * group + u % parts * TOGETHER
+        h1 = min(h0 + TOGETHER, (at + 1) * group)
+        for h in range(h0, h1):
+            ends[h - h0, :keys, :values] = d_last[b, h]
+        for c in range(-(-steps // size) - 1, -1, -1):
+            start = c * size
+            here = min(size, steps - start)
+            tiles.load(qs, q, b, start, here, at)
+            tiles.load(ks, k, b, start, here, at)
+            tiles.turn(like, kt, ks)
+            tiles.lower(like, both, qs, kt)
             total[:] = 0
-            for e in range(group):
-                h = u * group + e
-                given = d_weights[h, i, i]
-                _weigh_both(
-                    like, many, row,
-                    (sums.ctypes.data + e * row, g.ctypes.data + h * row + i * g.itemsize,
-                     weights.ctypes.data + (u * size + i) * row, d_weights.ctypes.data + (h * size + i) * row,
-                     total.ctypes.data, columns.ctypes.data + e * row, across.ctypes.data),
-                )  # fmt: skip
-                later[h, i] = across[0]
-                total[i] += given
-                sums[e, i] = 0
-                d_weights[h, i, i] = own
-                for j in range(many * lanes, size):
-                    d_weights[h, i, j] = 0
-            for j in range(size):
-                weights[u, i, j] = total[j]
-        for e in range(group):
-            for i in range(size):
-                later[u * group + e, i] -= columns[e, i]
-
-
-@functools.partial(threads.numba.njit, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"}, cache=True)
-def _dot(p, q):
-    total = p[0] * 0
-    for i in range(p.shape[0]):
-        total += p[i] * q[i]
-    return total
+            dqs[:] = 0
+            dks[:] = 0
+            for h in range(h0, h1):
+                s, end = states[b, h, c], ends[h - h0]
+                tiles.load(vs, v, b, start, here, h)
+                tiles.load(do, d_o, b, start, here, h)
+                _decays(like, logs, factors, whole, g, reset, b, start, here, h)
+                tiles.turn(like, vt, vs)
+                tiles.lower(like, weights, do, vt)
+                _weighed_back(like, weights, both, total, logs, later)
+                tiles.scale(q_, qs, factors[0])
+                tiles.scale(k_, ks, factors[1])
+                tiles.turned_lower_product(like, 0, dv, weights, do)
+                tiles.product(like, 1, dv, k_, end)
+                tiles.save(d_v, dv, b, start, here, h)
+                tiles.turn(like, turned, s)
+                tiles.product(like, 0, dq_, do, turned)
+                tiles.turn(like, turned, end)
+                tiles.product(like, 0, dk_, vs, turned)
+                _finish(dqs, dks, dq_, dk_, q_, k_, factors, logs, later, s, end, d_g, b, start, here, h)
+                tiles.pass_on(end, whole[0], whole[1])
+                tiles.turned_product(like, 1, end, q_, do)
+            tiles.lower_product(like, 1, dqs, total, ks)
+            tiles.turned_lower_product(like, 1, dks, total, qs)
+            part = at * parts + u % parts
+            tiles.save(d_q, dqs, b, start, here, part)
+            tiles.save(d_k, dks, b, start, here, part)
+        for h in range(h0, h1):
+            d_state[b, h] = ends[h - h0, :keys, :values]
 
 
 @_compile
-def _finish(d_q, d_k, dq_, dk_, q_, k_, factors, g, later, starts, ends, d_g, first, last):
-    """What came through the states joins d_q and d_k (units, C, K), and everything d_g (units * group, C)."""
-    size, keys = d_q.shape[1], d_q.shape[2]
-    group = dq_.shape[0] // d_q.shape[0]
+def _finish(d_q, d_k, dq_, dk_, q_, k_, factors, g, later, starts, ends, d_g, b, start, steps, h):
+    """What came through the states joins d_q and d_k (C, K), and everything d_g, if there is one."""
+    threads._apart()
+    size, keys = d_q.shape
+    for i in range(size):
+        upto, after = factors[0, i], factors[1, i]
+        for d in range(keys):
+            d_q[i, d] += dq_[i, d] * upto
+        for d in range(keys):
+            d_k[i, d] += dk_[i, d] * after
+    if d_g.shape[3] == 0:
+        return
     least = -126.5 if d_q.itemsize == 4 else -1022.5  # of log decays that are not 0
-    for u in range(first, last):
-        for h in range(u * group, (u + 1) * group):
-            whole = _dot(starts[h], ends[h]) * factors[0, h, size - 1]
-            for i in range(size):
-                upto, after = factors[0, h, i], factors[1, h, i]
-                later[h, i] += _dot(q_[h, i], dq_[h, i])
-                d_g[h, i] = whole  # and of the earlier ones
-                whole += _dot(k_[h, i], dk_[h, i])
-                for d in range(keys):
-                    d_q[u, i, d] += dq_[h, i, d] * upto
-                for d in range(keys):
-                    d_k[u, i, d] += dk_[h, i, d] * after
-            beyond = later[h, 0] * 0
-            for step in range(size):
-                i = size - 1 - step
-                beyond += later[h, i]
-                d_g[h, i] += beyond
-                if g[h, i] < least:  # nothing passes, not the rounding of sums that cancel
-                    d_g[h, i] = 0
-                    beyond = later[h, i] * 0
-
-
-class _Scalar:
-    """One decay per head and step, or none."""
-
-    def _parts(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, reset: Tensor | None, span: Span, room: _Room,
-        d_o: Tensor | None = None,
-    ) -> Any:  # fmt: skip
-        batch, _, heads, values = v.shape
-        groups, keys, size = q.shape[2], q.shape[3], _size(span)
-        n, many = span.many * batch * groups, span.many * batch * heads
-        qs, ks = (room(name, v, n, size, keys) for name in "qk")
-        q_, k_ = (room(name, v, many, size, keys) for name in ("q_", "k_"))
-        vs, do = (room(name, v, many * used, size, values) for name, used in (("v", 1), ("do", d_o is not None)))
-        logs, factors, whole = room("g", v, many, size), room("factors", v, 2, many, size), room("whole", v, many, 2, 1)
-        given = v.new_empty(batch, 0, heads, 0) if g is None else g
-        _share(
-            _prepare, n, vs.numel(), _like(v.dtype), *_numbers(q, k, v, v if d_o is None else d_o, given),
-            _bytes(reset), span.start, span.steps, *_numbers(qs, ks, vs, do, q_, k_, logs, factors, whole),
-        )  # fmt: skip
-        whole = whole.view(span.many, batch * heads, 2, 1)
-        return qs, ks, vs, do, q_, k_, logs, factors, whole
-
-    def forward(
-        self, parts: Any, reset: Tensor | None, span: Span, before: Tensor, out: Tensor, kept: Tensor, room: _Room
-    ) -> Tensor | None:
-        q, k, v, g = parts
-        group = v.shape[2] // q.shape[2]
-        qs, ks, vs, _, q_, k_, logs, _, whole = self._parts(q, k, v, g, reset, span, room)
-        weights = room.product("weights", qs, ks.mT)
-        weighed = weights if group == 1 else room("weighed", v, len(vs), *weights.shape[1:])
-        _share(
-            _weigh_units, len(qs), weighed.numel(), _like(v.dtype), *_numbers(weights, logs, weighed), group
-        )  # fmt: skip
-        return _read(weighed, vs, q_, k_, whole, span, before, out, kept, room)
-
-    def backward(
-        self, d_o: Tensor, after: Tensor, parts: Any, reset: Tensor | None, span: Span, starts: Tensor, outs: Any,
-        room: _Room,
-    ) -> Tensor | None:  # fmt: skip
-        q, k, v, g = parts
-        group = v.shape[2] // q.shape[2]
-        qs, ks, vs, do, q_, k_, logs, factors, whole = self._parts(q, k, v, g, reset, span, room, d_o)
-        ends, d_state = _pass_back(q_, do, after, whole, span, room)
-        starts = starts.flatten(0, 2)
-        weights, d_weights = room.product("weights", qs, ks.mT), room.product("d_weights", do, vs.mT)
-        later, d_g = room("later", v, *logs.shape), room("d_g", v, *logs.shape)
-        _share(
-            _weigh_units_back, len(qs), d_weights.numel(), _like(v.dtype),
-            *_numbers(weights, d_weights, logs, later), group,
-        )  # fmt: skip
-        d_v = room.product("d_v", d_weights.mT, do).baddbmm_(k_, ends)
-        d_q, d_k = room.product("d_q", weights, ks), room.product("d_k", weights.mT, qs)
-        dq_, dk_ = room.product("dq_", do, starts.mT), room.product("dk_", vs, ends.mT)
-        _share(
-            _finish, len(qs), dq_.numel(),
-            *_numbers(d_q, d_k, dq_, dk_, q_, k_, factors, logs, later, starts.flatten(1), ends.flatten(1), d_g),
-        )  # fmt: skip
-        return d_state if _paste_all(outs, (d_q, d_k, d_v, d_g[..., None]), span) else None
-
-
-def _read(
-    weights: Tensor, v: Tensor, q: Tensor, k: Tensor, whole: Tensor, span: Span, before: Tensor, out: Tensor,
-    kept: Tensor, room: _Room,
-) -> Tensor | None:  # fmt: skip
-    """The outputs, from the weights (n, C, C) within chunks and the scaled q and k; the states, and that at the end."""
-    starts = kept if kept.is_contiguous() else room("starts", kept, *kept.shape)
-    torch.bmm(k.mT, v, out=starts.flatten(0, 2))
-    last = before.clone(memory_format=torch.contiguous_format)
-    heads = last.shape[0] * last.shape[1]
-    args = _numbers(starts.view(span.many, heads, *kept.shape[3:]), last.view(heads, *kept.shape[3:]), whole)
-    _share(_pass_on, heads, starts.numel(), *args, False)
-    o = room.product("o", weights, v).baddbmm_(q, starts.flatten(0, 2))
-    if starts is not kept:
-        kept.copy_(starts)
-    return last if _paste_all((out,), (o,), span) and in_torch._finite(last) else None
-
-
-def _pass_back(q: Tensor, d_o: Tensor, after: Tensor, whole: Tensor, span: Span, room: _Room) -> tuple[Tensor, Tensor]:
-    """The gradients of the states after each chunk (n, K, V), and of that before them all."""
-    ends, d_state = room.product("ends", q.mT, d_o), after.clone(memory_format=torch.contiguous_format)
-    heads = d_state.shape[0] * d_state.shape[1]
-    args = _numbers(ends.view(span.many, heads, *ends.shape[1:]), d_state.view(heads, *ends.shape[1:]), whole)
-    _share(_pass_on, heads, ends.numel(), *args, True)
-    return ends, d_state
-
-
-def _paste_all(outs: Any, found: Any, span: Span) -> bool:
-    """False if something is not finite."""
-    good = True
-    for out, t in zip(outs, found):
-        if out is not None:
-            sound = np.empty(len(t), np.bool_)
-            _share(_paste, len(t), t.numel(), *_numbers(t, out), span.start, span.steps, sound)
-            good &= bool(sound.all())
-    return good
+    whole = tiles.dot(starts.reshape(starts.size), ends.reshape(ends.size)) * factors[0, size - 1]
+    for i in range(steps):
+        later[i] += tiles.dot(q_[i], dq_[i])
+        d_g[b, start + i, h, 0] = whole  # and of the earlier ones
+        whole += tiles.dot(k_[i], dk_[i])
+    beyond = later[0] * 0
+    for step in range(steps):
+        i = steps - 1 - step
+        beyond += later[i]
+        d_g[b, start + i, h, 0] += beyond
+        if g[i] < least:  # nothing passes, not the rounding of sums that cancel
+            d_g[b, start + i, h, 0] = 0
+            beyond = later[i] * 0
 
 
 # ---- one decay per head and key
@@ -609,214 +363,291 @@ Q, K, POWER, REST, Q_, K_ = range(6)
 
 
 @_compile
-def _prepare_keys(like, q, k, g, reset, start, steps, tiles, levels, weights, total, first, last):
-    """For units (chunk, row, head), in tiles (6, units, C, keys): q, k, both parts of the decays, q and k scaled for
-    the state before and after; in levels, q and k scaled about the middle of each block; the weights within leaves."""
-    batch, heads, group = g.shape[0], g.shape[2], g.shape[2] // q.shape[2]
-    size, width = tiles.shape[2], tiles.shape[3]
-    row, keys, unit = width * q.itemsize, q.shape[3], tiles.shape[2] * tiles.shape[3] * q.itemsize
-    logs, seen = np.zeros((size, width), q.dtype), np.zeros(width, q.dtype)
-    for u in range(first, last):
-        c, b, h = u // (batch * heads), u // heads % batch, u % heads
-        for i in range(size):
-            t = c * size + i
-            if t < steps:
-                t += start
-                for d in range(keys):
-                    tiles[Q, u, i, d] = q[b, t, h // group, d]
-                for d in range(keys):
-                    tiles[K, u, i, d] = k[b, t, h // group, d]
-                if reset.shape[0] != 0 and reset[b, t] != 0:
-                    for d in range(keys):
-                        logs[i, d] = -np.inf
-                else:
-                    for d in range(keys):
-                        logs[i, d] = g[b, t, h, d] * LOG2
-            else:
-                logs[i] = 0
-                tiles[Q, u, i] = 0
-                tiles[K, u, i] = 0
-            for d in range(keys, width):
-                tiles[Q, u, i, d] = 0
-                tiles[K, u, i, d] = 0
-        apart = tiles.shape[1] * unit
-        here = tiles.ctypes.data + u * unit
-        for at in range(0, row, 64):
-            q_, k_, power, rest = here + at, here + apart + at, here + 2 * apart + at, here + 3 * apart + at
-            _factors(like, size, row, (logs.ctypes.data + at, power, rest, total.ctypes.data + u * row + at))
-            _upto(like, size, row, (q_, power, rest, here + 4 * apart + at))
-            _after(like, size, row, (k_, power, rest, here + 5 * apart + at))
-            half = LEAF
-            for level in range(levels.shape[0]):
-                out = levels.ctypes.data + level * apart + u * unit + at
-                for i in range(0, size, 2 * half):
-                    low, mid = i * row, (i + half) * row
-                    _after(like, half, row, (k_ + low, power + low, rest + low, out + low))
-                    _upto(like, half, row, (q_ + mid, power + mid, rest + mid, out + mid))
-                half *= 2
-        weights[u] = 0
+def _prepare_keys(like, tile, levels, turned, weights, total, q, k, g, reset, b, start, steps, head, h):
+    """For a chunk, in tile (6, C, keys): q, k, both parts of the decays, q and k scaled for the state before and after;
+    in levels, q and k scaled about the middle of each block; the weights; the sums of the logs."""
+    threads._apart()
+    size, width = tile.shape[1], tile.shape[2]
+    row, item = width * tile.itemsize, tile.itemsize
+    apart, block = size * row, size * item
+    tiles.load(tile[Q], q, b, start, steps, head)
+    tiles.load(tile[K], k, b, start, steps, head)
+    logs, seen = tile[Q_], np.empty(width, tile.dtype)
+    tiles.load(logs, g, b, start, steps, h)
+    for i in range(steps):
+        for d in range(width):
+            logs[i, d] *= tiles.LOG2
+        if reset.shape[0] and reset[b, start + i]:
+            for d in range(g.shape[3]):
+                logs[i, d] = -np.inf
+    for at in range(0, row, vectors.BYTES):
+        here = tile.ctypes.data + at
+        q_, k_, power, rest = here, here + apart, here + 2 * apart, here + 3 * apart
+        _factors(like, size, row, (here + 4 * apart, power, rest, total.ctypes.data + at))
+        _upto(like, size, row, (q_, power, rest, here + 4 * apart))
+        _after(like, size, row, (k_, power, rest, here + 5 * apart))
+        half = LEAF
+        for level in range(levels.shape[0]):
+            out = levels.ctypes.data + level * apart + at
+            for i in range(0, size, 2 * half):
+                low, mid = i * row, (i + half) * row
+                _after(like, half, row, (k_ + low, power + low, rest + low, out + low))
+                _upto(like, half, row, (q_ + mid, power + mid, rest + mid, out + mid))
+            half *= 2
+    weights[:] = 0
+    half = LEAF
+    for level in range(levels.shape[0]):
+        tiles.turn(like, turned, levels[level])
+        for i in range(0, size, 2 * half):
+            tiles.window(
+                like, 0, half, half * item, width, levels.ctypes.data + level * apart + (i + half) * row, row, item,
+                turned.ctypes.data + i * item, block, weights.ctypes.data + (i + half) * block + i * item, block,
+            )  # fmt: skip
+        half *= 2
+    for j in range(size):
+        here = tile.ctypes.data + j * row
+        _column(
+            like, LEAF - j % LEAF, row,
+            (here, here + apart, here + 2 * apart, here + 3 * apart, seen.ctypes.data,
+             weights.ctypes.data + j * block + j * item, block),
+        )  # fmt: skip
+
+
+@_compile
+def _finish_keys(like, grads, tile, levels, between, through, d_weights, whole):
+    """grads (3, C, keys): of q, k and the log decays. through: (2, C, keys), the gradients of q and k scaled for the
+    states; between: scratch, those about the middles of blocks, which the gradients of the weights give."""
+    threads._apart()
+    size, width = tile.shape[1], tile.shape[2]
+    row, item = width * tile.itemsize, tile.itemsize
+    apart, block = size * row, size * item
+    zero, seen = np.zeros(vectors.BYTES // item, tile.dtype), np.empty((LEAF, vectors.BYTES // item), tile.dtype)
+    half = LEAF
+    for level in range(levels.shape[0]):
+        x, out = levels.ctypes.data + level * apart, between.ctypes.data + level * apart
+        for i in range(0, size, 2 * half):
+            low, mid = i * row, (i + half) * row
+            given = d_weights.ctypes.data + (i + half) * block + i * item
+            tiles.window(like, 0, half, row, half, given, block, item, x + low, row, out + mid, row)
+            tiles.window(like, 0, half, row, half, given, item, block, x + mid, row, out + low, row)
+        half *= 2
+    grads[:] = 0
+    for at in range(0, row, vectors.BYTES):
+        here, out = tile.ctypes.data + at, grads.ctypes.data + at
+        power, rest, dg = here + 2 * apart, here + 3 * apart, out + 2 * apart
+        dx = through.ctypes.data + at
+        _through_upto(like, size, row, (here + 4 * apart, dx, power, rest, out, dg, whole.ctypes.data + at))
+        _through_after(like, size, row, (here + 5 * apart, dx + apart, power, rest, out + apart, dg, zero.ctypes.data))
+        half = LEAF
+        for level in range(levels.shape[0]):
+            x, dx = levels.ctypes.data + level * apart + at, between.ctypes.data + level * apart + at
+            for i in range(0, size, 2 * half):
+                low, mid = i * row, (i + half) * row
+                _through_upto(
+                    like, half, row,
+                    (x + mid, dx + mid, power + mid, rest + mid, out + mid, dg + mid, zero.ctypes.data),
+                )  # fmt: skip
+                _through_after(
+                    like, half, row,
+                    (x + low, dx + low, power + low, rest + low, out + apart + low, dg + low, zero.ctypes.data),
+                )  # fmt: skip
+            half *= 2
         for j in range(size):
-            at = here + j * row
-            _column(
+            low = j * row
+            _column_back(
                 like, LEAF - j % LEAF, row,
-                (at, at + apart, at + 2 * apart, at + 3 * apart, seen.ctypes.data,
-                 weights.ctypes.data + ((u * size + j) * size + j) * q.itemsize, size * q.itemsize),
+                (here + low, here + apart + low, power + low, rest + low, seen.ctypes.data,
+                 d_weights.ctypes.data + j * block + j * item, block, out + low, out + apart + low, dg + low),
             )  # fmt: skip
 
 
 @_compile
-def _finish_keys(like, tiles, levels, through, between, d_weights, whole, grads, first, last):
-    """grads (3, units, C, keys): of q, k and the log decays. through: (2, units, C, keys), the gradients of q and k
-    scaled for the states; between: (2, levels, units, C / 2, keys), those about the middles of blocks."""
-    size, width = tiles.shape[2], tiles.shape[3]
-    row, unit = width * tiles.itemsize, tiles.shape[2] * tiles.shape[3] * tiles.itemsize
-    zero, seen = np.zeros(16, tiles.dtype), np.zeros((LEAF, 16), tiles.dtype)
-    for u in range(first, last):
-        grads[:, u] = 0
-        apart = tiles.shape[1] * unit
-        for at in range(0, row, 64):
-            here, out = tiles.ctypes.data + u * unit + at, grads.ctypes.data + u * unit + at
-            power, rest, dg = here + 2 * apart, here + 3 * apart, out + 2 * apart
-            dx = through.ctypes.data + u * unit + at
-            total = whole.ctypes.data + u * row + at
-            _through_upto(like, size, row, (here + 4 * apart, dx, power, rest, out, dg, total))
-            _through_after(
-                like, size, row, (here + 5 * apart, dx + apart, power, rest, out + apart, dg, zero.ctypes.data)
-            )
-            half = LEAF
-            for level in range(levels.shape[0]):
-                x = levels.ctypes.data + level * apart + u * unit + at
-                for i in range(0, size, 2 * half):
-                    low, mid = i * row, (i + half) * row
-                    dx = between.ctypes.data + (level * apart + u * unit) // 2 + low // 2 + at
-                    _through_upto(
-                        like, half, row,
-                        (x + mid, dx, power + mid, rest + mid, out + mid, dg + mid, zero.ctypes.data),
-                    )  # fmt: skip
-                    dx += levels.shape[0] * apart // 2
-                    _through_after(
-                        like, half, row,
-                        (x + low, dx, power + low, rest + low, out + apart + low, dg + low, zero.ctypes.data),
-                    )  # fmt: skip
-                half *= 2
-            for j in range(size):
-                low = j * row
-                _column_back(
-                    like, LEAF - j % LEAF, row,
-                    (here + low, here + apart + low, power + low, rest + low, seen.ctypes.data,
-                     d_weights.ctypes.data + ((u * size + j) * size + j) * tiles.itemsize, size * tiles.itemsize,
-                     out + low, out + apart + low, dg + low),
-                )  # fmt: skip
+def _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, worker, workers):
+    """Units are rows of the batch by heads."""
+    threads._apart()
+    steps, keys, heads, values = q.shape[1], q.shape[3], v.shape[2], v.shape[3]
+    group, wide, high = heads // q.shape[2], tiles.up(keys), tiles.up(values)
+    count = 0
+    while LEAF << count < size:
+        count += 1
+    tile, levels = np.zeros((6, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
+    turned, weights = np.zeros((wide, size), v.dtype), np.zeros((size, size), v.dtype)
+    vs, os, s = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((wide, high), v.dtype)
+    total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
+    units = q.shape[0] * heads
+    for u in range(units * worker // workers, units * (worker + 1) // workers):
+        b, h = u // heads, u % heads
+        s[:keys, :values] = state[b, h]
+        for c in range(-(-steps // size)):
+            start = c * size
+            here = min(size, steps - start)
+            _prepare_keys(
+                like, tile, levels, turned, weights, total, q, k, g, reset, b, start, here, h // group, h
+            )  # fmt: skip
+            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
+            tiles.load(vs, v, b, start, here, h)
+            tiles.lower_product(like, 0, os, weights, vs)
+            tiles.product(like, 1, os, tile[Q_], s)
+            tiles.save(o, os, b, start, here, h)
+            if states.shape[0]:
+                states[b, h, c] = s
+            tiles.pass_on(s, whole[0], whole[1])
+            tiles.turned_product(like, 1, s, tile[K_], vs)
+        last[b, h] = s[:keys, :values]
 
 
-class _Key:
-    """One decay per head, step and key."""
+@_compile
+def _backward_keys(
+    like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, worker, workers
+):  # fmt: skip
+    """d_q, d_k: (B, T, heads, keys), still to be summed over the heads of a group."""
+    threads._apart()
+    steps, keys, heads, values = q.shape[1], q.shape[3], v.shape[2], v.shape[3]
+    group, wide, high = heads // q.shape[2], tiles.up(keys), tiles.up(values)
+    count = 0
+    while LEAF << count < size:
+        count += 1
+    tile, levels = np.zeros((6, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
+    turned, weights, d_weights = (
+        np.zeros((wide, size), v.dtype), np.zeros((size, size), v.dtype), np.zeros((size, size), v.dtype)
+    )  # fmt: skip
+    vs, vt, dv = np.zeros((size, high), v.dtype), np.zeros((high, size), v.dtype), np.zeros((size, high), v.dtype)
+    do, end, st = np.zeros((size, high), v.dtype), np.zeros((wide, high), v.dtype), np.zeros((high, wide), v.dtype)
+    through, grads, between = (
+        np.zeros((2, size, wide), v.dtype), np.zeros((3, size, wide), v.dtype), np.zeros(levels.shape, v.dtype)
+    )  # fmt: skip
+    total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
+    units = q.shape[0] * heads
+    for u in range(units * worker // workers, units * (worker + 1) // workers):
+        b, h = u // heads, u % heads
+        end[:keys, :values] = d_last[b, h]
+        for c in range(-(-steps // size) - 1, -1, -1):
+            start, s = c * size, states[b, h, c]
+            here = min(size, steps - start)
+            _prepare_keys(
+                like, tile, levels, turned, weights, total, q, k, g, reset, b, start, here, h // group, h
+            )  # fmt: skip
+            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
+            tiles.load(vs, v, b, start, here, h)
+            tiles.load(do, d_o, b, start, here, h)
+            tiles.turned_lower_product(like, 0, dv, weights, do)
+            tiles.product(like, 1, dv, tile[K_], end)
+            tiles.save(d_v, dv, b, start, here, h)
+            tiles.turn(like, vt, vs)
+            tiles.lower(like, d_weights, do, vt)
+            tiles.turn(like, st, s)
+            tiles.product(like, 0, through[0], do, st)
+            tiles.turn(like, st, end)
+            tiles.product(like, 0, through[1], vs, st)
+            for i in range(keys):
+                total[i] = tiles.dot(s[i], end[i]) * (whole[0, i] + whole[1, i])
+            _finish_keys(like, grads, tile, levels, between, through, d_weights, total)
+            tiles.save(d_q, grads[0], b, start, here, h)
+            tiles.save(d_k, grads[1], b, start, here, h)
+            tiles.save(d_g, grads[2], b, start, here, h)
+            tiles.pass_on(end, whole[0], whole[1])
+            tiles.turned_product(like, 1, end, tile[Q_], do)
+        d_state[b, h] = end[:keys, :values]
 
-    def _parts(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, reset: Tensor | None, span: Span, room: _Room) -> Any:
-        batch, _, heads, values = v.shape
-        size, n, width, keys = _size(span), span.many * batch * heads, _up(q.shape[3]), q.shape[3]
-        tiles = room("tiles", v, 6, n, size, width)
-        levels = room("levels", v, int(math.log2(size // LEAF)), n, size, width)
-        weights, total, vs = room("weights", v, n, size, size), v.new_empty(n, width), room("v", v, n, size, values)
-        _share(
-            _prepare_keys, n, tiles.numel(), _like(v.dtype), *_numbers(q, k, g), _bytes(reset), span.start, span.steps,
-            *_numbers(tiles, levels, weights, total),
-        )  # fmt: skip
-        _share(_cut, n, vs.numel(), *_numbers(v, vs), span.start, span.steps)
-        for later, earlier, block in self._halves(levels, weights):
-            for pair, part in enumerate(
-                room.product("block", later, earlier.mT).view(n, -1, *block.shape[2:]).unbind(1)
-            ):
-                block[:, pair] = part
-        whole = _two_parts(total)[..., :keys].contiguous().view(span.many, batch * heads, 2, keys)
-        return tiles, levels, weights, vs, whole
 
-    @staticmethod
-    def _halves(levels: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each level the later and earlier halves of its blocks (blocks, S, keys), and their weights, a view
-        (n, blocks of a chunk, S, S)."""
-        found, size = [], LEAF
-        for level in levels:
-            x = level.view(-1, 2 * size, level.shape[2])
-            pairs = weights.shape[1] // (2 * size)
-            block = weights.view(-1, pairs, 2, size, pairs, 2, size)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)
-            found.append((x[:, size:], x[:, :size], block.permute(0, 3, 1, 2)))
-            size *= 2
-        return found
+# ---- the op
 
-    def forward(
-        self, parts: Any, reset: Tensor | None, span: Span, before: Tensor, out: Tensor, kept: Tensor, room: _Room
-    ) -> Tensor | None:
-        tiles, _, weights, vs, whole = self._parts(*parts, reset, span, room)
-        q_, k_ = (tiles[i, :, :, : parts[0].shape[3]] for i in (Q_, K_))
-        return _read(weights, vs, q_, k_, whole, span, before, out, kept, room)
 
-    def backward(
-        self, d_o: Tensor, after: Tensor, parts: Any, reset: Tensor | None, span: Span, starts: Tensor, outs: Any,
-        room: _Room,
-    ) -> Tensor | None:  # fmt: skip
-        q, _, v, _ = parts
-        keys, group = q.shape[3], v.shape[2] // q.shape[2]
-        tiles, levels, weights, vs, whole = self._parts(*parts, reset, span, room)
-        q_, k_ = (tiles[i, :, :, :keys] for i in (Q_, K_))
-        do = room("do", v, *vs.shape)
-        _share(_cut, len(do), do.numel(), *_numbers(d_o, do), span.start, span.steps)
-        ends, d_state = _pass_back(q_, do, after, whole, span, room)
-        starts = starts.flatten(0, 2)
-        d_v = room.product("d_v", weights.mT, do).baddbmm_(k_, ends)
-        d_weights = room.product("d_weights", do, vs.mT)
-        n, size, width = tiles.shape[1:]
-        through, between = (
-            room("through", v, 2, n, size, width),
-            room("between", v, 2, len(levels), n, size // 2, width),
+@functools.partial(_compile, parallel=True)
+def _forward_units_together(like, q, k, v, g, reset, state, size, o, last, states, workers):
+    for worker in numba.prange(workers):
+        _forward_units(like, q, k, v, g, reset, state, size, o, last, states, np.int64(worker), workers)
+
+
+@functools.partial(_compile, parallel=True)
+def _backward_units_together(like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, workers):
+    for worker in numba.prange(workers):
+        _backward_units(
+            like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, np.int64(worker), workers
         )
-        for to, a, b in ((through[0], do, starts), (through[1], vs, ends)):
-            if width == keys:
-                torch.bmm(a, b.mT, out=to)
-            else:
-                to.zero_()[..., :keys] = torch.bmm(a, b.mT)
-        for level, (later, earlier, block) in enumerate(self._halves(levels, d_weights)):
-            given = block.reshape(-1, *block.shape[2:])
-            torch.bmm(given, earlier, out=between[0, level].view(later.shape))
-            torch.bmm(given.mT, later, out=between[1, level].view(later.shape))
-        crossing = tiles.new_zeros(n, width)
-        crossing[:, :keys] = (starts * ends).sum(2) * whole.sum(2).view(n, keys)
-        grads = room("grads", v, 3, n, size, width)
-        _share(
-            _finish_keys, n, grads.numel(), _like(v.dtype),
-            *_numbers(tiles, levels, through, between, d_weights, crossing, grads),
-        )  # fmt: skip
-        d_q, d_k, d_g = (t[..., :keys] for t in grads)
-        if group > 1:
-            d_q, d_k = (t.unflatten(0, (-1, group)).sum(1) for t in (d_q, d_k))
-        found = (d_q.contiguous(), d_k.contiguous(), d_v, d_g.contiguous())
-        return d_state if _paste_all(outs, found, span) else None
 
 
-class _Way(Way):
-    KINDS: dict[str, _Scalar | _Key] = {"scalar": _Scalar(), "key": _Key()}
-
-    def chunk(self, kind: str, v: Tensor, keys: int) -> int:
-        return CHUNK[kind] * (2 if kind == "scalar" and keys > WIDE else 1)
-
-    def scratch(self, kind: str) -> int:
-        return SCRATCH
-
-    def room(self) -> _Room:
-        return _Room()
-
-    def forward(
-        self, parts: Any, reset: Any, span: Span, before: Any, out: Any, kept: Any, kind: str, room: _Room
-    ) -> Tensor | None:
-        return self.KINDS[kind].forward(parts, reset, span, before, out, kept, room)
-
-    def backward(
-        self, d_o: Any, after: Any, parts: Any, reset: Any, span: Span, starts: Any, outs: Any, kind: str, room: _Room
-    ) -> Tensor | None:
-        return self.KINDS[kind].backward(d_o.contiguous(), after, parts, reset, span, starts, outs, room)
+@functools.partial(_compile, parallel=True)
+def _forward_keys_together(like, q, k, v, g, reset, state, size, o, last, states, workers):
+    for worker in numba.prange(workers):
+        _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, np.int64(worker), workers)
 
 
-_run = in_torch.compiled("outer_scan_numba", "cpu", _Way())
+@functools.partial(_compile, parallel=True)
+def _backward_keys_together(like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, workers):
+    for worker in numba.prange(workers):
+        _backward_keys(
+            like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, np.int64(worker), workers
+        )
+
+
+_FORWARD = {"scalar": (_forward_units, _forward_units_together), "key": (_forward_keys, _forward_keys_together)}
+_BACKWARD = {"scalar": (_backward_units, _backward_units_together), "key": (_backward_keys, _backward_keys_together)}
+
+
+def _sizes(q: Tensor, v: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Steps of a chunk, and the shape of the states between chunks."""
+    size = tiles.LANES
+    while size < CHUNK and size < v.shape[1]:
+        size *= 2
+    up = tiles.up.py_func
+    return size, (v.shape[0], v.shape[2], -(-v.shape[1] // size), up(q.shape[3]), up(v.shape[3]))
+
+
+def _parts(q: Tensor, v: Tensor, kind: str) -> int:
+    """Into how many parts the heads of a group go."""
+    group = v.shape[2] // max(1, q.shape[2])
+    return group if kind == "key" else -(-group // TOGETHER)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str, *, keep: bool
+) -> tuple[Tensor, ...]:
+    size, shape = _sizes(q, v)
+    o, last, states = (
+        v.new_empty(v.shape),
+        state.new_empty(state.shape),
+        state.new_empty(shape if keep else (0, *shape[1:])),
+    )
+    if not (v.numel() and q.numel()):
+        return o.zero_(), last.copy_(state), states
+    given = v.new_empty(*v.shape[:3], 0) if g is None else g
+    before, after = vectors._arrays(q, k, v, given, reset, state), vectors._arrays(o, last, states)
+    vectors._run(*_FORWARD[kind], v, 1, len(v) * q.shape[2] * _parts(q, v, kind), *before, size, *after)
+    return o, last, states
+
+
+def _backward(
+    d_o: Tensor, d_last: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor,
+    reset: Tensor | None, kind: str, states: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    size, parts = _sizes(q, v)[0], _parts(q, v, kind)
+    d_q, d_k = (q.new_empty(*q.shape[:2], q.shape[2] * parts, q.shape[3]) for _ in range(2))
+    d_v, d_state = v.new_empty(v.shape), d_last.new_empty(d_last.shape)
+    given = v.new_empty(*v.shape[:3], 0) if g is None else g
+    d_g = given.new_empty(given.shape)
+    if v.numel() and q.numel():
+        before = vectors._arrays(d_o, d_last, q, k, v, given, reset, states)
+        after = vectors._arrays(d_q, d_k, d_v, d_g, d_state)
+        vectors._run(*_BACKWARD[kind], v, 1, len(v) * q.shape[2] * parts, *before, size, *after)
+    else:
+        for t in (d_q, d_k, d_v, d_g):
+            t.zero_()
+        d_state.copy_(d_last)
+    if parts > 1:
+        d_q, d_k = (t.unflatten(2, (-1, parts)).sum(3) for t in (d_q, d_k))
+    return *([d_q, d_k, d_v] if g is None else [d_q, d_k, d_v, d_g]), d_state
+
+
+def _like(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
+) -> tuple[Tensor, ...]:
+    spoilt = v.new_empty(v.shape[:2], dtype=torch.bool)
+    return v.new_empty(v.shape), state.new_empty(state.shape), spoilt, state.new_empty(_sizes(q, v)[1])
+
+
+_contained = contained(ARGUMENTS, _forward, _backward, by_loop)
+_run = opaque("outer_scan_numba", "cpu", ARGUMENTS, *_contained[:2], _like, results=2, kept=2, alone=_contained[2])
 
 
 def scan(

@@ -10,22 +10,23 @@ rest, halving by halving, is e^{p_i} e^{s_j} with p and s counted from the middl
 A decay per key or value splits over the same middles: there the factors go onto rows of q and k, or of o and v.
 A decay per key and value is an elementwise scan of k v^T, a few steps at a time.
 
-Kept for backward are the inputs and the states between chunks. Where numbers are not finite, a product with a masked or
-fully decayed element is NaN though that element plays no part, so such chunks are done again by the elementwise scan.
+Kept for backward are the inputs and the states between chunks.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..contain import contained
 from ..linear_scan import linear_scan
-from ..opaque import Kernel, opaque
+from ..looping import loop
+from ..opaque import opaque
+from . import outer_step
 from .edges import normal
 
 CHUNK = {"scalar": 128, "key": 64, "value": 64}  # steps; by measurement
@@ -70,10 +71,10 @@ class Span(NamedTuple):
         return slice(self.first, self.first + self.many)
 
 
-def _spans(steps: int, size: int, rows: int, scratch: int) -> list[Span]:
+def _spans(steps: int, size: int, rows: int) -> list[Span]:
     """rows: B H."""
     whole, rest = divmod(steps, size)
-    together = max(1, scratch // max(1, rows * size * size))
+    together = max(1, SCRATCH // max(1, rows * size * size))
     spans = [
         Span(i, i * size, min(together, whole - i), size, min(together, whole - i) * size)
         for i in range(0, whole, together)
@@ -102,87 +103,20 @@ def _paste(out: Tensor, span: Span, t: Tensor) -> None:
         out[:, span.time] = t[0, :, :, : span.steps].transpose(1, 2)
 
 
-def _finite(*tensors: Tensor) -> bool:
-    return math.isfinite(sum(float(t.sum()) for t in tensors))
-
-
-class Way:
-    """How a span of chunks is done."""
-
-    def chunk(self, kind: str, v: Tensor, keys: int) -> int:
-        """Steps of a chunk."""
-        if kind != "full":
-            return CHUNK[kind]
-        return max(1, FULL // max(1, len(v) * v.shape[2] * keys * v.shape[3]))
-
-    def scratch(self, kind: str) -> int:
-        return SCRATCH
-
-    def room(self) -> Any:
-        """What the spans of a call share."""
-
-    def forward(
-        self,
-        parts: _Parts,
-        reset: Tensor | None,
-        span: Span,
-        before: Tensor,
-        out: Tensor,
-        kept: Tensor,
-        kind: str,
-        room: Any,
-    ) -> Tensor | None:
-        """Fill the span of out and kept, the states before its chunks; the state at its end, or None if something is
-        not finite."""
-        y, starts, after = _of_kind(kind).forward(*_cut_all(parts, reset, span, before.dtype), before)
-        if not _finite(y, after):
-            return None
-        _paste(out, span, y)
-        kept.copy_(starts)
-        return after
-
-    def backward(
-        self,
-        d_o: Tensor,
-        after: Tensor,
-        parts: _Parts,
-        reset: Tensor | None,
-        span: Span,
-        starts: Tensor,
-        outs: list[Tensor | None],
-        kind: str,
-        room: Any,
-    ) -> Tensor | None:
-        """Fill the span of the gradients outs; that of the state before it, or None."""
-        cut = _cut_all(parts, reset, span, starts.dtype)
-        found = _of_kind(kind).backward(_cut(d_o, span, starts.dtype), after, *cut, starts)
-        if not _finite(*found[:3], found[4]):
-            return None
-        for out, t in zip(outs, found):
-            if out is not None and t is not None:
-                _paste(out, span, t)
-        return found[4]
-
-
 def _forward(
-    way: Way, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the state at the end, and the states before each chunk (chunks, B, H, K, V)."""
-    size, steps, room = way.chunk(kind, v, q.shape[3]), v.shape[1], way.room()
+    size, steps = _chunk(kind, v, q.shape[3]), v.shape[1]
     o, last = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
     states = state.new_empty(-(-steps // size), *state.shape)
-    for rows in _row_slices(v, size, kind, way.scratch(kind)):
+    for rows in _row_slices(v, size, kind):
         parts = q[rows], k[rows], v[rows], None if g is None else g[rows]
-        cuts, out, kept = None if reset is None else reset[rows], o[rows], states[:, rows]
-        before = state[rows]
-        for span in _spans(steps, size, len(parts[2]) * v.shape[2], way.scratch(kind)):
+        cuts, out, kept, before = None if reset is None else reset[rows], o[rows], states[:, rows], state[rows]
+        for span in _spans(steps, size, len(parts[2]) * v.shape[2]):
             if kind != "full":
-                after = way.forward(parts, cuts, span, before, out, kept[span.chunks], kind, room)
-                if after is None:
-                    now = parts, cuts, span, before
-                    after, spoilt = _without_the_spoilt(way, *now, out, kept[span.chunks], kind, room)
-                    after = _put_the_spoilt(out, kept, after, spoilt, *now, kind)
-                before = after
+                y, kept[span.chunks], before = _KINDS[kind].forward(*_cut_all(parts, cuts, span, state.dtype), before)
+                _paste(out, span, y)
                 continue
             for number, time in _chunks(span):
                 kept[number] = before
@@ -192,70 +126,7 @@ def _forward(
     return o, last, states
 
 
-def _without_the_spoilt(
-    way: Way,
-    parts: _Parts,
-    reset: Tensor | None,
-    span: Span,
-    before: Tensor,
-    out: Tensor,
-    kept: Tensor,
-    kind: str,
-    room: Any,
-) -> tuple[Tensor, Tensor]:
-    """The span in the same way with zeros for what is not finite: other rows and earlier steps keep their bits.
-
-    Returns the state at the end, and (B, S) bool: where a row is spoilt, from its first bad step on.
-    """
-    q, k, v, g = _at(parts, span.time)
-    bad = ~torch.stack([t.isfinite().flatten(2).all(2) for t in (q, k, v)]).all(0)
-    if g is not None:
-        bad |= (g.isnan() | (g > 0) & g.isinf()).flatten(2).any(2)
-    spoilt = bad.cummax(1).values | ~before.isfinite().flatten(1).all(1)[:, None]
-    all_time = parts[2].new_zeros(parts[2].shape[:2], dtype=torch.bool)
-    all_time[:, span.time] = spoilt
-    cleared = [
-        None if t is None else t.masked_fill(all_time.view(*all_time.shape, *[1] * (t.ndim - 2)), 0) for t in parts
-    ]
-    clean, state = cast(_Parts, tuple(cleared)), before.masked_fill(spoilt[:, :1, None, None], 0)
-    after = way.forward(clean, reset, span, state, out, kept, kind, room)
-    if after is None:  # too large, or more than this way can take
-        y, starts, after = _of_kind(kind).forward(*_cut_all(clean, reset, span, state.dtype), state)
-        _paste(out, span, y)
-        kept.copy_(starts)
-        spoilt = (
-            spoilt | ~(y.isfinite().transpose(0, 1).flatten(1).all(1) & after.isfinite().flatten(1).all(1))[:, None]
-        )
-    return after, spoilt
-
-
-def _put_the_spoilt(
-    out: Tensor,
-    kept: Tensor,
-    after: Tensor,
-    spoilt: Tensor,
-    parts: _Parts,
-    reset: Tensor | None,
-    span: Span,
-    before: Tensor,
-    kind: str,
-) -> Tensor:
-    """Spoilt rows again by the elementwise scan, put into out, kept and the state at the end, which is returned."""
-    at = spoilt.any(1).nonzero()[:, 0]
-    q, k, v, g = parts
-    rows = q[at], k[at], v[at], None if g is None else g[at]
-    state, reset, late = before[at], None if reset is None else reset[at], spoilt[at]
-    for number, time in _chunks(span):
-        kept[number, at] = state
-        cut = None if reset is None else reset[:, time]
-        o, state = _elementwise(*_at(rows, time), state, cut, kind)
-        here = late[:, time.start - span.start : time.stop - span.start, None, None]
-        out[at, time] = torch.where(here, o, out[at, time])
-    return after.index_copy(0, at, state)
-
-
 def _backward(
-    way: Way,
     d_o: Tensor,
     d_last: Tensor,
     q: Tensor,
@@ -267,20 +138,22 @@ def _backward(
     kind: str,
     states: Tensor,
 ) -> tuple[Tensor, ...]:
-    size, steps, room = way.chunk(kind, v, q.shape[3]), v.shape[1], way.room()
+    size, steps, dtype = _chunk(kind, v, q.shape[3]), v.shape[1], states.dtype
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, g)]
     d_state = torch.empty_like(d_last, memory_format=torch.contiguous_format)
-    for rows in _row_slices(v, size, kind, way.scratch(kind)):
+    for rows in _row_slices(v, size, kind):
         parts = q[rows], k[rows], v[rows], None if g is None else g[rows]
         cuts, outs = None if reset is None else reset[rows], [None if t is None else t[rows] for t in grads]
         after = d_last[rows]
-        for span in reversed(_spans(steps, size, len(parts[2]) * v.shape[2], way.scratch(kind))):
+        for span in reversed(_spans(steps, size, len(parts[2]) * v.shape[2])):
             if kind != "full":
-                starts = states[span.chunks, rows]
-                before = way.backward(d_o[rows], after, parts, cuts, span, starts, outs, kind, room)
-                if before is not None:
-                    after = before
-                    continue
+                cut = _cut_all(parts, cuts, span, dtype)
+                found = _KINDS[kind].backward(_cut(d_o[rows], span, dtype), after, *cut, states[span.chunks, rows])
+                for out, t in zip(outs, found):
+                    if out is not None and t is not None:
+                        _paste(out, span, t)
+                after = found[4]
+                continue
             for number, time in reversed(list(_chunks(span))):
                 found = _elementwise_backward(
                     d_o[rows, time], after, *_at(parts, time), states[number, rows],
@@ -294,9 +167,16 @@ def _backward(
     return *(t for t in grads if t is not None), d_state
 
 
-def _row_slices(v: Tensor, size: int, kind: str, scratch: int) -> list[slice]:
+def _chunk(kind: str, v: Tensor, keys: int) -> int:
+    """Steps of a chunk."""
+    if kind != "full":
+        return CHUNK[kind]
+    return max(1, FULL // max(1, len(v) * v.shape[2] * keys * v.shape[3]))
+
+
+def _row_slices(v: Tensor, size: int, kind: str) -> list[slice]:
     """Rows of the batch that are worked on at once."""
-    each = max(1, len(v) if kind == "full" else scratch // max(1, v.shape[2] * size * size))
+    each = max(1, len(v) if kind == "full" else SCRATCH // max(1, v.shape[2] * size * size))
     return [slice(i, i + each) for i in range(0, len(v), each)]
 
 
@@ -578,10 +458,6 @@ def _split(d_start: Tensor, d_end: Tensor, size: int) -> None:
 _KINDS: dict[str, _Scalar | _Vector] = {"scalar": _Scalar(), "key": _Vector(True), "value": _Vector(False)}
 
 
-def _of_kind(kind: str) -> _Scalar | _Vector:
-    return _KINDS[kind]
-
-
 def _elementwise(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor]:
@@ -635,17 +511,21 @@ def _outer_parts(
     return q, k, v.to(dtype)[..., None, :], a
 
 
-def compiled(name: str, devices: str | None, way: Way) -> Kernel:
-    """f(q, k, v, g, state, reset, kind) -> o and the state at the end, differentiable."""
-
-    def like(q, k, v, g, state, reset, kind):
-        count = -(-v.shape[1] // way.chunk(kind, v, q.shape[3]))
-        return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty((count, *state.shape))
-
-    return opaque(
-        name, devices, "q k v g? state reset? kind:str",
-        functools.partial(_forward, way), functools.partial(_backward, way), like, results=2, kept=1,
-    )  # fmt: skip
+def by_loop(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    if g is not None and kind != "full":
+        g = g[..., None, :] if kind == "value" else g[..., None]
+    return loop(outer_step, (q, k, v, g), state, fresh=torch.zeros_like(state), like=v, reset=reset, lengths=None)
 
 
-_run = compiled("outer_scan_torch", None, Way())
+def _like(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, reset: Tensor | None, kind: str
+) -> tuple[Tensor, ...]:
+    count, spoilt = -(-v.shape[1] // _chunk(kind, v, q.shape[3])), v.new_empty(v.shape[:2], dtype=torch.bool)
+    return v.new_empty(v.shape), state.new_empty(state.shape), spoilt, state.new_empty((count, *state.shape))
+
+
+ARGUMENTS = "q k v g? state reset? kind:str"
+_contained = contained(ARGUMENTS, _forward, _backward, by_loop)
+_run = opaque("outer_scan_torch", None, ARGUMENTS, *_contained[:2], _like, results=2, kept=2, alone=_contained[2])

@@ -64,7 +64,9 @@ class _Lanes:
 
     def splat(self, address: Any) -> Any:
         """One number, in every lane."""
-        value = self.builder.load(self.builder.inttoptr(address, self.scalar.as_pointer()), align=self.size)
+        return self.spread(self.builder.load(self.builder.inttoptr(address, self.scalar.as_pointer()), align=self.size))
+
+    def spread(self, value: Any) -> Any:
         first = self.builder.insert_element(ir.Constant(self.type, ir.Undefined), value, ir.IntType(32)(0))
         return self._shuffle(first, [0] * self.count)
 
@@ -122,6 +124,10 @@ class _Lanes:
         slot = cgutils.alloca_once(self.builder, self.type)
         self.builder.store(value, slot)
         return slot
+
+    def mix(self, p: Any, q: Any, order: list[int]) -> Any:
+        """Lanes of p, or of q from `count` on, in this order."""
+        return self.builder.shuffle_vector(p, q, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
 
     def _shuffle(self, value: Any, order: list[int]) -> Any:
         mask = ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order)

@@ -1,0 +1,1 @@
+"""Products of matrices that are small enough for the nearest cache, for the kernels of the other ops."""
