@@ -51,6 +51,14 @@ def test_the_step_size_has_a_floor():
     torch.testing.assert_close(dt, torch.full_like(dt, 1e-4))
 
 
+def test_rates_beyond_what_float32_holds_have_gradients():
+    layer = Mamba(4, states=2)
+    torch.nn.init.constant_(layer.a_log, 100.0)
+    x = torch.randn(2, 9, 4, requires_grad=True)
+    layer(x)[0].square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in (x, *layer.parameters())) and layer.select.weight.grad.any()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
