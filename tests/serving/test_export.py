@@ -115,7 +115,7 @@ def test_the_mode_is_left_as_it_was_and_what_starts_unevenly_is_written_down(tmp
 
 def test_what_can_not_be_exported_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="format"):
-        export_step(tiny("gru"), tmp_path / "m", format="tflite")
+        export_step(tiny("gru"), tmp_path / "m", format="tflite")  # type: ignore[arg-type]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"statewise\[onnx\]"):
         export_step(tiny("gru"), tmp_path / "m")

@@ -114,7 +114,7 @@ def _bytes(model: RecurrentLayer[Any]) -> int:
     body: Any = getattr(model, "body", None)
     if body is not None and getattr(model, "head", None) is not None:
         kept.pop(id(body.embed.weight))
-    sizes = [t.nbytes if isinstance(t, StreamedWeight) else t.numel() * t.element_size() for t in kept.values()]
+    sizes = [t.stored_bytes if isinstance(t, StreamedWeight) else t.numel() * t.element_size() for t in kept.values()]
     return sum(sizes) // 4 * 4
 
 

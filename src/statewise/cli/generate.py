@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..text import Tokenizer
 
 COMMANDS = "/reset, /save FILE, /load FILE, /quit; a line that begins with // is text that begins with /"
+LARGE = 5_000_000  # parameters from which reading them is what takes the time
 NOTES = ("pending", "seen")  # of a saved state: ids that are yet to be read, ids that occurred
 
 
@@ -72,6 +73,7 @@ def run(options: Options) -> int:
     import torch
 
     from ..core import UsageError
+    from ..decoding import Sampling
 
     if options.tokens < 0:
         raise UsageError(f"--tokens {options.tokens}; expected at least 0")
@@ -80,12 +82,12 @@ def run(options: Options) -> int:
         raise UsageError(f"{' and '.join([*special, *(['--interactive'] if options.interactive else [])])}: choose one")
     how = chosen(options)
     model, tokenizer = loaded(options.run, int8=options.int8)
-    if options.draft is not None:
-        how = drafted(options, model, tokenizer)
     writer = Writer(model, tokenizer, options, torch.Generator().manual_seed(options.seed))
     if options.interactive:
         return writer.converse()
-    if special:
+    if options.draft is not None:
+        return writer.speculate(drafted(options, tokenizer))
+    if not isinstance(how, Sampling):
         return writer.search(how)
     writer.read(options.prompt)
     sys.stdout.write(options.prompt)
@@ -118,10 +120,14 @@ def loaded(place: Path, *, int8: bool = False) -> tuple[RecurrentLayer[Any], Tok
             f"{shown(place)} is a run of task {experiment.task.name!r}, which is not text; expected one of "
             "`statewise train text` or `statewise train text_file`"
         )
+    if int8 or sum(p.numel() for p in model.parameters()) > LARGE:
+        from ..serving import for_streaming
+
+        model = for_streaming(model, weights="int8" if int8 else "float32")
     return model, load_tokenizer(place)
 
 
-def drafted(options: Options, model: RecurrentLayer[Any], tokenizer: Tokenizer) -> Speculative:
+def drafted(options: Options, tokenizer: Tokenizer) -> Speculative:
     from ..core import UsageError
     from ..decoding import Sampling, Speculative
 
@@ -173,18 +179,23 @@ class Writer:
                 self.reset()
         sys.stdout.write(shown.rest())
 
-    def search(self, how: Beam | Speculative) -> int:
-        """Texts by beams, or one by a draft, printed when they are done."""
-        from ..decoding import Beam, beam_search, read, speculate
+    def search(self, how: Beam) -> int:
+        """Print every text that the beams found."""
+        from ..decoding import beam_search, read
 
         self.read(self.options.prompt)
-        if isinstance(how, Beam):
-            at = read(self.model, self.prompt())
-            found = beam_search(self.model, at, self.options.tokens, how, stop=self.stop)
-            for ids, length, score in zip(*(part[0].tolist() for part in found), strict=True):
-                if score > float("-inf"):
-                    print(f"{score:.4f}\t{self.options.prompt}{self._text(ids[:length])}")
-            return 0
+        at = read(self.model, self.prompt())
+        found = beam_search(self.model, at, self.options.tokens, how, stop=self.stop)
+        for ids, length, score in zip(*(part[0].tolist() for part in found), strict=True):
+            if score > float("-inf"):
+                print(f"{score:.4f}\t{self.options.prompt}{self._text(ids[:length])}")
+        return 0
+
+    def speculate(self, how: Speculative) -> int:
+        """Print a text that a draft helped with, when it is done."""
+        from ..decoding import speculate
+
+        self.read(self.options.prompt)
         done = speculate(self.model, self.prompt(), self.options.tokens, how, rng=self.rng, stop=self.stop)
         print(self.options.prompt + self._text(done.ids[0].tolist()))
         print(f"{int(done.kept)} of {int(done.drafted)} drafted ids were kept", file=sys.stderr)

@@ -58,7 +58,8 @@ if hasattr(os, "register_at_fork"):
 def product(w: np.ndarray, scale: np.ndarray, x: Tensor) -> Tensor:
     """x (B, K) float32, contiguous; w (N, K) float32 or int8; scale (N,) float32, or (0,) for none -> y (B, N)."""
     y = torch.empty(len(x), len(w))
-    workers = 1 if w.size < ALONE or _forked else min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    workers = 1 if w.size < ALONE or _forked else min(torch.get_num_threads(), most)
     if workers == 1:
         _rows(w, scale, x.numpy(), y.numpy(), 0, len(w))
     else:

@@ -30,14 +30,15 @@ class StreamedWeight(Tensor):
     those rows alone. In everything else it is the tensor `dense()`. No gradient reaches it.
     """
 
-    values: Tensor  # (N, K) float32 or int8
+    kept: Tensor  # (N, K) float32 or int8
     scale: Tensor  # (N,) float32, or (0,) for none
+    arrays: tuple[Any, Any]  # both as NumPy sees them
 
     @staticmethod
     def __new__(cls, values: Tensor, scale: Tensor) -> StreamedWeight:
         made: Any = Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, device=values.device)
-        made.values, made.scale = values.contiguous(), scale
-        made.arrays = made.values.numpy(), scale.numpy()
+        made.kept, made.scale = values.contiguous(), scale
+        made.arrays = made.kept.numpy(), scale.numpy()
         return made  # type: ignore[no-any-return]
 
     @classmethod
@@ -52,19 +53,15 @@ class StreamedWeight(Tensor):
 
     def dense(self) -> Tensor:
         """The weights as a plain tensor (N, K)."""
-        return self.values if not len(self.scale) else self.values.float() * self.scale[:, None]
+        return self.kept if not len(self.scale) else self.kept.float() * self.scale[:, None]
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.values, self.scale))
+    def stored_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.kept, self.scale))
 
     @classmethod
     def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is F.linear and not kwargs and type(args[1]) is cls:
             return args[1]._linear(*args)
@@ -77,7 +74,7 @@ class StreamedWeight(Tensor):
         return func(*map(dense, args), **{name: dense(given) for name, given in (kwargs or {}).items()})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise UsageError(f"a streamed weight cannot take part in {func}; it is for step and forward in evaluation mode")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedWeight:
@@ -90,11 +87,12 @@ class StreamedWeight(Tensor):
         from .in_numba import product
 
         x = x.detach() if x.requires_grad else x
-        y = product(*self.arrays, x.reshape(rows, -1).contiguous()).view(*x.shape[:-1], -1)  # type: ignore[attr-defined]
+        values, scale = self.arrays
+        y = product(values, scale, x.reshape(rows, -1).contiguous()).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias.detach()
 
     def _rows(self, ids: Tensor) -> Tensor:
-        found = F.embedding(ids, self.values.detach()) if not len(self.scale) else self.values[ids].float()
+        found = F.embedding(ids, self.kept.detach()) if not len(self.scale) else self.kept[ids].float()
         return found if not len(self.scale) else found * self.scale[ids][..., None]
 
 
