@@ -12,6 +12,7 @@ def test_every_generator_is_timed():
     rows = bench.run(size=4, repeats=1)
     assert [row["task"] for row in rows] == sorted(i.name for i in tasks if issubclass(i.cls, Generated))
     assert all(row["train"] > 0 and row["test"] > 0 and row["steps"] > 0 for row in rows)
+    assert all(row["ratio"] == row["train"] / row["needed"] and row["needed"] > 0 for row in rows)
 
 
 def test_only_generators_are_timed():
@@ -23,6 +24,7 @@ def test_the_command_prints_tokens_a_second(capsys):
     assert main(["bench", "tasks", "--layers", "induction,tomita", "--repeats", "1"]) == 0
     out = capsys.readouterr().out
     assert "induction" in out and "tomita" in out and "M tokens/s" in out
+    assert "the fastest small model trains" in out and "below 10 times that: " in out
 
 
 @pytest.mark.slow

@@ -18,11 +18,16 @@ Row = dict[str, Any]
 class Options:
     """Measure speed and memory in one run, beside the Python loop, torch.nn and installed peers."""
 
-    what: Positional[Literal["linear_scan", "layers", "streaming", "peers", "tasks", "decoding", "gated_loop"]]
+    what: Positional[
+        Literal["linear_scan", "layers", "streaming", "peers", "tasks", "decoding", "gated_loop", "scaling"]
+    ]
     """linear_scan: beside the byte floor. layers: beside torch.nn. streaming: a million steps, is the last as fast?
     peers: the linear family beside other implementations and beside matrix products. tasks: generators of data.
     decoding: tokens per second at batch 1, beside reading the weights once.
-    gated_loop: LSTM, GRU and Elman beside torch.nn."""
+    gated_loop: LSTM, GRU and Elman beside torch.nn.
+    scaling: 10,000 runs on a simulated cluster."""
+    results: Path | None = None
+    """Of scaling: a folder of `statewise compare` or of recipes, whose measured run times are taken instead of ours."""
     layers: str = ""
     """Names with commas, for layers, streaming, the cases of peers and tasks, all of them if empty; for decoding,
     where empty is mamba."""
@@ -125,9 +130,16 @@ def measure_tasks(options: Options) -> list[Row]:
     from .show import table
 
     rows = tasks.run(names(options.layers), repeats=options.repeats or 5)
-    columns = ("task", "steps", "training, M tokens/s", "test, M tokens/s")
-    found = [[row["task"], str(row["steps"]), *(f"{row[key] / 1e6:.2f}" for key in ("train", "test"))] for row in rows]
+    columns = ("task", "steps", "training, M tokens/s", "test, M tokens/s", "x a model's training")
+    found = [
+        [row["task"], str(row["steps"]), *(f"{row[key] / 1e6:.2f}" for key in ("train", "test")), times(row["ratio"])]
+        for row in rows
+    ]
     table(columns, found, right=columns[1:], title="generators, on one thread, in batches of 256")
+    layer, speed = rows[0]["fastest"], rows[0]["needed"]
+    print(f"the fastest small model trains on {speed / 1e6:.3f} M tokens/s: {layer}, width 64, depth 2, one thread")
+    slow = [f"{row['task']} ({row['ratio']:.1f})" for row in rows if row["ratio"] < tasks.AMPLE]
+    print(f"below {tasks.AMPLE} times that: {', '.join(slow) or 'none'}")
     return rows
 
 
@@ -175,6 +187,14 @@ def measure_gated_loop(options: Options) -> list[Row]:
     generic(steps)
     generic(row for row in rows if "shape" not in row)
     return rows + steps
+
+
+def simulate_scaling(options: Options) -> list[Row]:
+    from ..bench import scaling
+
+    place = options.results or scaling.MEASURED
+    print(scaling.as_markdown(place))
+    return list(scaling.run(place))
 
 
 def peer_cells(row: Row) -> list[str]:
@@ -251,4 +271,5 @@ MEASURES = {
     "tasks": measure_tasks,
     "gated_loop": measure_gated_loop,
     "decoding": measure_decoding,
+    "scaling": simulate_scaling,
 }
