@@ -118,7 +118,7 @@ def curves(
     if mark:
         parts.append(
             f'<g class="guide"><line x1="{x(mark[0])}" x2="{x(mark[0])}" y1="{y.start}" y2="{y.end}"/>'
-            f'<text x="{x(mark[0]) + 5:.1f}" y="{y.start - 7}">{escape(mark[1])}</text></g>'
+            f'<text x="{x(mark[0]) + 5:.1f}" y="{y.end + 10}">{escape(mark[1])}</text></g>'
         )
     for c in lines:
         band = [f"{x(p[0])},{y(p[2])}" for p in c.points] + [f"{x(p[0])},{y(p[3])}" for p in reversed(c.points)]

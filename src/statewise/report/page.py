@@ -174,8 +174,9 @@ def _words(comparison: Comparison, boards: Sequence[Board]) -> dict[str, Any]:
 
 
 def _title(name: str) -> str:
-    name = name.replace("_", " ")
-    return name[:1].upper() + name[1:]
+    """selective_copy length=80 -> Selective copy length=80."""
+    task, space, settings = name.partition(" ")
+    return task[:1].upper() + task[1:].replace("_", " ") + space + settings
 
 
 def _section(board: Board, safe: Any) -> dict[str, Any]:
@@ -183,8 +184,8 @@ def _section(board: Board, safe: Any) -> dict[str, Any]:
     task, metric = board["task"], board["task"]["metric"]
     seeds = max((len(r.scores) for r in leaderboard(board)), default=0)
     over = (
-        f"mean over seeds, and its 95 % confidence interval by Student's t ({seeds} seeds, {seeds - 1} degrees of "
-        "freedom), which takes the scores of seeds as normal; with so few it is wide"
+        f"mean over seeds, and its 95 % confidence interval by Student's t ({seeds} seeds), "
+        "which takes the scores of seeds as normal; with so few it is wide"
         if seeds > 1
         else "one seed, so no interval"
     )
