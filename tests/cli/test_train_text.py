@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from statewise.tasks import SPLITS, TextFile
 from statewise.text import load_tokenizer
 from statewise.training import load, read_log
 
@@ -94,7 +95,16 @@ def test_skipping_what_is_bad(call, tmp_path):
     (tmp_path / "some.txt").write_bytes(b"line\nline \xff\n" * 300)
     words = ["train", "text_file", "--data", tmp_path / "some.txt", *SMALL, "--run", tmp_path / "run"]
     said = call(*words, "--set", "task.skip_bad=true")
-    assert said.code == 0 and "left out 300 things that could not be read" in said.out, said
+    assert said.code == 0 and "left out in 300 places" in said.out, said
+
+
+def test_what_stands_before_a_cut_is_kept(call, tmp_path):
+    whole = b"".join(f"{i} some words\n".encode() for i in range(100_000))
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(whole)[:-5000])
+    task = TextFile(path=str(tmp_path / "cut.txt.gz"), skip_bad=True)
+    kept = b"".join(task.corpus.tokenizer.decode_bytes(task.corpus.read(s, 0, 1 << 22)) for s in SPLITS)
+    assert whole.startswith(kept) and len(kept) > len(whole) * 0.9
+    assert any("left out in 1 place" in remark for remark in task.remarks())
 
 
 @pytest.mark.slow

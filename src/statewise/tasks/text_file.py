@@ -88,7 +88,7 @@ class TextFile(Task):
             found.append(f"{index['empty_files']:,} of {index['files']:,} files are empty")
         if index["skipped"]:
             found.append(
-                f"left out {index['skipped']:,} things that could not be read; the first: {index['reasons'][0]}"
+                f"left out in {index['skipped']:,} places, where it could not be read; the first: {index['reasons'][0]}"
             )
         return found
 

@@ -80,7 +80,10 @@ class Corpus:
     def __init__(self, folder: Path):
         """Raises DataError for a folder that holds none, or one whose files are not of the size they had."""
         self.folder = folder
-        self.index = read_json(folder / "index.json", limit=INDEX_LIMIT)
+        try:
+            self.index = read_json(folder / "index.json", limit=INDEX_LIMIT)
+        except UsageError as error:
+            raise DataError(f"{error}; {self._advice()}") from None
         check_format(self.index.get("format"), FORMAT, shown(folder / "index.json"))
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.dtype = np.dtype(self.index["dtype"])
@@ -137,7 +140,7 @@ class Corpus:
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
     def _advice(self) -> str:
-        return f"the shard is damaged: delete {shown(self.folder)}, and the text is tokenised again"
+        return f"it is damaged: delete {shown(self.folder)}, and the text is tokenised again"
 
 
 @lru_cache(maxsize=1 << 16)

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from ..core import DataError, UsageError
 from ..core.files import open_checked, shown
@@ -71,26 +71,48 @@ def documents(
 
     field: the name of the text in JSON lines and Parquet. complain is called with each thing that cannot be taken; if
     it returns, that is left out: of a text file the bytes, of the others the line or row (what came before in a line
-    longer than BLOCK stays). moved is called with the bytes of the file read so far. Take the pieces of a document
-    before the next one.
+    longer than BLOCK stays), of a damaged file the rest. moved is called with the bytes of the file read so far. Take
+    the pieces of a document before the next one.
     """
     if source.kind == "parquet":
         yield from _parquet(source, field, complain, moved)
         return
     with open_checked(source.path) as raw:
         packed = source.path.suffix.lower() == ".gz"
-        file: BinaryIO = gzip.GzipFile(fileobj=raw) if packed else io.BufferedReader(raw, BLOCK)  # type: ignore
+        file = gzip.GzipFile(fileobj=raw) if packed else io.BufferedReader(raw, BLOCK)  # type: ignore[type-var]
+        damaged = lambda error: complain(f"{shown(source.path)}: damaged from byte {raw.tell()} on ({error})")
         told = lambda: moved(raw.tell())
+        reader = Reader(cast(BinaryIO, file), damaged)
+        if source.kind == "jsonl":
+            yield from _json_lines(source.path, reader, field, complain, told)
+        else:
+            yield _text(source.path, reader, complain, told)
+
+
+class Reader:
+    """A file that ends where it is damaged, having said so."""
+
+    def __init__(self, file: BinaryIO, damaged: Callable[[Exception], None]):
+        self.file, self.damaged, self.ended = file, damaged, False
+
+    def read(self, size: int) -> bytes:
+        return self._or_end(self.file.read, size)
+
+    def readline(self, size: int) -> bytes:
+        return self._or_end(self.file.readline, size)
+
+    def _or_end(self, take: Callable[[int], bytes], size: int) -> bytes:
+        if self.ended:
+            return b""
         try:
-            if source.kind == "jsonl":
-                yield from _json_lines(source.path, file, field, complain, told)
-            else:
-                yield _text(source.path, file, complain, told)
+            return take(size)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            complain(f"{shown(source.path)}: damaged from byte {raw.tell()} on ({error}); the rest of it is left out")
+            self.ended = True
+            self.damaged(error)
+            return b""
 
 
-def _text(path: Path, file: BinaryIO, complain: Complain, told: Callable[[], None]) -> Iterator[bytes]:
+def _text(path: Path, file: Reader, complain: Complain, told: Callable[[], None]) -> Iterator[bytes]:
     line, at, left = 1, 0, b""  # `at` is the place in the file of the first byte of `left`
     block = file.read(BLOCK)
     if block.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -164,7 +186,7 @@ def in_pieces(text: bytes) -> Iterator[bytes]:
 
 
 def _json_lines(
-    path: Path, file: BinaryIO, field: str, complain: Complain, told: Callable[[], None]
+    path: Path, file: Reader, field: str, complain: Complain, told: Callable[[], None]
 ) -> Iterator[Iterator[bytes]]:
     number = 0
     while line := file.readline(BLOCK):
@@ -190,7 +212,7 @@ def _told(pieces: Iterator[bytes], where: str, complain: Complain) -> Iterator[b
     try:
         yield from pieces
     except ValueError as error:
-        complain(f"{where}: {_said(error)}; the rest of this line is left out")
+        complain(f"{where}: {_said(error)}")
 
 
 def _said(error: Exception) -> str:
@@ -227,7 +249,7 @@ _SIGN = re.compile(rb'[{}\[\],:"]')
 class LongLine:
     """A JSON object that stands in one line too long to be held, read from left to right."""
 
-    def __init__(self, first: bytes, file: BinaryIO):
+    def __init__(self, first: bytes, file: Reader):
         self.text, self.at, self.file = first, 0, file
 
     def more(self) -> bool:
@@ -324,7 +346,7 @@ def _parquet(
         file = pq.ParquetFile(path)
         kind = file.schema_arrow.field(field).type if field in file.schema_arrow.names else None
     except (pa.ArrowException, OSError) as error:
-        complain(f"{shown(path)}: not a Parquet file ({_first_line(error)}); it is left out")
+        complain(f"{shown(path)}: not a Parquet file ({_first_line(error)})")
         return
     with file:
         if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
