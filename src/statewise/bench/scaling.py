@@ -24,7 +24,7 @@ WORKERS = (2, 8, 32, 128, 512, 1024)
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds. Measured with one core of an AMD EPYC and Ray 2.60 on the same machine, as docs/scaling.md says."""
+    """Seconds, of which docs/scaling.md says where they are from."""
 
     start: float = 3.0  # of a worker: Python, torch, layers; until the first step
     look: float = 0.0004  # at one running cell: asking Ray for it, the end of its log

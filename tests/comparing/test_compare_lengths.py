@@ -1,0 +1,53 @@
+"""Lengths through a whole comparison: scored by the workers, added to finished runs without training, in the report."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from statewise.comparing import Plan, compare, read_rows
+from statewise.core import UsageError
+from statewise.models import Stack
+from statewise.report import write_all
+from statewise.tasks import Digits, Parity, Pathfinder
+from statewise.training import Experiment, Train
+
+
+def base(task):
+    return Experiment(task, Stack(width=4, depth=1), Train(steps=3, batch=4, evaluate_every=3))
+
+
+def test_finished_runs_are_scored_at_what_they_lack(tmp_path):
+    plan = Plan((base(Parity(longest=6, test_longest=8)),), ("gru",), seeds=1)
+    compare(plan, tmp_path, workers=1, lengths=(16, 8))
+    (first,) = read_rows(tmp_path).values()
+    assert [entry["length"] for entry in first["scores_by_length"]] == [8, 16]
+    assert first["scores_by_length"][0]["score"] == first["score"]  # at the length of the test split
+    seen = []
+    found = compare(plan, tmp_path, workers=1, lengths=(8, 32), on_event=lambda event: seen.append(event["event"]))
+    (second,) = read_rows(tmp_path).values()
+    assert "kept" not in seen and [entry["length"] for entry in second["scores_by_length"]] == [8, 16, 32]
+    assert second["scores_by_length"][:2] == first["scores_by_length"]
+    assert second["seconds"] == first["seconds"] and second["score"] == first["score"]  # nothing was trained
+    seen.clear()
+    compare(plan, tmp_path, workers=1, lengths=(32, 16), on_event=lambda event: seen.append(event["event"]))
+    assert "kept" in seen and "start" not in seen
+    assert found["boards"][0]["task"]["train_length"] == 6
+    write_all(found, tmp_path)
+    with (tmp_path / "lengths.csv").open(newline="") as file:
+        assert [row["length"] for row in csv.DictReader(file)] == ["8", "16", "32"]
+    assert "trained up to here" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "lengths", "words"),
+    [
+        ((Parity(), Pathfinder()), (300,), "square"), ((Digits(),), (8,), "reads its data"),
+        ((Parity(),), (8, 8), "twice"),
+    ],
+)  # fmt: skip
+def test_lengths_that_cannot_be_had_are_named_before_anything_is_trained(tmp_path, tasks, lengths, words):
+    with pytest.raises(UsageError, match=words):
+        compare(Plan(tuple(map(base, tasks)), ("gru",), seeds=1), tmp_path / "out", lengths=lengths)
+    assert not (tmp_path / "out").exists()
