@@ -29,6 +29,9 @@ def test_every_layer_has_facts(info):
         ("lru", "constant in time, each state feeds at most 2; 16 real states"),
         ("min_gru", "chosen by the input, diagonal, real; 8 systems of 1 state (linear_scan)"),
         ("gru", "not linear in the state (gru_loop)"),
+        ("slstm", "not linear in the state (slstm_loop)"),
+        ("cfc", "not linear in the state"),
+        ("para_gru", "not linear in the state (newton)"),
         ("lightnet", "chosen by the input, diagonal, real; 1 system of 8 states, 8 copies of each (outer_scan)"),
     ],
 )

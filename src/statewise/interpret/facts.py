@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..core import RecurrentLayer, UsageError, leaves, names, nbytes, tree_map
 from ..ops import observe, use_backend
+from ..ops.newton import watched
 from .dynamics import SYSTEMS, as_leaf, dynamics, real
 
 
@@ -72,8 +73,11 @@ def transition(layer: RecurrentLayer[Any], x: Tensor) -> str:
         found = dynamics(layer, x)
     except UsageError:
         called: list[str] = []
-        with observe(lambda op, *_: called.append(op.name)), use_backend("reference"), torch.no_grad():
+        noted = observe(lambda op, *_: called.append(op.name))
+        with noted, use_backend("reference"), watched() as solved, torch.no_grad():
             layer(x)
+        if solved:  # what the linear scans within solve is not linear
+            return "not linear in the state (newton)"
         linear = [name for name in called if name in SYSTEMS]
         if linear:
             return f"several recurrences: {', '.join(linear)}"

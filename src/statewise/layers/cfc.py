@@ -62,11 +62,12 @@ class CfC(Cell[Tensor]):
         sizes = [*[units] * backbone, heads * hidden]  # what each linear map makes; the first one meets x and h
         self.inp = nn.Linear(features, sizes[0])
         self.recurrent = nn.Parameter(torch.empty(sizes[0], hidden))
-        self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        maps = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+        self.maps = nn.ModuleList(maps)
         if form == "solution":
             self.a, self.w = nn.Parameter(torch.ones(hidden)), nn.Parameter(torch.zeros(hidden))
         _glorot([self.inp.weight, self.recurrent], 1 if backbone else heads)
-        for n, linear in enumerate(self.maps, 1):
+        for n, linear in enumerate(maps, 1):
             _glorot([linear.weight], heads if n == backbone else 1)
 
     def initial_state(self, batch: int) -> Tensor:
@@ -82,7 +83,7 @@ class CfC(Cell[Tensor]):
         with torch.autocast(z.device.type, enabled=False):
             z = z + _linear(state, self.recurrent)
             for linear in self.maps:
-                z = _linear(1.7159 * torch.tanh(0.666 * z), linear.weight, linear.bias)
+                z = _linear(1.7159 * torch.tanh(0.666 * z), linear.weight, linear.bias)  # type: ignore[arg-type]
         h = self._solution(z, elapsed) if self.form == "solution" else self._between(z, elapsed)
         return h, h
 

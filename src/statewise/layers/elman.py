@@ -28,8 +28,8 @@ class Elman(Cell[Tensor]):
 
     R starts orthogonal, so that early gradients neither vanish nor explode. heads: R has that many blocks on its
     diagonal, so that units hear those of their own head alone (arXiv:2412.07752); each block starts orthogonal.
-    parallel "newton": all times at once (`statewise.ops.newton`), equal to the loop to 1e-6 in float32 and 1e-10 in
-    float64; it pays for small heads, or one head of few units, over many steps. The state is h (B, N).
+    parallel "newton": all times at once by `statewise.ops.newton`, equal to the loop to 1e-5 in float32 and 1e-10 in
+    float64. On a CPU the loop is faster at every size that was tried: docs/nonlinear_layers.md. The state is h (B, N).
 
     Raises UsageError for heads that do not divide hidden, an unknown nonlinearity or parallel.
     """

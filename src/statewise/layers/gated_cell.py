@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core import UsageError, check_sizes, leaves
 from ..ops.newton import Structure, newton
 from ..ops.newton.structure import Linear, Step
+from .para_gru import near_loop
 
 Parallel = Literal["loop", "newton"]
 
@@ -65,5 +66,8 @@ def newton_scan(
     dtype = leaves(state)[0].dtype
     with torch.autocast(x.device.type, enabled=False):
         u = F.linear(x.to(dtype), w_ih.to(dtype), None if b_ih is None else b_ih.to(dtype))
-        o, last, _ = newton(step, u, state, structure=structure, linearise=linearise, reset=reset, lengths=lengths)
+        o, last, _ = newton(
+            step, u, state, structure=structure, linearise=linearise, reset=reset, lengths=lengths,
+            tolerance=near_loop(None, dtype),
+        )  # fmt: skip
     return o, last
