@@ -71,8 +71,9 @@ def run(
     A peer that is missing, or fails, has a row with `failed`.
     Rows of the case "gemm" instead have op, the ways "forward" and "training", gflops (of the matrix products of the
     chunked algorithm, per second; see Products), gemm (of torch's product of two large matrices), batched (of its
-    products of as many chunks by d x d matrices as there are), fraction and of_batched (gflops over these, medians of
-    the ratios of the rounds), and least, the fraction if only products with d x d states are counted.
+    products of as many chunks by d x d matrices as there are), fraction and of_batched (gflops over these), and least,
+    the fraction if only products with d x d states are counted. Of each the fastest round counts: what disturbs a
+    machine slows down some rounds and never speeds one up.
     """
     unknown = [name for name in names if name not in CASES and name != "gemm"]
     if unknown:
@@ -377,13 +378,10 @@ def _gemm(repeats: int, small: bool, say: Callable[[str], None]) -> list[Row]:
                 rows.append(
                     {
                         "case": "gemm", "shape": _words(*shape), "op": name, "way": way,
-                        "time": statistics.median(took),
-                        "gflops": statistics.median(done / t for t in took) / 1e9,
-                        "gemm": statistics.median(large) / 1e9,
-                        "batched": statistics.median(small_ones) / 1e9,
-                        "fraction": statistics.median(done / t / s for t, s in zip(took, large, strict=True)),
-                        "of_batched": statistics.median(done / t / s for t, s in zip(took, small_ones, strict=True)),
-                        "least": statistics.median(own / t / s for t, s in zip(took, large, strict=True)),
+                        "time": min(took), "gflops": done / min(took) / 1e9,
+                        "gemm": max(large) / 1e9, "batched": max(small_ones) / 1e9,
+                        "fraction": done / min(took) / max(large), "of_batched": done / min(took) / max(small_ones),
+                        "least": own / min(took) / max(large),
                         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
                     }
                 )  # fmt: skip

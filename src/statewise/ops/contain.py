@@ -7,6 +7,7 @@ its first bad step on, which leaves the bits of other rows and of earlier steps 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def contained(arguments: str, forward: Kernel, backward: Kernel, loop: Kernel) -
     def once(*inputs: Any, keep: bool) -> tuple[Tensor, ...]:
         out, last, *kept = forward(*inputs, keep=keep)
         # what a query holds reaches no state, but backward it would reach other steps
-        if bool(last.isfinite().all()) and not (keep and not bool(out.isfinite().all())):
+        if _finite(last) and (not keep or _finite(out)):
             return out, last, last.new_zeros(out.shape[:2], dtype=torch.bool), *kept
         spoilt = _spoilt(names, inputs, out.shape[1])
         out, last, *kept = forward(*_cleared(inputs, state_at, spoilt), keep=keep)
@@ -54,6 +55,11 @@ def contained(arguments: str, forward: Kernel, backward: Kernel, loop: Kernel) -
         return tuple(grad.index_copy(0, at, mine) for grad, mine in zip(grads, found, strict=True))
 
     return lambda *inputs: once(*inputs, keep=True), adjoint, lambda *inputs: once(*inputs, keep=False)
+
+
+def _finite(x: Tensor) -> bool:
+    """By a sum, which makes no copy. It may overflow where no number is infinite: that costs time only."""
+    return math.isfinite(float(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))))
 
 
 def _spoilt(names: list[str], inputs: tuple[Any, ...], steps: int) -> Tensor:

@@ -199,13 +199,11 @@ class Passes(NamedTuple):
         dS = whole dS' + extra + read^T y, with d_states[-1] given and d_states[:-1], d_r and y filled.
     whole is (1, 1) or (K, 1) wide or None, scale (C, 1) wide or None, extra (K, V) or None.
     together: chunks worked on at once, heads counted.
-    inverse: as the function of that name, which says what it does.
     """
 
     ahead: Callable[..., None]
     back: Callable[..., None]
     together: int
-    inverse: Callable[[Tensor, Tensor], None] = inverse
 
 
 IN_TORCH = Passes(ahead, back, 32)

@@ -25,10 +25,10 @@ from ..contain import contained
 from ..looping import loop
 from ..opaque import Kernel, opaque
 from . import dplr_step
-from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, fold, plan, unfold
+from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, fold, inverse, plan, unfold
 
 _ROWS = 64
-_ARGUMENTS = "q k v a b g? reset? state"
+ARGUMENTS = "q k v a b g? reset? state"
 
 
 class _Level:
@@ -182,7 +182,7 @@ def _forward(
         inside = states[at.start : at.stop + 1]
         s_, z_, read_ = inside[:-1], z[at], read[at]
         x, v_ = _span(p, lo, hi, dtype, q, a, b, k, g), fold(v, lo, hi, c, dtype).flatten(0, 1)
-        passes.inverse(x.scores[:, 0, :, 0].neg(), z_.flatten(0, 1))
+        inverse(x.scores[:, 0, :, 0].neg(), z_.flatten(0, 1))
         base, extra = by(torch.bmm(x.scores[:, 0, :, 1], v_)), by(torch.bmm(x.write[:, c:].mT, v_))
         rest = z_, by(x.write[:, :c]), by(x.whole)
         passes.ahead(inside, read_, base, by(x.a_read), *rest, extra)
@@ -226,7 +226,7 @@ def _backward(
     return *(d[:, : p.steps].contiguous() for d in grads), ds.reshape(state.shape)
 
 
-def _by_loop(
+def by_loop(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     inputs = (q, k, v, a, b, None if g is None else g[..., None])
@@ -250,8 +250,8 @@ def _fake(
 def chunked(name: str, devices: str | tuple[str, ...] | None, passes: Passes) -> Kernel:
     """run(q, k, v, a, b, g, reset, state), g (B, T, H, K) or None."""
     kernels = functools.partial(_forward, passes), functools.partial(_backward, passes)
-    forward, backward, alone = contained(_ARGUMENTS, *kernels, _by_loop)
-    return opaque(name, devices, _ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
+    forward, backward, alone = contained(ARGUMENTS, *kernels, by_loop)
+    return opaque(name, devices, ARGUMENTS, forward, backward, _fake, results=2, kept=4, alone=alone)
 
 
 run = chunked("dplr_chunks", None, IN_TORCH)

@@ -6,7 +6,8 @@ With the letters of in_torch.py and N = beta R, a thread goes from chunk to chun
 No inverse is formed. Kept for the backward pass, which solves the transposed system, are R and the states between
 chunks.
 
-The form with a decay per key, and dplr_scan, are matrix products of torch with the inverses of a chunk compiled.
+Decays per key, and a b^T in place of beta k k^T, are as in dplr_in_torch.py with the factors of outer_scan: a row of a
+is a query of the step before, so that all four kinds of weights are of one form.
 """
 
 from __future__ import annotations
@@ -21,52 +22,16 @@ from torch import Tensor
 from ..contain import contained
 from ..linear_scan import in_numba as threads
 from ..opaque import opaque
+from ..outer_scan import in_numba as key
 from ..selective_scan import in_numba as vectors
 from ..tiles import in_numba as tiles
 from ..tiles.in_numba import LOG2
 from . import dplr_in_torch, in_torch
-from .chunks import BLOCK, CUT, IN_TORCH
+from .chunks import CUT
 from .in_torch import ARGUMENTS, by_loop
 
 _compile = threads._compile
 ROWS = 64  # corrections in a chunk
-_GROUP = 4  # rows that are subtracted at once
-
-
-@functools.partial(_compile, fastmath={"contract", "nsz"})
-def _inverse_work(a, z, worker, workers):
-    many, size = a.shape[0], a.shape[1]
-    for m in range(many * worker // workers, many * (worker + 1) // workers):
-        rows, above = a[m], z[m]
-        for i in range(size):
-            row, j = above[i], 0
-            row[:] = 0
-            while j + _GROUP <= i:
-                a0, a1, a2, a3 = rows[i, j], rows[i, j + 1], rows[i, j + 2], rows[i, j + 3]
-                z0, z1, z2, z3 = above[j], above[j + 1], above[j + 2], above[j + 3]
-                for c in range((j + _GROUP - 1) // BLOCK * BLOCK + BLOCK):
-                    row[c] -= (a0 * z0[c] + a1 * z1[c]) + (a2 * z2[c] + a3 * z3[c])
-                j += _GROUP
-            while j < i:
-                for c in range(j // BLOCK * BLOCK + BLOCK):
-                    row[c] -= rows[i, j] * above[j, c]
-                j += 1
-            row[i] = 1
-
-
-@functools.partial(_compile, parallel=True)
-def _inverse_together(a, z, workers):
-    for worker in numba.prange(workers):
-        _inverse_work(a, z, np.int64(worker), workers)
-
-
-def _inverse(a: Tensor, z: Tensor) -> None:
-    workers = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    arrays = a.contiguous().numpy(), z.numpy()
-    if workers == 1:
-        _inverse_work(*arrays, 0, 1)
-    else:
-        _inverse_together(*arrays, workers)
 
 
 # ---- one decay per head, or none
@@ -358,7 +323,270 @@ _contained = contained(ARGUMENTS, _forward, _backward, by_loop)
 _run_delta = opaque(
     "delta_chunks_numba", "cpu", ARGUMENTS, *_contained[:2], _like, results=2, kept=3, alone=_contained[2]
 )
-_run_dplr = dplr_in_torch.chunked("dplr_chunks_numba", "cpu", IN_TORCH._replace(inverse=_inverse))
+# ---- a decay per key, or none, and a b^T in place of beta k k^T
+
+
+@_compile
+def _first(out, a, b, t, h, s):
+    """out = a_t S."""
+    out[:] = 0
+    for d in range(a.shape[3]):
+        for x in range(out.shape[0]):
+            out[x] += a[b, t, h, d] * s[d, x]
+
+
+@_compile
+def _load_next(tile, a, b, start, steps, h):
+    """Rows of the step after: what they read of the state before it is what a query of the step itself would."""
+    tiles.load(tile, a, b, start + 1, steps - 1, h)
+
+
+@_compile
+def _read(like, read, base, weights):
+    """read_{i+1} = base_i + sum_{j <= i} weights_ij read_j from read_0 on; base is written over."""
+    threads._apart()
+    size, width, item = read.shape[0], read.shape[1], read.itemsize
+    row = width * item
+    for i in range(0, size, tiles.ROWS):
+        tiles.window(
+            like, 1, tiles.ROWS, row, i, weights.ctypes.data + i * size * item, size * item, item, read.ctypes.data,
+            row, base.ctypes.data + i * row, row,
+        )  # fmt: skip
+        for r in range(i, min(i + tiles.ROWS, size - 1)):
+            for j in range(i, r + 1):
+                weight = weights[r, j]
+                for x in range(width):
+                    base[r, x] += weight * read[j, x]
+            read[r + 1] = base[r]
+
+
+@_compile
+def _read_back(like, given, y, weights):
+    """The adjoint: given, the gradient of read, becomes all of it, and y that of base."""
+    threads._apart()
+    size, width, item = given.shape[0], given.shape[1], given.itemsize
+    row = width * item
+    y[size - 1] = 0
+    for last in range(size, 0, -tiles.ROWS):
+        i = last - tiles.ROWS
+        tiles.window(
+            like, 1, tiles.ROWS, row, size - last, weights.ctypes.data + (last * size + i) * item, item, size * item,
+            y.ctypes.data + last * row, row, given.ctypes.data + i * row, row,
+        )  # fmt: skip
+        for r in range(last - 1, i - 1, -1):
+            if r + 1 < size:
+                y[r] = given[r + 1]
+            for j in range(i, r + 1):
+                weight = weights[r, j]
+                for x in range(width):
+                    given[j, x] += weight * y[r, x]
+
+
+@_compile
+def _dplr_forward_work(like, q, k, v, a, b, g, reset, state, size, o, last, states, read, worker, workers):
+    """Units are rows of the batch by heads; read: what a reads, (B, T, H, V), or nothing."""
+    threads._apart()
+    steps, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
+    wide, high, count = tiles.up(keys), tiles.up(values), key.key_levels(size)
+    t = np.zeros((11, size, wide), v.dtype)
+    qs, ks, as_, bs, q_, k_, a_, b_, power, rest, logs = (
+        t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]
+    )  # fmt: skip
+    of_k, of_b = np.zeros((count, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
+    turned, w = np.zeros((wide, size), v.dtype), np.zeros((4, size, size), v.dtype)
+    vs, os, ps = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype)
+    base, s = np.zeros((size, high), v.dtype), np.zeros((wide, high), v.dtype)
+    total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
+    units = q.shape[0] * heads
+    for u in range(units * worker // workers, units * (worker + 1) // workers):
+        n, h = u // heads, u % heads
+        s[:keys, :values] = state[n, h]
+        for c in range(-(-steps // size)):
+            start = c * size
+            here = min(size, steps - start)
+            tiles.load(qs, q, n, start, here, h)
+            tiles.load(ks, k, n, start, here, h)
+            tiles.load(bs, b, n, start, here, h)
+            tiles.load(vs, v, n, start, here, h)
+            _load_next(as_, a, n, start, here, h)
+            key.key_factors(like, power, rest, total, logs, g, reset, n, start, here, h)
+            key.key_scales(like, q_, k_, of_k, qs, ks, power, rest)
+            key.key_scales(like, a_, b_, of_b, as_, bs, power, rest)
+            key.key_weights(like, w[0], qs, ks, power, rest, of_k, of_k, turned)
+            key.key_weights(like, w[1], qs, bs, power, rest, of_k, of_b, turned)
+            key.key_weights(like, w[2], as_, ks, power, rest, of_b, of_k, turned)
+            key.key_weights(like, w[3], as_, bs, power, rest, of_b, of_b, turned)
+            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
+            tiles.product(like, 0, base, a_, s)
+            tiles.lower_product(like, 1, base, w[2], vs)
+            _first(ps[0], a, n, start, h, s)
+            _read(like, ps, base, w[3])
+            tiles.lower_product(like, 0, os, w[0], vs)
+            tiles.lower_product(like, 1, os, w[1], ps)
+            tiles.product(like, 1, os, q_, s)
+            tiles.save(o, os, n, start, here, h)
+            if states.shape[0]:
+                states[n, h, c] = s
+                tiles.save(read, ps, n, start, here, h)
+            tiles.pass_on(s, whole[0], whole[1])
+            tiles.turned_product(like, 1, s, k_, vs)
+            tiles.turned_product(like, 1, s, b_, ps)
+        last[n, h] = s[:keys, :values]
+
+
+@_compile
+def _dplr_backward_work(
+    like, d_o, d_last, q, k, v, a, b, g, reset, states, read, size, d_q, d_k, d_v, d_a, d_b, d_g, d_state,
+    worker, workers,
+):  # fmt: skip
+    threads._apart()
+    steps, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
+    wide, high, count = tiles.up(keys), tiles.up(values), key.key_levels(size)
+    t = np.zeros((20, size, wide), v.dtype)
+    qs, ks, as_, bs, q_, k_, a_, b_, power, rest, logs = (
+        t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]
+    )  # fmt: skip
+    dq_, dk_, da_, db_, dqs, dks, das, dbs, dgs = (
+        t[11], t[12], t[13], t[14], t[15], t[16], t[17], t[18], t[19]
+    )  # fmt: skip
+    of_k, of_b = np.zeros((count, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
+    d_of_k, d_of_b = np.zeros((count, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
+    turned, w = np.zeros((wide, size), v.dtype), np.zeros((4, size, size), v.dtype)
+    vs, do, ps = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype)
+    dv, dp, y = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype)
+    turned_v, st, end = (
+        np.zeros((high, size), v.dtype),
+        np.zeros((high, wide), v.dtype),
+        np.zeros((wide, high), v.dtype),
+    )
+    total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
+    zero = np.zeros(wide, v.dtype)
+    units = q.shape[0] * heads
+    for u in range(units * worker // workers, units * (worker + 1) // workers):
+        n, h = u // heads, u % heads
+        end[:keys, :values] = d_last[n, h]
+        for c in range(-(-steps // size) - 1, -1, -1):
+            start, s = c * size, states[n, h, c]
+            here = min(size, steps - start)
+            tiles.load(qs, q, n, start, here, h)
+            tiles.load(ks, k, n, start, here, h)
+            tiles.load(bs, b, n, start, here, h)
+            tiles.load(vs, v, n, start, here, h)
+            tiles.load(do, d_o, n, start, here, h)
+            tiles.load(ps, read, n, start, here, h)
+            _load_next(as_, a, n, start, here, h)
+            key.key_factors(like, power, rest, total, logs, g, reset, n, start, here, h)
+            key.key_scales(like, q_, k_, of_k, qs, ks, power, rest)
+            key.key_scales(like, a_, b_, of_b, as_, bs, power, rest)
+            key.key_weights(like, w[0], qs, ks, power, rest, of_k, of_k, turned)
+            key.key_weights(like, w[1], qs, bs, power, rest, of_k, of_b, turned)
+            key.key_weights(like, w[2], as_, ks, power, rest, of_b, of_k, turned)
+            key.key_weights(like, w[3], as_, bs, power, rest, of_b, of_b, turned)
+            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
+            tiles.turned_lower_product(like, 0, dp, w[1], do)
+            tiles.product(like, 1, dp, b_, end)
+            _read_back(like, dp, y, w[3])
+            tiles.turned_lower_product(like, 0, dv, w[0], do)
+            tiles.turned_lower_product(like, 1, dv, w[2], y)
+            tiles.product(like, 1, dv, k_, end)
+            tiles.save(d_v, dv, n, start, here, h)
+            tiles.turn(like, turned_v, vs)  # from here on w are the gradients
+            tiles.lower(like, w[0], do, turned_v)
+            tiles.lower(like, w[2], y, turned_v)
+            tiles.turn(like, turned_v, ps)
+            tiles.lower(like, w[1], do, turned_v)
+            tiles.lower(like, w[3], y, turned_v)
+            tiles.turn(like, st, s)
+            tiles.product(like, 0, dq_, do, st)
+            tiles.product(like, 0, da_, y, st)
+            tiles.turn(like, st, end)
+            tiles.product(like, 0, dk_, vs, st)
+            tiles.product(like, 0, db_, ps, st)
+            for i in range(keys):
+                total[i] = tiles.dot(s[i], end[i]) * (whole[0, i] + whole[1, i])
+            t[15:20] = 0
+            key.key_between(like, 0, d_of_k, d_of_k, w[0], of_k, of_k)
+            key.key_between(like, 0, d_of_b, d_of_b, w[3], of_b, of_b)
+            key.key_between(like, 1, d_of_k, d_of_b, w[1], of_k, of_b)
+            key.key_between(like, 1, d_of_b, d_of_k, w[2], of_b, of_k)
+            key.key_through(like, dqs, dks, dgs, q_, k_, dq_, dk_, of_k, d_of_k, power, rest, total)
+            key.key_through(like, das, dbs, dgs, a_, b_, da_, db_, of_b, d_of_b, power, rest, zero)
+            key.key_leaves(like, dqs, dks, dgs, qs, ks, power, rest, w[0])
+            key.key_leaves(like, dqs, dbs, dgs, qs, bs, power, rest, w[1])
+            key.key_leaves(like, das, dks, dgs, as_, ks, power, rest, w[2])
+            key.key_leaves(like, das, dbs, dgs, as_, bs, power, rest, w[3])
+            tiles.save(d_q, dqs, n, start, here, h)
+            tiles.save(d_k, dks, n, start, here, h)
+            tiles.save(d_b, dbs, n, start, here, h)
+            tiles.save(d_a, das, n, start + 1, here - 1, h)
+            for d in range(keys):
+                d_a[n, start, h, d] = tiles.dot(s[d], dp[0])
+            tiles.save(d_g, dgs, n, start, here, h)
+            tiles.pass_on(end, whole[0], whole[1])
+            tiles.turned_product(like, 1, end, q_, do)
+            tiles.turned_product(like, 1, end, a_, y)
+            for d in range(keys):
+                for x in range(high):
+                    end[d, x] += a[n, start, h, d] * dp[0, x]
+        d_state[n, h] = end[:keys, :values]
+
+
+@functools.partial(_compile, parallel=True)
+def _dplr_forward_together(like, q, k, v, a, b, g, reset, state, size, o, last, states, read, workers):
+    for worker in numba.prange(workers):
+        _dplr_forward_work(
+            like, q, k, v, a, b, g, reset, state, size, o, last, states, read, np.int64(worker), workers
+        )  # fmt: skip
+
+
+@functools.partial(_compile, parallel=True)
+def _dplr_backward_together(
+    like, d_o, d_last, q, k, v, a, b, g, reset, states, read, size, d_q, d_k, d_v, d_a, d_b, d_g, d_state, workers
+):  # fmt: skip
+    for worker in numba.prange(workers):
+        _dplr_backward_work(
+            like, d_o, d_last, q, k, v, a, b, g, reset, states, read, size, d_q, d_k, d_v, d_a, d_b, d_g, d_state,
+            np.int64(worker), workers,
+        )  # fmt: skip
+
+
+def _dplr_forward(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor, *,
+    keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    size, _, shape = _sizes(q, k, v)
+    o, last = v.new_empty(v.shape), state.new_empty(state.shape)
+    states, read = (state.new_empty(many if keep else (0, *many[1:])) for many in (shape, v.shape))
+    given = q.new_empty(*q.shape[:3], 0) if g is None else g
+    before = vectors._arrays(q, k, v, a, b, given, None, state)  # resets are in the decays
+    arrays = *before, size, *vectors._arrays(o, last, states, read)
+    vectors._run(_dplr_forward_work, _dplr_forward_together, v, 1, len(q) * q.shape[2], *arrays)
+    return o, last, states, read
+
+
+def _dplr_backward(
+    d_o: Tensor, d_last: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None,
+    reset: Tensor | None, state: Tensor, states: Tensor, read: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    size, given = _sizes(q, k, v)[0], q.new_empty(*q.shape[:3], 0) if g is None else g
+    grads = [t.new_empty(t.shape) for t in (q, k, v, a, b, given, d_last)]
+    before = vectors._arrays(d_o, d_last, q, k, v, a, b, given, None, states, read)
+    arrays = *before, size, *vectors._arrays(*grads)
+    vectors._run(_dplr_backward_work, _dplr_backward_together, v, 1, len(q) * q.shape[2], *arrays)
+    return tuple(grads if g is not None else [*grads[:5], grads[6]])
+
+
+def _dplr_like(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
+) -> tuple[Tensor, ...]:
+    return _like(q, k, v, q[..., 0], g, reset, state)
+
+
+_dplr_contained = contained(dplr_in_torch.ARGUMENTS, _dplr_forward, _dplr_backward, dplr_in_torch.by_loop)
+_run_dplr = opaque(
+    "dplr_chunks_numba", "cpu", dplr_in_torch.ARGUMENTS, *_dplr_contained[:2], _dplr_like, results=2, kept=3,
+    alone=_dplr_contained[2],
+)  # fmt: skip
 
 
 def delta(
@@ -389,4 +617,6 @@ def dplr(
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return dplr_in_torch.solve(_run_dplr, q, k, v, a, b, state, log_decay, reset, lengths)
+    wide = [t.to(state.dtype) for t in (q, k, v, a, b)]
+    out, last = dplr_in_torch.solve(_run_dplr, *wide, state, log_decay, reset, lengths)
+    return out.to(v.dtype), last

@@ -20,7 +20,7 @@ from ..contain import contained
 from ..looping import loop
 from ..opaque import Kernel, opaque
 from . import delta_step
-from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, decays, fold, plan, unfold
+from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, decays, fold, inverse, plan, unfold
 from .dplr_in_torch import run as dplr_run
 
 _ROWS = 64
@@ -68,7 +68,7 @@ def _forward(
             k_read, whole = k_ * -decay.from_start, decay.whole
             k_write = b_ * decay.to_end
         k_write = k_ * k_write
-        passes.inverse(kk.mul_(b_.mT).flatten(0, 1), z_.flatten(0, 1))
+        inverse(kk.mul_(b_.mT).flatten(0, 1), z_.flatten(0, 1))
         passes.ahead(inside, r_, v_, k_read, z_, k_write, whole, None)
         o = q_ @ s_
         o.flatten(0, 1).baddbmm_(qk.flatten(0, 1), (r_ * b_).flatten(0, 1))

@@ -359,106 +359,140 @@ def _column_back(
     v.store(dk, v.builder.fadd(mu, v.load(dk)))
 
 
-Q, K, POWER, REST, Q_, K_ = range(6)
+@_compile
+def key_factors(like, power, rest, total, logs, g, reset, b, start, steps, h):
+    """Both parts of a chunk's decays (C, keys), and the sums of their logs in powers of 2; logs: scratch."""
+    threads._apart()
+    row = logs.shape[1] * logs.itemsize
+    logs[:] = 0
+    if g.shape[3]:
+        tiles.load(logs, g, b, start, steps, h)
+    for i in range(steps):
+        for d in range(logs.shape[1]):
+            logs[i, d] *= tiles.LOG2
+        if reset.shape[0] and reset[b, start + i]:
+            logs[i] = -np.inf
+    for at in range(0, row, vectors.BYTES):
+        _factors(
+            like, logs.shape[0], row,
+            (logs.ctypes.data + at, power.ctypes.data + at, rest.ctypes.data + at, total.ctypes.data + at),
+        )  # fmt: skip
 
 
 @_compile
-def _prepare_keys(like, tile, levels, turned, weights, total, q, k, g, reset, b, start, steps, head, h):
-    """For a chunk, in tile (6, C, keys): q, k, both parts of the decays, q and k scaled for the state before and after;
-    in levels, q and k scaled about the middle of each block; the weights; the sums of the logs."""
+def key_scales(like, x_, y_, levels, x, y, power, rest):
+    """Rows of x, which read, from the start of the chunk, rows of y, which write, to its end; in levels (_, C, keys)
+    about the middles of blocks."""
     threads._apart()
-    size, width = tile.shape[1], tile.shape[2]
-    row, item = width * tile.itemsize, tile.itemsize
-    apart, block = size * row, size * item
-    tiles.load(tile[Q], q, b, start, steps, head)
-    tiles.load(tile[K], k, b, start, steps, head)
-    logs, seen = tile[Q_], np.empty(width, tile.dtype)
-    tiles.load(logs, g, b, start, steps, h)
-    for i in range(steps):
-        for d in range(width):
-            logs[i, d] *= tiles.LOG2
-        if reset.shape[0] and reset[b, start + i]:
-            for d in range(g.shape[3]):
-                logs[i, d] = -np.inf
+    size, row = x.shape[0], x.shape[1] * x.itemsize
     for at in range(0, row, vectors.BYTES):
-        here = tile.ctypes.data + at
-        q_, k_, power, rest = here, here + apart, here + 2 * apart, here + 3 * apart
-        _factors(like, size, row, (here + 4 * apart, power, rest, total.ctypes.data + at))
-        _upto(like, size, row, (q_, power, rest, here + 4 * apart))
-        _after(like, size, row, (k_, power, rest, here + 5 * apart))
+        p, r = power.ctypes.data + at, rest.ctypes.data + at
+        _upto(like, size, row, (x.ctypes.data + at, p, r, x_.ctypes.data + at))
+        _after(like, size, row, (y.ctypes.data + at, p, r, y_.ctypes.data + at))
         half = LEAF
         for level in range(levels.shape[0]):
-            out = levels.ctypes.data + level * apart + at
+            out = levels.ctypes.data + level * size * row + at
             for i in range(0, size, 2 * half):
                 low, mid = i * row, (i + half) * row
-                _after(like, half, row, (k_ + low, power + low, rest + low, out + low))
-                _upto(like, half, row, (q_ + mid, power + mid, rest + mid, out + mid))
+                _after(like, half, row, (y.ctypes.data + at + low, p + low, r + low, out + low))
+                _upto(like, half, row, (x.ctypes.data + at + mid, p + mid, r + mid, out + mid))
             half *= 2
+
+
+@_compile
+def key_weights(like, weights, x, y, power, rest, of_x, of_y, turned):
+    """What x_i reads of y_j, j <= i, from them and their levels."""
+    threads._apart()
+    size, width, item = x.shape[0], x.shape[1], x.itemsize
+    row, block, seen, half = width * item, size * item, np.empty(width, x.dtype), LEAF
     weights[:] = 0
-    half = LEAF
-    for level in range(levels.shape[0]):
-        tiles.turn(like, turned, levels[level])
+    for level in range(of_x.shape[0]):
+        tiles.turn(like, turned, of_y[level])
         for i in range(0, size, 2 * half):
             tiles.window(
-                like, 0, half, half * item, width, levels.ctypes.data + level * apart + (i + half) * row, row, item,
+                like, 0, half, half * item, width, of_x.ctypes.data + level * size * row + (i + half) * row, row, item,
                 turned.ctypes.data + i * item, block, weights.ctypes.data + (i + half) * block + i * item, block,
             )  # fmt: skip
         half *= 2
     for j in range(size):
-        here = tile.ctypes.data + j * row
+        at = j * row
         _column(
             like, LEAF - j % LEAF, row,
-            (here, here + apart, here + 2 * apart, here + 3 * apart, seen.ctypes.data,
+            (x.ctypes.data + at, y.ctypes.data + at, power.ctypes.data + at, rest.ctypes.data + at, seen.ctypes.data,
              weights.ctypes.data + j * block + j * item, block),
         )  # fmt: skip
 
 
 @_compile
-def _finish_keys(like, grads, tile, levels, between, through, d_weights, whole):
-    """grads (3, C, keys): of q, k and the log decays. through: (2, C, keys), the gradients of q and k scaled for the
-    states; between: scratch, those about the middles of blocks, which the gradients of the weights give."""
+def key_between(like, add, d_x, d_y, d_weights, of_x, of_y):
+    """The gradients of the levels, from those of the weights: later halves of d_x, earlier ones of d_y."""
     threads._apart()
-    size, width = tile.shape[1], tile.shape[2]
-    row, item = width * tile.itemsize, tile.itemsize
-    apart, block = size * row, size * item
-    zero, seen = np.zeros(vectors.BYTES // item, tile.dtype), np.empty((LEAF, vectors.BYTES // item), tile.dtype)
-    half = LEAF
-    for level in range(levels.shape[0]):
-        x, out = levels.ctypes.data + level * apart, between.ctypes.data + level * apart
+    size, item, half = of_x.shape[1], of_x.itemsize, LEAF
+    row, block = of_x.shape[2] * item, size * item
+    for level in range(of_x.shape[0]):
+        apart = level * size * row
         for i in range(0, size, 2 * half):
-            low, mid = i * row, (i + half) * row
+            low, mid = apart + i * row, apart + (i + half) * row
             given = d_weights.ctypes.data + (i + half) * block + i * item
-            tiles.window(like, 0, half, row, half, given, block, item, x + low, row, out + mid, row)
-            tiles.window(like, 0, half, row, half, given, item, block, x + mid, row, out + low, row)
+            tiles.window(
+                like, add, half, row, half, given, block, item, of_y.ctypes.data + low, row,
+                d_x.ctypes.data + mid, row,
+            )  # fmt: skip
+            tiles.window(
+                like, add, half, row, half, given, item, block, of_x.ctypes.data + mid, row,
+                d_y.ctypes.data + low, row,
+            )  # fmt: skip
         half *= 2
-    grads[:] = 0
+
+
+@_compile
+def key_through(like, d_x, d_y, d_g, x_, y_, dx_, dy_, levels, d_levels, power, rest, whole):
+    """d_x, d_y and that of the logs grow by what the scaled rows and the levels give; whole: the gradient of all
+    the logs of the chunk."""
+    threads._apart()
+    size, row = x_.shape[0], x_.shape[1] * x_.itemsize
+    zero = np.zeros(vectors.BYTES // x_.itemsize, x_.dtype).ctypes.data
     for at in range(0, row, vectors.BYTES):
-        here, out = tile.ctypes.data + at, grads.ctypes.data + at
-        power, rest, dg = here + 2 * apart, here + 3 * apart, out + 2 * apart
-        dx = through.ctypes.data + at
-        _through_upto(like, size, row, (here + 4 * apart, dx, power, rest, out, dg, whole.ctypes.data + at))
-        _through_after(like, size, row, (here + 5 * apart, dx + apart, power, rest, out + apart, dg, zero.ctypes.data))
+        p, r, dg = power.ctypes.data + at, rest.ctypes.data + at, d_g.ctypes.data + at
+        dx, dy = d_x.ctypes.data + at, d_y.ctypes.data + at
+        _through_upto(
+            like, size, row, (x_.ctypes.data + at, dx_.ctypes.data + at, p, r, dx, dg, whole.ctypes.data + at)
+        )  # fmt: skip
+        _through_after(like, size, row, (y_.ctypes.data + at, dy_.ctypes.data + at, p, r, dy, dg, zero))
         half = LEAF
         for level in range(levels.shape[0]):
-            x, dx = levels.ctypes.data + level * apart + at, between.ctypes.data + level * apart + at
+            z, dz = levels.ctypes.data + level * size * row + at, d_levels.ctypes.data + level * size * row + at
             for i in range(0, size, 2 * half):
                 low, mid = i * row, (i + half) * row
-                _through_upto(
-                    like, half, row,
-                    (x + mid, dx + mid, power + mid, rest + mid, out + mid, dg + mid, zero.ctypes.data),
-                )  # fmt: skip
-                _through_after(
-                    like, half, row,
-                    (x + low, dx + low, power + low, rest + low, out + apart + low, dg + low, zero.ctypes.data),
-                )  # fmt: skip
+                _through_upto(like, half, row, (z + mid, dz + mid, p + mid, r + mid, dx + mid, dg + mid, zero))
+                _through_after(like, half, row, (z + low, dz + low, p + low, r + low, dy + low, dg + low, zero))
             half *= 2
+
+
+@_compile
+def key_leaves(like, d_x, d_y, d_g, x, y, power, rest, d_weights):
+    """They grow by what the weights within leaves give."""
+    threads._apart()
+    size, item, row = x.shape[0], x.itemsize, x.shape[1] * x.itemsize
+    seen, block = np.empty((LEAF, vectors.BYTES // item), x.dtype), size * item
+    for at in range(0, row, vectors.BYTES):
         for j in range(size):
-            low = j * row
+            here = at + j * row
             _column_back(
                 like, LEAF - j % LEAF, row,
-                (here + low, here + apart + low, power + low, rest + low, seen.ctypes.data,
-                 d_weights.ctypes.data + j * block + j * item, block, out + low, out + apart + low, dg + low),
+                (x.ctypes.data + here, y.ctypes.data + here, power.ctypes.data + here, rest.ctypes.data + here,
+                 seen.ctypes.data, d_weights.ctypes.data + j * block + j * item, block,
+                 d_x.ctypes.data + here, d_y.ctypes.data + here, d_g.ctypes.data + here),
             )  # fmt: skip
+
+
+@_compile
+def key_levels(size):
+    """How many times a chunk is halved before leaves."""
+    count = 0
+    while LEAF << count < size:
+        count += 1
+    return count
 
 
 @_compile
@@ -467,10 +501,14 @@ def _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, worker,
     threads._apart()
     steps, keys, heads, values = q.shape[1], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // q.shape[2], tiles.up(keys), tiles.up(values)
-    count = 0
-    while LEAF << count < size:
-        count += 1
-    tile, levels = np.zeros((6, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
+    levels = np.zeros((key_levels(size), size, wide), v.dtype)
+    qs, ks, q_, k_ = (
+        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype),
+        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype),
+    )  # fmt: skip
+    power, rest, logs = (
+        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
+    )  # fmt: skip
     turned, weights = np.zeros((wide, size), v.dtype), np.zeros((size, size), v.dtype)
     vs, os, s = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((wide, high), v.dtype)
     total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
@@ -481,18 +519,20 @@ def _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, worker,
         for c in range(-(-steps // size)):
             start = c * size
             here = min(size, steps - start)
-            _prepare_keys(
-                like, tile, levels, turned, weights, total, q, k, g, reset, b, start, here, h // group, h
-            )  # fmt: skip
-            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
+            tiles.load(qs, q, b, start, here, h // group)
+            tiles.load(ks, k, b, start, here, h // group)
             tiles.load(vs, v, b, start, here, h)
+            key_factors(like, power, rest, total, logs, g, reset, b, start, here, h)
+            key_scales(like, q_, k_, levels, qs, ks, power, rest)
+            key_weights(like, weights, qs, ks, power, rest, levels, levels, turned)
+            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
             tiles.lower_product(like, 0, os, weights, vs)
-            tiles.product(like, 1, os, tile[Q_], s)
+            tiles.product(like, 1, os, q_, s)
             tiles.save(o, os, b, start, here, h)
             if states.shape[0]:
                 states[b, h, c] = s
             tiles.pass_on(s, whole[0], whole[1])
-            tiles.turned_product(like, 1, s, tile[K_], vs)
+            tiles.turned_product(like, 1, s, k_, vs)
         last[b, h] = s[:keys, :values]
 
 
@@ -504,18 +544,22 @@ def _backward_keys(
     threads._apart()
     steps, keys, heads, values = q.shape[1], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // q.shape[2], tiles.up(keys), tiles.up(values)
-    count = 0
-    while LEAF << count < size:
-        count += 1
-    tile, levels = np.zeros((6, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
+    levels = np.zeros((key_levels(size), size, wide), v.dtype)
+    between = np.zeros(levels.shape, v.dtype)
+    qs, ks, q_, k_ = (
+        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype),
+        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype),
+    )  # fmt: skip
+    power, rest, logs = (
+        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
+    )  # fmt: skip
+    dq_, dk_ = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
     turned, weights, d_weights = (
         np.zeros((wide, size), v.dtype), np.zeros((size, size), v.dtype), np.zeros((size, size), v.dtype)
     )  # fmt: skip
     vs, vt, dv = np.zeros((size, high), v.dtype), np.zeros((high, size), v.dtype), np.zeros((size, high), v.dtype)
     do, end, st = np.zeros((size, high), v.dtype), np.zeros((wide, high), v.dtype), np.zeros((high, wide), v.dtype)
-    through, grads, between = (
-        np.zeros((2, size, wide), v.dtype), np.zeros((3, size, wide), v.dtype), np.zeros(levels.shape, v.dtype)
-    )  # fmt: skip
+    grads = np.zeros((3, size, wide), v.dtype)
     total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
@@ -524,33 +568,37 @@ def _backward_keys(
         for c in range(-(-steps // size) - 1, -1, -1):
             start, s = c * size, states[b, h, c]
             here = min(size, steps - start)
-            _prepare_keys(
-                like, tile, levels, turned, weights, total, q, k, g, reset, b, start, here, h // group, h
-            )  # fmt: skip
-            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
+            tiles.load(qs, q, b, start, here, h // group)
+            tiles.load(ks, k, b, start, here, h // group)
             tiles.load(vs, v, b, start, here, h)
             tiles.load(do, d_o, b, start, here, h)
+            key_factors(like, power, rest, total, logs, g, reset, b, start, here, h)
+            key_scales(like, q_, k_, levels, qs, ks, power, rest)
+            key_weights(like, weights, qs, ks, power, rest, levels, levels, turned)
+            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
             tiles.turned_lower_product(like, 0, dv, weights, do)
-            tiles.product(like, 1, dv, tile[K_], end)
+            tiles.product(like, 1, dv, k_, end)
             tiles.save(d_v, dv, b, start, here, h)
             tiles.turn(like, vt, vs)
             tiles.lower(like, d_weights, do, vt)
             tiles.turn(like, st, s)
-            tiles.product(like, 0, through[0], do, st)
+            tiles.product(like, 0, dq_, do, st)
             tiles.turn(like, st, end)
-            tiles.product(like, 0, through[1], vs, st)
+            tiles.product(like, 0, dk_, vs, st)
             for i in range(keys):
                 total[i] = tiles.dot(s[i], end[i]) * (whole[0, i] + whole[1, i])
-            _finish_keys(like, grads, tile, levels, between, through, d_weights, total)
+            grads[:] = 0
+            key_between(like, 0, between, between, d_weights, levels, levels)
+            key_through(
+                like, grads[0], grads[1], grads[2], q_, k_, dq_, dk_, levels, between, power, rest, total
+            )  # fmt: skip
+            key_leaves(like, grads[0], grads[1], grads[2], qs, ks, power, rest, d_weights)
             tiles.save(d_q, grads[0], b, start, here, h)
             tiles.save(d_k, grads[1], b, start, here, h)
             tiles.save(d_g, grads[2], b, start, here, h)
             tiles.pass_on(end, whole[0], whole[1])
-            tiles.turned_product(like, 1, end, tile[Q_], do)
+            tiles.turned_product(like, 1, end, q_, do)
         d_state[b, h] = end[:keys, :values]
-
-
-# ---- the op
 
 
 @functools.partial(_compile, parallel=True)
