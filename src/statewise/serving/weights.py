@@ -88,7 +88,8 @@ class StreamedWeight(Tensor):
 
         x = x.detach() if x.requires_grad else x
         values, scale = self.arrays
-        y = product(values, scale, x.reshape(rows, -1).contiguous()).view(*x.shape[:-1], -1)
+        y = product(values, scale, x.reshape(rows, -1).contiguous())
+        y = y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
         return y if bias is None else y + bias.detach()
 
     def _rows(self, ids: Tensor) -> Tensor:
