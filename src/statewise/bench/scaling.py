@@ -26,10 +26,10 @@ WORKERS = (2, 8, 32, 128, 512, 1024)
 class Costs:
     """Seconds, of which docs/scaling.md says where they are from."""
 
-    start: float = 3.0  # of a worker: Python, torch, layers; until the first step
-    look: float = 0.0004  # at one running cell: asking Ray for it, the end of its log
-    submit: float = 0.0015  # of one task through Ray, until its result is back, beside its work
-    row: float = 0.003  # what is said of a cell, written and synced
+    start: float = 2.4  # of a worker: Python, torch, layers; until the first step
+    look: float = 0.0001  # at one running cell: asking Ray for it, the end of its log
+    submit: float = 0.0008  # of one task through Ray, until its result is back, beside its work
+    row: float = 0.0042  # what is said of a cell, written and synced
     tick: float = 0.05  # between two rounds of looks
 
 
