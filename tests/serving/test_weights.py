@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from statewise.core import UsageError, stream
+from statewise.core import NumericError, UsageError, stream
 from statewise.decoding import Sampling, generate
 from statewise.models import LanguageModel
 from statewise.serving import StreamedWeight, for_streaming
@@ -102,5 +102,7 @@ def test_what_can_not_stream_is_refused():
     model = language_model("gru")
     with pytest.raises(UsageError, match="'float32' or 'int8'"):
         for_streaming(model, weights="int4")  # type: ignore[arg-type]
+    with pytest.raises(NumericError, match="not finite"):
+        StreamedWeight.of(torch.tensor([[1.0, torch.inf]]), "int8")
     with pytest.raises(UsageError, match="float64"):
         for_streaming(model.double())

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import UsageError
+from ..core import NumericError, UsageError
 
 FEW = 8  # rows of x up to which reading the weights is what takes the time
 LEAST = 1 << 12  # weights: a smaller matrix is left as it is
@@ -47,6 +47,8 @@ class StreamedWeight(Tensor):
         weight = weight.detach()
         if kind == "float32":
             return cls(weight, torch.empty(0))
+        if not bool(weight.isfinite().all()):
+            raise NumericError("int8: a weight is not finite, and 8 bits have nothing for that")
         scale = weight.abs().amax(1) / 127
         steps = (weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
         return cls(steps.to(torch.int8), scale)
@@ -109,7 +111,8 @@ def for_streaming(model: M, *, weights: Kind = "float32") -> M:
     rounded to 255 levels, a quarter of the bytes; biases, norms, decays and states stay as they are.
     The copy takes the states of the model and gives them back. It does not train, compile or export; export the model.
 
-    Raises UsageError for another kind, parameters that are not float32 or not on a CPU, and where numba is missing.
+    Raises UsageError for another kind and for parameters that are not float32 on a CPU, NumericError for weights that
+    are not finite and int8.
     """
     if weights not in ("float32", "int8"):
         raise UsageError(f"for_streaming: weights {weights!r}; expected 'float32' or 'int8'")
