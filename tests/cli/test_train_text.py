@@ -13,7 +13,18 @@ from statewise.tasks import SPLITS, TextFile
 from statewise.text import load_tokenizer
 from statewise.training import load, read_log
 
-SMALL = ["--width", "16", "--device", "cpu", "--set", "task.length=16", "task.span=2", "train.steps=2"]
+SMALL = [
+    "--layer",
+    "min_gru",
+    "--width",
+    "16",
+    "--device",
+    "cpu",
+    "--set",
+    "task.length=16",
+    "task.span=2",
+    "train.steps=2",
+]
 
 
 @pytest.fixture
@@ -49,8 +60,8 @@ def test_json_lines_with_a_hybrid(lines, call, tmp_path):
 def test_a_run_is_named_by_its_pattern(lines, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["train", "text_file", "--data", lines, "--field", "body", *SMALL, "--depth", "2"]
-    assert call(*words, "--layer", "min_gru*1,gru(mlp=0)@a").code == 0
-    assert [path.name[:-9] for path in Path("runs").iterdir()] == ["text_file-min_gru_1_gru_mlp_0_a"]
+    assert call(*words, "--layer", "min_gru*1,lru(mlp=0)@a").code == 0
+    assert [path.name[:-9] for path in Path("runs").iterdir()] == ["text_file-min_gru_1_lru_mlp_0_a"]
 
 
 def test_byte_pairs(lines, call, tmp_path):

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from ..core import DataError, UsageError
 from ..core.files import open_checked, shown
@@ -79,10 +79,10 @@ def documents(
         return
     with open_checked(source.path) as raw:
         packed = source.path.suffix.lower() == ".gz"
-        file = gzip.GzipFile(fileobj=raw) if packed else io.BufferedReader(raw, BLOCK)  # type: ignore[type-var]
+        file = gzip.GzipFile(fileobj=raw) if packed else io.BufferedReader(cast(io.RawIOBase, raw), BLOCK)
         damaged = lambda error: complain(f"{shown(source.path)}: damaged from byte {raw.tell()} on ({error})")
         told = lambda: moved(raw.tell())
-        reader = Reader(cast(BinaryIO, file), damaged)
+        reader = Reader(file, damaged)
         if source.kind == "jsonl":
             yield from _json_lines(source.path, reader, field, complain, told)
         else:
@@ -92,11 +92,15 @@ def documents(
 class Reader:
     """A file that ends where it is damaged, having said so."""
 
-    def __init__(self, file: BinaryIO, damaged: Callable[[Exception], None]):
+    def __init__(self, file: io.BufferedReader | gzip.GzipFile, damaged: Callable[[Exception], None]):
         self.file, self.damaged, self.ended = file, damaged, False
 
     def read(self, size: int) -> bytes:
-        return self._or_end(self.file.read, size)
+        parts, left = [], size
+        while left and (part := self._or_end(self.file.read1, left)):  # read() would drop what stands before damage
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
 
     def readline(self, size: int) -> bytes:
         return self._or_end(self.file.readline, size)
