@@ -343,7 +343,7 @@ def table(out: Path) -> dict[str, tuple]:
     """What must not depend on kills, to the last digit."""
     return {
         row["key"]: (
-            row["status"], row["score"], row["validation_score"], row["steps"], row["chosen"], row.get("tokens"),
+            row["status"], row["score"], row["validation_score"], row.get("steps"), row["chosen"], row.get("tokens"),
             [(point["step"], point["score"]) for point in row["curve"]],
         )
         for row in read_results([out])
@@ -366,7 +366,7 @@ def started(out: Path) -> int:
 SEVERAL = [
     "compare", "parity,mqar", "--layers", "gru,min_gru", "--seeds", "2", "--steps", "40", "--depth", "1",
     "--set", "parity:task.longest=8", "parity:task.test_longest=10", "mqar:task.length=16", "mqar:task.pairs=2",
-    "--grid", "model.width=8,12", "--lr", "1e-3,1e-2",
+    "--grid", "mqar:model.width=8", "--width", "12", "--lr", "1e-3,1e-2",
 ]  # fmt: skip
 
 
@@ -375,10 +375,10 @@ def test_killed_twice_the_table_is_the_same_to_the_last_digit(tmp_path):
     calm, hurt = tmp_path / "calm", tmp_path / "hurt"
     assert main([*SEVERAL, "--out", str(calm)]) == 0
     expected = table(calm)
-    assert len(expected) == 2 * 2 * 2 * (2 + 1) and {one[0] for one in expected.values()} == {"done"}
-    assert len({one[1] for one in expected.values()}) > 8  # so that there is something to lose
+    assert len(expected) == 2 * 2 * (2 + 1) and {one[0] for one in expected.values()} == {"done"}
+    assert len({one[1] for one in expected.values()}) > 4  # so that there is something to lose
     command, before = [sys.executable, "-m", "statewise", *SEVERAL, "--out", str(hurt)], 0
-    for share in (5, 17):  # in the first phase, and after rates were chosen
+    for share in (3, 9):  # in the first phase, and after rates were chosen
         driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda: len(read_rows(hurt)) >= share)  # noqa: B023
         os.kill(driver.pid, signal.SIGKILL)
@@ -391,7 +391,7 @@ def test_killed_twice_the_table_is_the_same_to_the_last_digit(tmp_path):
     assert table(hurt) == expected
     boards = [json.loads((place / "comparison.json").read_text())["boards"] for place in (calm, hurt)]
     lines = [[(b["name"], e["label"], e["lr"]) for b in found for e in b["layers"]] for found in boards]
-    assert lines[0] == lines[1] and len(lines[0]) == 8
+    assert lines[0] == lines[1] and len(lines[0]) == 4
 
 
 @pytest.mark.slow

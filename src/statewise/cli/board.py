@@ -180,7 +180,10 @@ def _fitting(rows: Sequence[Row], metric: str, seeds: int, screen: Console) -> T
     dropped = spare[:1] if seeds == 1 else []
     while True:
         made = _table(rows, metric, dropped)
-        if len(dropped) == len(spare) or screen.measure(made).minimum <= screen.width:
+        if (
+            len(dropped) == len(spare)
+            or made.__rich_measure__(screen, screen.options.update(width=1000)).maximum <= screen.width
+        ):
             return made
         dropped = spare[: len(dropped) + 1]
 

@@ -118,7 +118,10 @@ def _word(found: Any) -> str:
         return "yes" if found else "no"
     if isinstance(found, float):
         return f"{found:.6g}"
-    return str(found) if isinstance(found, int | str) else json.dumps(found)
+    if isinstance(found, int | str):
+        return str(found)
+    text = json.dumps(found)
+    return text if len(text) <= 60 else text[:59] + "…"  # a table is for the eye; csv and json have it all
 
 
 def _write(kind: str, rows: list[dict[str, Any]], columns: list[str], out: Path | None) -> None:
