@@ -101,7 +101,8 @@ def simulate(times: Sequence[float], cluster: Cluster, costs: Costs = Costs(), s
     queue = iter(tasks)
     pace = [cluster.factor if i < round(cluster.slow * cluster.workers) else 1.0 for i in range(cluster.workers)]
     rng.shuffle(pace)
-    free, running = list(range(cluster.workers)), []  # running: (end, worker, cells, those that failed)
+    free = list(range(cluster.workers))
+    running: list[tuple[float, int, int, int]] = []  # end, worker, cells, those of them that are given up
     now = busy = waited = 0.0
     first_idle = math.inf
     failed = ended = 0
