@@ -19,11 +19,11 @@ def base(task):
 
 
 def test_finished_runs_are_scored_at_what_they_lack(tmp_path):
-    plan = Plan((base(Parity(longest=6, test_longest=8)),), ("gru",), seeds=1)
+    plan = Plan((base(Parity(longest=8, test_longest=8)),), ("gru",), seeds=1)
     compare(plan, tmp_path, workers=1, lengths=(16, 8))
     (first,) = read_rows(tmp_path).values()
     assert [entry["length"] for entry in first["scores_by_length"]] == [8, 16]
-    assert first["scores_by_length"][0]["score"] == first["score"]  # at the length of the test split
+    assert first["scores_by_length"][0]["score"] == first["score"]  # that is the task itself
     seen = []
     found = compare(plan, tmp_path, workers=1, lengths=(8, 32), on_event=lambda event: seen.append(event["event"]))
     (second,) = read_rows(tmp_path).values()
@@ -33,7 +33,7 @@ def test_finished_runs_are_scored_at_what_they_lack(tmp_path):
     seen.clear()
     compare(plan, tmp_path, workers=1, lengths=(32, 16), on_event=lambda event: seen.append(event["event"]))
     assert "kept" in seen and "start" not in seen
-    assert found["boards"][0]["task"]["train_length"] == 6
+    assert found["boards"][0]["task"]["train_length"] == 8
     write_all(found, tmp_path)
     with (tmp_path / "lengths.csv").open(newline="") as file:
         assert [row["length"] for row in csv.DictReader(file)] == ["8", "16", "32"]
