@@ -65,8 +65,8 @@ def score_lengths(
 ) -> list[LengthScore]:
     """The curve of length generalisation: the model's scores on `task.at(length)` for each length, in rising order.
 
-    Where rows have up to 1,024 steps the examples are those of the test split, so that where
-    `task.at(length) == task` the score is that of `fit`; beyond, as many as have a million steps together, at least 64. At most 32,768 steps are
+    Where rows have up to 1,024 steps the examples are those of the test split, so that where `task.at(length) == task`
+    the score is that of `fit`; beyond, as many as have a million steps together, at least 64. At most 32,768 steps are
     run at once, or one row: memory grows with the length only beyond that. A length at which the model fails (out of
     memory, outputs that are not finite) says so and the others go on.
 
