@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Cell, NumericError, UsageError, check_sizes, clear_past_end, past_end, register_layer, wide
+from ..ops.gated_loop import elman_loop, elman_step
 
 
 @register_layer(
@@ -70,10 +71,11 @@ class Reservoir(Cell[Tensor]):
             return F.linear(x.to(high), self.w_in[:, 1:].to(high), self.w_in[:, 0].to(high))
 
     def transition(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(u.device.type, enabled=False):
-            h = torch.tanh(u + F.linear(state, self.w.to(state.dtype)))
-        h = (1 - self.leak) * state + self.leak * h
+        h = elman_step(u, state, None, self.w, leak=self.leak)
         return h, h
+
+    def scan(self, u: Tensor, state: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        return elman_loop(u, state, None, self.w, leak=self.leak, reset=reset, lengths=lengths)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
         return self.readout(torch.cat([x, o.to(x.dtype)], -1)).to(x.dtype)

@@ -338,7 +338,7 @@ def elman_loop(
     return h, last
 
 
-@op(_aten(in_aten.jordan, _no_decay), samples=_jordan_samples, check=_check_jordan)
+@op(_numba("jordan", _no_decay), _aten(in_aten.jordan, _no_decay), samples=_jordan_samples, check=_check_jordan)
 def jordan_loop(
     x: Tensor,
     s0: Tensor,

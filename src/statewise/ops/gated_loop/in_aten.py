@@ -7,6 +7,7 @@ more resets make it faster.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,38 +35,47 @@ def elman(
     return h, last
 
 
-def jordan(
-    x: Tensor,
-    s0: Tensor,
-    w_ih: Tensor,
-    w_sh: Tensor,
-    w_hy: Tensor,
-    b_ih: Tensor | None = None,
-    b_hy: Tensor | None = None,
-    *,
-    decay: float = 0.0,
-    reset: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def jordan_by(elman: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """Where the context is the last output alone, U y = (U V) h + U b: an Elman network with R = U V.
 
     What of the context does not come from h (the first context, then b, nothing after a reset) enters beside x.
     """
-    if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0], 0, len(w_hy)), s0
-    wide = s0.dtype
-    with no_autocast(x):
-        b = torch.zeros_like(w_hy[:, 0]) if b_hy is None else b_hy
-        beside = torch.cat([s0[:, None], b.to(wide).expand(x.shape[0], x.shape[1] - 1, -1)], 1)
-        beside = beside if reset is None else beside.masked_fill(reset[..., None], 0)
-        u, feedback, out = torch.cat([x.to(wide), beside], -1), w_sh.to(wide), w_hy.to(wide)
-        h0 = s0.new_zeros(x.shape[0], len(w_ih))
-        h, _ = elman(u, h0, torch.cat([w_ih.to(wide), feedback], 1), feedback @ out, b_ih, reset=reset, lengths=lengths)
-        y = torch.nn.functional.linear(h, out, b.to(wide))
-    if lengths is None:
-        return y.to(x.dtype), y[:, -1].clone()  # a view would keep all of y in memory
-    last = y[torch.arange(y.shape[0], device=y.device), (lengths - 1).clamp(min=0)]
-    return clear_past_end(y, lengths).to(x.dtype), torch.where((lengths > 0)[:, None], last, s0)
+
+    def jordan(
+        x: Tensor,
+        s0: Tensor,
+        w_ih: Tensor,
+        w_sh: Tensor,
+        w_hy: Tensor,
+        b_ih: Tensor | None = None,
+        b_hy: Tensor | None = None,
+        *,
+        decay: float = 0.0,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if x.shape[1] == 0:
+            return x.new_zeros(x.shape[0], 0, len(w_hy)), s0
+        wide = s0.dtype
+        with no_autocast(x):
+            b = torch.zeros_like(w_hy[:, 0]) if b_hy is None else b_hy
+            beside = torch.cat([s0[:, None], b.to(wide).expand(x.shape[0], x.shape[1] - 1, -1)], 1)
+            beside = beside if reset is None else beside.masked_fill(reset[..., None], 0)
+            u, feedback, out = torch.cat([x.to(wide), beside], -1), w_sh.to(wide), w_hy.to(wide)
+            h0 = s0.new_zeros(x.shape[0], len(w_ih))
+            h, _ = elman(
+                u, h0, torch.cat([w_ih.to(wide), feedback], 1), feedback @ out, b_ih, reset=reset, lengths=lengths
+            )
+            y = torch.nn.functional.linear(h, out, b.to(wide))
+        if lengths is None:
+            return y.to(x.dtype), y[:, -1].clone()  # a view would keep all of y in memory
+        last = y[torch.arange(y.shape[0], device=y.device), (lengths - 1).clamp(min=0)]
+        return clear_past_end(y, lengths).to(x.dtype), torch.where((lengths > 0)[:, None], last, s0)
+
+    return jordan
+
+
+jordan = jordan_by(elman)
 
 
 def gru(

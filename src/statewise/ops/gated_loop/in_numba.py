@@ -13,6 +13,8 @@ A row that has ended is passed over; a reset hands it other memory to read the p
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import os
 import threading
@@ -33,6 +35,7 @@ from ..linear_scan import in_numba as threads
 from ..opaque import opaque
 from ..selective_scan import in_numba as vectors
 from .cells import fresh_slstm
+from .in_aten import jordan_by
 
 ROWS = 6  # of a tile, at most: its sums fill the registers
 VECTORS = 4 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 1  # of a tile
@@ -40,7 +43,7 @@ BYTES = vectors.BYTES  # of a vector
 PAD = 64  # bytes between rows of h, or rows a power of 2 apart would share a few lines of the cache
 LARGE = 1 << 22  # bytes from which on memory may come in large pages
 ALONE = 1 << 24  # multiplications below which a second thread costs more than it brings
-WIDE = 1 << 19  # bytes of R that a thread keeps near: beyond, few rows are better shared out by units
+WIDE = 1 << 19  # bytes of R that a thread keeps near: beyond, a single row is better shared out by its units
 
 _compile = threads._compile
 
@@ -60,16 +63,20 @@ class _Problem(NamedTuple):
     teams: int
     units: int  # of a member
     panels: int
+    keep: int  # forward: whether the gates are to overwrite their inputs and more is to be kept for each step
     x: int  # forward: (B, T, G N), the gates' inputs, then the gates; backward: their gradients
     gates_at: int  # backward: (B, T, G N)
     w: int  # (H, members, panels, rows of a panel, its columns)
-    bias: int  # (N,), inside the product with r
+    outer: int  # (G N,), added to the gates' inputs
+    inner: int  # (N,), inside the product with r
     leak: int  # one number
     h: int  # (B, T, N)
-    more: int  # (parts, B, T, N), what else backward needs; the state's other parts first
+    more: int  # (parts, B, T, N), what else backward needs, the state's other parts first; T is 1 if not to be kept
+    more_gap: int
+    spare: int  # per thread, (G N,): what need not be kept goes there
     first: int  # (S, B, N) the state before the first step
     fresh: int  # (S, N) the state that a reset leaves
-    zero: int  # (N,)
+    zero: int  # (G N,)
     reset: int  # (B, T) bytes, or 0
     ends: int  # (B,) words
     dh: int  # backward: (B, T, N)
@@ -267,9 +274,11 @@ class _Here(NamedTuple):
 
     gates: Any
     gate_gap: Any
+    kept: Any  # where the gates go
     sums: Any
     sum_gap: Any
-    bias: Any
+    outer: Any
+    inner: Any
     leak: Any
     before: Any  # h_{t-1}
     after: Any  # h_t, near
@@ -305,12 +314,16 @@ class _Back(NamedTuple):
 
 
 def _pre(v: _Units, at: _Here, gate: int) -> _Number:
-    return v.read(at.gates, gate, at.gate_gap) + v.read(at.sums, gate, at.sum_gap)
+    return _given(v, at, gate) + v.read(at.sums, gate, at.sum_gap)
+
+
+def _given(v: _Units, at: _Here, gate: int) -> _Number:
+    return v.read(at.gates, gate, at.gate_gap) + v.read(at.outer, gate, at.gate_gap)
 
 
 def _settle(v: _Units, at: _Here, h: _Number, *gates: _Number) -> None:
     for g, gate in enumerate(gates):
-        v.write(gate, at.gates, g, at.gate_gap)
+        v.write(gate, at.kept, g, at.gate_gap)
     v.write(h, at.after)
     v.write(h, at.out)
 
@@ -326,7 +339,7 @@ def _elman(act: Callable[[_Number], _Number], leaky: bool) -> Callable[[_Units, 
         new = act(_pre(v, at, 0))
         if leaky:
             leak, before = v.one(at.leak), v.read(at.before)
-            v.write(new, at.gates)
+            v.write(new, at.kept)
             new = before * (1.0 - leak) + leak * new
         _settle(v, at, new)
 
@@ -359,8 +372,8 @@ def _flatness(y: _Number) -> _Number:
 
 def _gru(v: _Units, at: _Here) -> None:
     r, z = _pre(v, at, 0).sigmoid(), _pre(v, at, 1).sigmoid()
-    heard = v.read(at.sums, 2, at.sum_gap) + v.read(at.bias)
-    n = (v.read(at.gates, 2, at.gate_gap) + r * heard).tanh()
+    heard = v.read(at.sums, 2, at.sum_gap) + v.read(at.inner)
+    n = (_given(v, at, 2) + r * heard).tanh()
     v.write(heard, at.more)
     _settle(v, at, n + z * (v.read(at.before) - n), r, z, n)
 
@@ -528,7 +541,7 @@ def _forward_task(like, q, team, member, head, r0, r1, goal):
     at, mine = (head * size + member * q.units) * item, member * q.units * item
     near, sums = q.near + team * 2 * q.near_size, q.sums + thread * q.sums_size
     panel = q.w + (head * q.members + member) * q.panels * size * VECTORS * BYTES
-    more_gap, first_gap, longest = q.batch * q.steps * row, q.batch * row, _longest(q, r0, r1)
+    first_gap, longest = q.batch * row, _longest(q, r0, r1)
     for b in range(r0, r1):
         first = q.fresh if _resets(q, b, 0) else q.first + b * row
         threads._copy(like, q.units, (near + (b - r0) * q.near_row + mine, first + at))
@@ -540,24 +553,31 @@ def _forward_task(like, q, team, member, head, r0, r1, goal):
             now = (b * q.steps + t) * row + at
             if t >= _word(q.ends + b * 8):
                 continue
-            past, past_gap = q.more + now - row, more_gap
+            gates = q.x + (b * q.steps + t) * row * q.gates + at
+            more, kept = q.more + now, gates
+            past, past_gap = more - row, q.more_gap
+            if not q.keep:
+                more, kept = q.more + b * row + at, q.spare + thread * row * q.gates
+                past = more
             if _resets(q, b, t):
                 past, past_gap = q.fresh + row + at, row
             elif t == 0:
                 past, past_gap = q.first + first_gap + b * row + at, first_gap
             after = there + (b - r0) * q.near_row + mine
             where = (
-                q.x + (b * q.steps + t) * row * q.gates + at,
+                gates,
                 row,
+                kept,
                 sums + (b - r0) * q.sums_row,
                 q.units * item,
-                q.bias + at,
+                q.outer + at,
+                q.inner + at,
                 q.leak,
                 here + (b - r0) * q.near_row + mine,
                 after,
                 q.h + now,
-                q.more + now,
-                more_gap,
+                more,
+                q.more_gap,
                 past,
                 past_gap,
             )
@@ -581,7 +601,7 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
     near, sums = q.near + team * 2 * q.near_size, q.sums + thread * q.sums_size
     side, side_gap = q.side + thread * q.side_size, q.units * item
     panel = q.w + (head * q.members + member) * q.panels * size * q.gates * VECTORS * BYTES
-    more_gap, first_gap, longest = q.batch * q.steps * row, q.batch * row, _longest(q, r0, r1)
+    first_gap, longest = q.batch * row, _longest(q, r0, r1)
     for b in range(r0, r1):
         for t in range(_word(q.ends + b * 8), q.steps):
             for g in range(q.gates):
@@ -594,7 +614,7 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
             now, end = (b * q.steps + t) * row + at, _word(q.ends + b * 8)
             if t >= end:
                 continue
-            before, past, past_gap = q.h + now - row, q.more + now - row, more_gap
+            before, past, past_gap = q.h + now - row, q.more + now - row, q.more_gap
             if _resets(q, b, t):
                 before, past, past_gap = q.fresh + at, q.fresh + row + at, row
             elif t == 0:
@@ -615,7 +635,7 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
                 q.h + now,
                 before,
                 q.more + now,
-                more_gap,
+                q.more_gap,
                 past,
                 past_gap,
                 q.dh + now,
@@ -683,15 +703,51 @@ def _plan(batch: int, steps: int, heads: int, size: int, gates: int, item: int) 
     work = batch * steps * heads * size * size * gates
     workers = 1 if work < ALONE or threads._forked else torch.get_num_threads()
     members = 1
-    few = batch * heads < workers or (batch < 2 * workers and heads < workers and size * size * gates * item > WIDE)
-    if few:
-        members = workers // heads if batch * heads < workers else workers
-        while members > 1 and size % (members * 16):
+    if batch * heads < workers and size * size * gates * item > WIDE:
+        members = workers // (batch * heads)
+        while size % (members * 16):  # 1 at last
             members -= 1
-    teams = max(1, workers // members)
-    groups = min(batch, max(-(-teams // heads), 1))
-    teams = min(teams, groups * heads)
-    return _Plan(groups, members, teams)
+    groups = min(batch, -(-workers // heads))
+    return _Plan(groups, members, min(workers // members, groups * heads))
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """GNU's OpenMP as loaded by torch, or None.
+
+    Its threads wait for more work by spinning, for milliseconds after each matrix product: other threads would share
+    the processors with them.
+    """
+    home = os.path.join(os.path.dirname(os.path.dirname(torch.__file__)), "torch")  # torch/lib or torch.libs
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            found = {line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}
+    except OSError:
+        return None
+    ours = [path for path in found if path.startswith(home)]
+    return ctypes.CDLL(ours[0]) if len(ours) == 1 else None
+
+
+def _on_threads_of_torch(work: Callable[[int], None], workers: int) -> bool:
+    """work(thread) on each of so many threads at once; False, and nothing done, where there are not as many."""
+    openmp = _openmp()
+    if openmp is None or openmp.omp_in_parallel():
+        return False
+    done, errors = [], []
+
+    def one(_: Any) -> None:
+        try:
+            if openmp.omp_get_num_threads() == workers:
+                thread = openmp.omp_get_thread_num()
+                work(thread)
+                done.append(thread)
+        except BaseException as error:  # none can pass through OpenMP
+            errors.append(error)
+
+    openmp.GOMP_parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(one), None, ctypes.c_uint(workers), ctypes.c_uint(0))
+    if errors:
+        raise errors[0]
+    return len(done) == workers
 
 
 _lock = threading.Lock()  # all members of a team must run at once
@@ -710,15 +766,17 @@ if hasattr(os, "register_at_fork"):
 def _run(work: Callable[..., None], q: _Problem, like: Tensor) -> None:
     global _pool
     number = np.float64(0) if like.dtype == torch.float64 else np.float32(0)
-    workers = q.members * q.teams
+    each, workers = functools.partial(work, number, q), q.members * q.teams
     if workers == 1:
-        work(number, q, 0)
+        each(0)
+        return
+    if _on_threads_of_torch(each, workers):
         return
     with _lock:
         if _pool is None or _pool[0] < workers - 1:
             _pool = workers - 1, ThreadPoolExecutor(workers - 1)
-        jobs = [_pool[1].submit(work, number, q, thread) for thread in range(1, workers)]
-        work(number, q, 0)
+        jobs = [_pool[1].submit(each, thread) for thread in range(1, workers)]
+        each(0)
         for job in jobs:
             job.result()
 
@@ -731,8 +789,9 @@ def _panels(w: Tensor) -> Tensor:
 
 
 def _solve(
-    cell: _Cell, x: Tensor, w_hh: Tensor, bias: Tensor | None, leak: float, h: Tensor, more: Tensor, first: Tensor,
-    reset: Tensor | None, ends: Tensor, back: tuple[Tensor, ...] | None = None,
+    cell: _Cell, x: Tensor, w_hh: Tensor, outer: Tensor | None, inner: Tensor | None, leak: float, h: Tensor,
+    more: Tensor, first: Tensor,
+    reset: Tensor | None, ends: Tensor, keep: bool = True, back: tuple[Tensor, ...] | None = None,
 ) -> None:  # fmt: skip
     """Fill x with the gates, and h and more; given back (gates, dh, d_last, d_first, d_more), x and the last two."""
     batch, steps, width = h.shape
@@ -751,22 +810,24 @@ def _solve(
     byte = dict(dtype=torch.uint8)
     near = torch.zeros(plan.teams * 2 * rows * near_row, **byte)
     sums, side = torch.zeros(workers * rows * sums_row, **byte), torch.zeros(workers * rows * side_row, **byte)
-    meeting, zero = torch.zeros(plan.teams * 8, dtype=torch.int64), h.new_zeros(width)
+    spare = h.new_empty(workers, cell.gates * width) if back is None else None
+    meeting, zero = torch.zeros(plan.teams * 8, dtype=torch.int64), h.new_zeros(cell.gates * width)
     fresh = torch.cat(fresh_slstm(1, width, like=h)) if cell.parts == 4 else h.new_zeros(cell.parts + 1, width)
     leaks = h.new_full((1,), leak)
-    bias = zero if bias is None else bias.contiguous()
+    outer, inner = (zero if b is None else b.contiguous() for b in (outer, inner))
     reset = None if reset is None else reset.contiguous()
     gates, dh, d_last, d_first, d_more = (None,) * 5 if back is None else back
-    address = lambda t: 0 if t is None else t.data_ptr()
+    at = dict(
+        x=x, gates_at=gates, w=w, outer=outer, inner=inner, leak=leaks, h=h, more=more, spare=spare, first=first,
+        fresh=fresh, zero=zero, reset=reset, ends=ends, dh=dh, d_last=d_last, d_first=d_first, d_more=d_more,
+        near=near, sums=sums, side=side, meeting=meeting,
+    )  # fmt: skip
     q = cell.problem(
+        **{name: 0 if t is None else t.data_ptr() for name, t in at.items()},
         item=item, batch=batch, steps=steps, width=width, heads=heads, gates=cell.gates, parts=cell.parts,
-        groups=plan.groups, members=plan.members, teams=plan.teams, units=units, panels=w.shape[2], x=address(x),
-        gates_at=address(gates), w=address(w), bias=address(bias), leak=address(leaks), h=address(h),
-        more=address(more), first=address(first), fresh=address(fresh), zero=address(zero), reset=address(reset),
-        ends=address(ends), dh=address(dh), d_last=address(d_last), d_first=address(d_first),
-        d_more=address(d_more), near=address(near), near_row=near_row, near_size=rows * near_row, sums=address(sums),
-        sums_row=sums_row, sums_size=rows * sums_row, side=address(side), side_row=side_row,
-        side_size=rows * side_row, meeting=address(meeting),
+        groups=plan.groups, members=plan.members, teams=plan.teams, units=units, panels=w.shape[2], keep=int(keep),
+        more_gap=batch * more.shape[2] * width * item, near_row=near_row, near_size=rows * near_row,
+        sums_row=sums_row, sums_size=rows * sums_row, side_row=side_row, side_size=rows * side_row,
     )  # fmt: skip
     _run(_forward_work if back is None else _backward_work, q, h)
 
@@ -779,38 +840,34 @@ def _room(like: Tensor, *shape: int) -> Tensor:
 
 
 def _forward(
-    x: Tensor, w_ih: Tensor | None, w_hh: Tensor, b: Tensor | None, bias: Tensor | None, first: Tensor,
-    reset: Tensor | None, ends: Tensor, kind: str, leak: float,
+    x: Tensor, w_ih: Tensor | None, w_hh: Tensor, outer: Tensor | None, inner: Tensor | None,
+    first: Tensor, reset: Tensor | None, ends: Tensor, kind: str, leak: float, keep: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """b: added to the gates' inputs. bias (N,): of a GRU, inside the product with r. first: (S, B, N)."""
+    """outer (G N,): added to the gates' inputs. inner (N,): of a GRU, inside the product with r. first: (S, B, N)."""
     cell, width = CELLS[kind], first.shape[2]
     gates = _room(x, *x.shape[:2], cell.gates * width)
     if w_ih is None:
-        gates.copy_(x) if b is None else torch.add(x, b, out=gates)
+        gates.copy_(x)
     else:
-        args = x.flatten(0, 1), w_ih.T
-        flat = gates.flatten(0, 1)
-        torch.mm(*args, out=flat) if b is None else torch.addmm(b, *args, out=flat)
+        torch.mm(x.flatten(0, 1), w_ih.T, out=gates.flatten(0, 1))
     in_place = cell.gates == 1 and not cell.side
     h = gates if in_place else _room(x, *x.shape[:2], width)
-    more = _room(x, cell.more, *h.shape)
+    more = _room(x, cell.more, len(x), x.shape[1] if keep else 1, width)
     first = first.contiguous()
     if h.numel():
-        _solve(cell, gates, w_hh.contiguous(), bias, leak, h, more, first, reset, ends)
-    if not h.shape[1]:
-        last = first.clone()
-    else:
-        at = (ends - 1).clamp(min=0)
-        rows = torch.arange(len(h))
-        last = torch.stack([part[rows, at] for part in (h, *more[: cell.parts - 1])])
-        last = torch.where((ends > 0)[:, None], last, first)
+        _solve(cell, gates, w_hh.contiguous(), outer, inner, leak, h, more, first, reset, ends, keep)
+    last = first.clone()
+    if h.shape[1]:
+        rows, at = torch.arange(len(h)), (ends - 1).clamp(min=0)
+        parts = [h[rows, at], *more[: cell.parts - 1, rows, at if keep else 0]]
+        last = torch.where((ends > 0)[:, None], torch.stack(parts), first)
     return h, last, gates.new_empty(0) if in_place else gates, more
 
 
 def _backward(
-    dh: Tensor, d_last: Tensor, x: Tensor, w_ih: Tensor | None, w_hh: Tensor, b: Tensor | None, bias: Tensor | None,
-    first: Tensor, reset: Tensor | None, ends: Tensor, kind: str, leak: float, h: Tensor, last: Tensor, gates: Tensor,
-    more: Tensor,
+    dh: Tensor, d_last: Tensor, x: Tensor, w_ih: Tensor | None, w_hh: Tensor, outer: Tensor | None,
+    inner: Tensor | None, first: Tensor, reset: Tensor | None, ends: Tensor, kind: str, leak: float, h: Tensor,
+    last: Tensor, gates: Tensor, more: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     cell, width = CELLS[kind], first.shape[2]
     d_gates, d_last, first = _room(x, *x.shape[:2], cell.gates * width), d_last.contiguous(), first.contiguous()
@@ -818,14 +875,14 @@ def _backward(
     d_more = _room(x, *h.shape) if kind == "gru" else None
     if h.numel():
         back = (gates, dh.contiguous(), d_last, d_first, d_more)
-        _solve(cell, d_gates, w_hh.contiguous(), bias, leak, h, more, first, reset, ends, back)
+        _solve(cell, d_gates, w_hh.contiguous(), outer, inner, leak, h, more, first, reset, ends, back=back)
     flat = d_gates.flatten(0, 1)
     grads = [d_gates] if w_ih is None else [(flat @ w_ih).view(x.shape), flat.T @ x.flatten(0, 1)]
     heard = [flat] if d_more is None else [flat[:, : 2 * width], d_more.flatten(0, 1)]
     grads.append(_by_recurrent(heard, h, first[0], reset, len(w_hh)))
-    if b is not None:
+    if outer is not None:
         grads.append(flat.sum(0))
-    if bias is not None:
+    if inner is not None:
         grads.append(heard[1].sum(0))
     return *grads, d_first
 
@@ -855,8 +912,8 @@ def _outer(grads: list[Tensor], h: Tensor, heads: int) -> Tensor:
 
 
 def _like(
-    x: Tensor, w_ih: Tensor | None, w_hh: Tensor, b: Tensor | None, bias: Tensor | None, first: Tensor,
-    reset: Tensor | None, ends: Tensor, kind: str, leak: float,
+    x: Tensor, w_ih: Tensor | None, w_hh: Tensor, outer: Tensor | None, inner: Tensor | None,
+    first: Tensor, reset: Tensor | None, ends: Tensor, kind: str, leak: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     cell, width = CELLS[kind], first.shape[2]
     h = x.new_empty(*x.shape[:2], width)
@@ -866,8 +923,8 @@ def _like(
 
 
 _loop = opaque(
-    "gated_loop_numba", "cpu", "x w_ih? w_hh b? bias? first reset? ends kind:str leak:float", _forward, _backward,
-    _like, results=2, kept=2, keep_results=True,
+    "gated_loop_numba", "cpu", "x w_ih? w_hh outer? inner? first reset? ends kind:str leak:float", _forward, _backward,
+    _like, results=2, kept=2, keep_results=True, alone=functools.partial(_forward, keep=False),
 )  # fmt: skip
 
 
@@ -895,6 +952,9 @@ def elman(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kind = ("elman_" if leak == 1 else "leaky_") + nonlinearity
     return _call(kind, x, (h0,), w_ih, w_hh, b_ih, b_hh, reset, lengths, leak)
+
+
+jordan = jordan_by(elman)
 
 
 def gru(
