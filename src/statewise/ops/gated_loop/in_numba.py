@@ -705,7 +705,7 @@ def _plan(batch: int, steps: int, heads: int, size: int, gates: int, item: int) 
     members = 1
     if batch * heads < workers and size * size * gates * item > WIDE:
         members = workers // (batch * heads)
-        while size % (members * 16):  # 1 at last
+        while members > 1 and size % (members * 16):
             members -= 1
     groups = min(batch, -(-workers // heads))
     return _Plan(groups, members, min(workers // members, groups * heads))
