@@ -477,3 +477,11 @@ def test_the_hashes_are_what_catches(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     with pytest.raises(DataError, match="hash mismatch in tensor 'w'"):
         read_tensors(tmp_path / "a")
+
+
+def test_one_number_cut_out_of_many_is_written(tmp_path):
+    """torch calls it contiguous whatever its stride is."""
+    cut = torch.arange(6).view(1, 6)[:, ::2][:, 1:2].expand(1, 1)[:, -1]
+    write_tensors(tmp_path / "t", {"cut": cut, "other": torch.arange(8)[5:6:2]})
+    found, _ = read_tensors(tmp_path / "t")
+    assert found["cut"].tolist() == [2] and found["other"].tolist() == [5]

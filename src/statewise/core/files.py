@@ -185,6 +185,7 @@ def tensor_chunks(
 
 def _bytes(t: Tensor) -> memoryview:
     flat = t.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    flat = flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)  # one number of a slice
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +102,7 @@ def _torch(step: Step, example: tuple[Tensor, ...], described: dict[str, Any], s
 
 def _onnx(step: Step, example: tuple[Tensor, ...], described: dict[str, Any], state: list[str]) -> bytes:
     batch = torch.export.Dim("batch", min=1)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages that are not needed
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
