@@ -343,8 +343,8 @@ class Products(NamedTuple):
     What a backward pass computes again counts once, and nothing counts beyond the products.
     """
 
-    triangles: tuple[int, int]  # half of CHUNK x CHUNK x d: scores within a chunk, or such scores times a row
-    squares: tuple[int, int]  # d x d: a row times a state, or an outer product added to one
+    triangles: tuple[int, ...]  # half of CHUNK x CHUNK x d: scores within a chunk, or such scores times a row
+    squares: tuple[int, ...]  # d x d: a row times a state, or an outer product added to one
 
     def operations(self, d: int, way: str) -> float:
         parts = slice(0, 2 if way == "training" else 1)
