@@ -24,10 +24,11 @@ from .layers import peak_memory
 
 Row = dict[str, Any]
 SHAPES = (
-    (32, 512, 256), (16, 1024, 64), (1, 2048, 256), (1, 4096, 128), (1, 512, 32), (4, 512, 512), (8, 256, 64),
-    (8, 1024, 128), (16, 128, 100), (64, 128, 128), (64, 64, 512), (4, 512, 256), (128, 64, 32), (2, 128, 1024), (32, 64, 16),
+    (32, 512, 256), (16, 1024, 64), (1, 2048, 256), (1, 4096, 128), (1, 512, 32), (4, 512, 256), (4, 512, 512),
+    (8, 256, 64), (8, 1024, 128), (16, 128, 100), (64, 128, 128), (64, 64, 512), (128, 64, 32), (2, 128, 1024),
+    (32, 64, 16),
 )  # fmt: skip
-CELLS: dict[str, tuple[Any, type[nn.RNNBase], type[nn.RNNCellBase], int]] = {
+CELLS: dict[str, tuple[Any, Any, Any, int]] = {  # ours, theirs, their step, tensors of the state
     "lstm": (lstm_loop, nn.LSTM, nn.LSTMCell, 2),
     "gru": (gru_loop, nn.GRU, nn.GRUCell, 1),
     "elman": (elman_loop, nn.RNN, nn.RNNCell, 1),
@@ -59,11 +60,12 @@ def run(
             "(B, T, N) and counts above 0"
         )
     chosen, device = tuple(cells) or tuple(CELLS), torch.device(device)
-    rows = [_row(cell, *shape, repeats, device) for shape in shapes or SHAPES for cell in chosen]
+    rows = [_row(cell, shape, repeats, device) for shape in shapes or SHAPES for cell in chosen]
     return rows + ([_first_calls(cell) for cell in chosen] if first_call and device.type == "cpu" else [])
 
 
-def _row(cell: str, batch: int, steps: int, width: int, repeats: int, device: torch.device) -> Row:
+def _row(cell: str, shape: tuple[int, ...], repeats: int, device: torch.device) -> Row:
+    batch, steps, width = shape
     loop, make, _, states = CELLS[cell]
     torch.manual_seed(0)
     theirs = make(width, width, batch_first=True).to(device)
@@ -73,7 +75,10 @@ def _row(cell: str, batch: int, steps: int, width: int, repeats: int, device: to
     args = (x, *state, *weights)
 
     def train(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], None]:
-        return lambda: torch.autograd.grad(run()[0], [x, *weights], g) and None
+        def once() -> None:
+            torch.autograd.grad(run()[0], [x, *weights], g)
+
+        return once
 
     def infer(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], None]:
         def once() -> None:
@@ -83,10 +88,11 @@ def _row(cell: str, batch: int, steps: int, width: int, repeats: int, device: to
         return once
 
     wide = torch.randn(batch * steps, len(weights[0]), device=device)
-    flat = x.detach().flatten(0, 1)
+    flat, w = x.detach().flatten(0, 1), weights[0].detach()
 
     def products() -> None:
-        torch.mm(flat, weights[0].detach().T), wide @ weights[0].detach(), wide.T @ flat, wide.T @ flat
+        for p, q in ((flat, w.T), (wide, w), (wide.T, flat), (wide.T, flat)):
+            torch.mm(p, q)
 
     ours_first, theirs_first = lambda: loop(*args), lambda: theirs(x)
     took, their, ratio = _in_turn(train(ours_first), train(theirs_first), repeats, device)
@@ -103,7 +109,8 @@ def _in_turn(
     ours: Callable[[], None], theirs: Callable[[], None], repeats: int, device: torch.device
 ) -> tuple[float, float, float]:
     """Median seconds of both, and the median of the ratios theirs / ours."""
-    ours(), theirs()
+    ours()
+    theirs()
     pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
     mine, other = zip(*pairs, strict=True)
     return statistics.median(mine), statistics.median(other), statistics.median(b / a for a, b in pairs)

@@ -468,7 +468,8 @@ def slstm_loop(
     """
 
     def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(slstm_step(x_t, *state, w_ih, w_hh, b_ih, b_hh, forget=forget))
+        h, c, n, m = state
+        return tuple(slstm_step(x_t, h, c, n, m, w_ih, w_hh, b_ih, b_hh, forget=forget))
 
     fresh = tuple(fresh_slstm(*h0.shape, like=h0))
     h, (h_last, c_last, n_last, m_last) = _unroll(step, x, (h0, c0, n0, m0), reset, lengths, fresh)

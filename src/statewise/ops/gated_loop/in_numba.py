@@ -791,7 +791,7 @@ def _panels(w: Tensor) -> Tensor:
 def _solve(
     cell: _Cell, x: Tensor, w_hh: Tensor, outer: Tensor | None, inner: Tensor | None, leak: float, h: Tensor,
     more: Tensor, first: Tensor,
-    reset: Tensor | None, ends: Tensor, keep: bool = True, back: tuple[Tensor, ...] | None = None,
+    reset: Tensor | None, ends: Tensor, keep: bool = True, back: tuple[Tensor | None, ...] | None = None,
 ) -> None:  # fmt: skip
     """Fill x with the gates, and h and more; given back (gates, dh, d_last, d_first, d_more), x and the last two."""
     batch, steps, width = h.shape
@@ -807,9 +807,8 @@ def _solve(
     rows, workers = -(-batch // plan.groups), plan.members * plan.teams
     depth, panel = w.shape[3], VECTORS * BYTES
     near_row, sums_row, side_row = depth * item + PAD, w.shape[2] * panel + PAD, cell.side * units * item
-    byte = dict(dtype=torch.uint8)
-    near = torch.zeros(plan.teams * 2 * rows * near_row, **byte)
-    sums, side = torch.zeros(workers * rows * sums_row, **byte), torch.zeros(workers * rows * side_row, **byte)
+    sizes = plan.teams * 2 * rows * near_row, workers * rows * sums_row, workers * rows * side_row
+    near, sums, side = (torch.zeros(size, dtype=torch.uint8) for size in sizes)
     spare = h.new_empty(workers, cell.gates * width) if back is None else None
     meeting, zero = torch.zeros(plan.teams * 8, dtype=torch.int64), h.new_zeros(cell.gates * width)
     fresh = torch.cat(fresh_slstm(1, width, like=h)) if cell.parts == 4 else h.new_zeros(cell.parts + 1, width)
