@@ -942,7 +942,7 @@ def _call(
         x.to(dtype), None if w_ih is None else w_ih.to(dtype), (w_hh[None] if w_hh.ndim == 2 else w_hh).to(dtype),
         bias, inside, torch.stack(state), reset, ends, kind, leak,
     )  # fmt: skip
-    return h.to(x.dtype), *last.unbind(0)
+    return h.to(x.dtype), *(last.unbind(0) if len(state) == 1 else (s.clone() for s in last))  # no shared storage
 
 
 def elman(
