@@ -65,7 +65,7 @@ class Elman(Cell[Tensor]):
         return elman_loop(u, state, *self._weights(), nonlinearity=self.nonlinearity, reset=reset, lengths=lengths)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
-        return o.to(x.dtype)
+        return o if o.dtype is x.dtype else o.to(x.dtype)  # a step notices the call
 
     def linearise(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """h_t and dh_t / dh_{t-1}, in blocks, from u = W x_t + b."""
@@ -86,4 +86,5 @@ class Elman(Cell[Tensor]):
         return newton_scan(step, self.linearise, structure, *given, reset=reset, lengths=lengths)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.inp.weight, self.recurrent, self.inp.bias
+        inp = self.inp
+        return inp.weight, self.recurrent, inp.bias

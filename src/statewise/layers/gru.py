@@ -53,7 +53,7 @@ class GRULayer(Cell[Tensor]):
         return gru_loop(u, state, *self._weights(), reset=reset, lengths=lengths)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
-        return o.to(x.dtype)
+        return o if o.dtype is x.dtype else o.to(x.dtype)  # a step notices the call
 
     def linearise(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """h_t and dh_t / dh_{t-1}, in blocks, from u = W x_t + b."""
@@ -79,4 +79,5 @@ class GRULayer(Cell[Tensor]):
         return newton_scan(step, self.linearise, structure, *given, reset=reset, lengths=lengths)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.inp.weight, self.recurrent, self.inp.bias, self.recurrent_bias
+        inp = self.inp
+        return inp.weight, self.recurrent, inp.bias, self.recurrent_bias

@@ -55,7 +55,8 @@ class LSTMLayer(Cell[LSTMState]):
         return LSTMState(self.recurrent.new_zeros(shape, dtype=dtype), self.recurrent.new_zeros(shape, dtype=dtype))
 
     def transition(self, u: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
-        h, c = lstm_step(u, state.h, state.c, self.inp.weight, self.recurrent, self.inp.bias)
+        inp = self.inp
+        h, c = lstm_step(u, state.h, state.c, inp.weight, self.recurrent, inp.bias)
         return h, LSTMState(h, c)
 
     def scan(
@@ -68,7 +69,7 @@ class LSTMLayer(Cell[LSTMState]):
         return y, LSTMState(h, c)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
-        return o.to(x.dtype)
+        return o if o.dtype is x.dtype else o.to(x.dtype)  # a step notices the call
 
     def linearise(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """(h, c) as (M, 2N) -> the next ones and their derivatives, head by head, from u = W x_t + b."""

@@ -937,7 +937,7 @@ def _call(
         inside, b_hh = inside.to(dtype), F.pad(outside, (0, len(inside)))
     given = [b.to(dtype) for b in (b_ih, b_hh) if b is not None]
     bias = given[0] + given[1] if len(given) == 2 else given[0] if given else None
-    ends = torch.full((len(x),), x.shape[1]) if lengths is None else lengths.to(x.device, torch.int64)
+    ends = torch.full(x.shape[:1], x.shape[1]) if lengths is None else lengths.to(x.device, torch.int64)
     h, last = _loop(
         x.to(dtype), None if w_ih is None else w_ih.to(dtype), (w_hh[None] if w_hh.ndim == 2 else w_hh).to(dtype),
         bias, inside, torch.stack(state), reset, ends, kind, leak,
