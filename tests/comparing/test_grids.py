@@ -122,7 +122,7 @@ def test_every_layer_gets_its_width(base):
     assert all(c.budget == {"parameters": 60_000} and c.overrides == {} for c in plan.first())
 
 
-@pytest.mark.parametrize("layer", ["gru", "attention", "mamba2"])
+@pytest.mark.parametrize("layer", ["gru", "attention", "mamba"])
 def test_the_roundest_width_within_the_tolerance(layer):
     made = Budget(parameters=20_000).widened(Experiment(PARITY.task, Stack(layer, depth=1)))
     far = {

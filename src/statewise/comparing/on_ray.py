@@ -82,7 +82,8 @@ class Task:
     """The task that runs a worker, with the ways of a process."""
 
     def __init__(self, ray: Any, ref: Any):
-        self.ray, self.ref, self.status = ray, ref, None
+        self.ray, self.ref = ray, ref
+        self.status: int | None = None
 
     def poll(self) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):

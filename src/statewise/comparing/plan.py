@@ -250,7 +250,7 @@ class Plan:
         if not self.timed:
             return []
         blank = replace(self, minutes=0.0, budget=replace(self.budget, seconds=None))
-        found = {}
+        found: dict[str, Cell] = {}
         for setting in self.settings:
             for cell in blank.tries(setting):
                 made = short(cell.experiment)
@@ -263,8 +263,7 @@ class Plan:
         if self.budget.tokens:
             found.append(self.budget.steps_for_tokens(made))
         if self.budget.seconds and self.paces:
-            pace, _ = self.paces[short(made).key]
-            found.append(max(1, int(self.budget.seconds / float(pace))))
+            found.append(max(1, int(self.budget.seconds / float(self.paces[short(made).key][0]))))
         if self.minutes and self.paces:
             found.append(self._minutes_in_steps[board_of(base.task)])
         return min(found) if found else None

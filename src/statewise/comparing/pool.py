@@ -271,7 +271,7 @@ class _Pool:
             beside = read_json(measured) if measured.exists() else {}
         except DataError as error:
             return {**row, "status": "failed", "failure": "error", "reason": str(error)}
-        setup = {name: kept[name] for name in ("device", "threads", "version", "data") if name in kept}
+        setup: Row = {name: kept[name] for name in ("device", "threads", "version", "data") if name in kept}
         score = found["metrics"]["validation"][cell.experiment.task.metric]
         return {**row, **beside, **setup, "status": "done", "validation_score": score, **found}
 

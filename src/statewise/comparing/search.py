@@ -70,7 +70,8 @@ class Search:
 @lru_cache(maxsize=256)
 def _draw(space: tuple[tuple[str, Any], ...], trials: int, seed: int) -> tuple[tuple[tuple[str, Any], ...], ...]:
     optuna = load()
-    study, found = optuna.create_study(), {}
+    study = optuna.create_study()
+    found: dict[tuple[tuple[str, Any], ...], None] = {}
     for number in range(DRAWS * trials):
         study.sampler = optuna.samplers.RandomSampler(seed=_mixed(seed, number))  # so each draw stands for itself
         asked = study.ask({path: _distribution(optuna, values) for path, values in space})
