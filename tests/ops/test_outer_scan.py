@@ -250,6 +250,18 @@ def test_what_is_not_finite_stays_in_its_head_and_future(backend, kind, value, t
     assert not o[1, 9, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_that_is_not_finite_reaches_no_gradient_of_later_steps(backend, kind):
+    inputs = {n: t.requires_grad_() for n, t in _inputs(kind, steps=40, dtype=torch.float32).items()}
+    dirty = inputs["q"].detach().clone()
+    dirty[1, 9] = float("nan")
+    o, _ = outer_scan(**inputs | {"q": dirty.requires_grad_()}, backend=backend)
+    assert o[0].isfinite().all() and o[1, 10:].isfinite().all() and not o[1, 9].isfinite().any()
+    grads = torch.autograd.grad(o.square().sum(), (inputs["k"], inputs["v"]))
+    assert all(g[0].isfinite().all() and g[1, 10:].isfinite().all() for g in grads)
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_reset_clears_infinity_in_values_and_gradients(backend, kind):

@@ -1,0 +1,42 @@
+"""Products of small matrices in compiled loops, against torch's."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+tiles = importlib.import_module("statewise.ops.tiles.in_numba")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products(dtype: torch.dtype):
+    like = np.zeros((), torch.empty(0, dtype=dtype).numpy().dtype)[()]
+    options = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-13, atol=1e-13)
+    start = torch.randn(32, 48, dtype=dtype)
+
+    def check(multiply, want: Tensor, *inputs: Tensor, more: tuple[int, ...] = (), signs=(0, 1, -1)) -> None:
+        for sign in signs:
+            out = start[: len(want)].clone()
+            multiply(like, sign, out.numpy(), *(t.numpy() for t in inputs), *more)
+            torch.testing.assert_close(out, start[: len(want)] * abs(sign) + (sign or 1) * want, **options)
+
+    a, b = torch.randn(32, 64, dtype=dtype), torch.randn(64, 48, dtype=dtype)
+    check(tiles.product, a @ b, a, b)
+    check(tiles.turned_product, a @ b, a.mT.contiguous(), b)
+    for each in (1, 2):
+        queries = torch.arange(32 // each)[:, None]
+        seen = torch.randn(32 // each, 32, dtype=dtype) * (torch.arange(32) < (queries + 1) * each)
+        rows, columns = torch.randn(32, 48, dtype=dtype), torch.randn(32 // each, 48, dtype=dtype)
+        check(tiles.lower_product, seen @ rows, seen, rows, more=(each,))
+        check(tiles.turned_lower_product, seen.mT @ columns, seen, columns, more=(each,))
+        out, x = torch.zeros(32 // each, 32, dtype=dtype), torch.randn(64, 32, dtype=dtype)
+        tiles.lower(like, out.numpy(), a[: 32 // each].numpy(), x.numpy(), each)
+        within = torch.arange(32) < (queries + 1) * each
+        torch.testing.assert_close(out * within, (a[: 32 // each] @ x) * within, **options)
+    turned = torch.empty(48, 64, dtype=dtype)
+    tiles.turn(like, turned.numpy(), b.numpy())
+    assert torch.equal(turned, b.mT)
