@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...core import UsageError, wide
 from ..dispatch import Backend, op
-from ..given import check_time
+from ..given import check_time, needs_a_gpu
 from ..looping import loop
 from . import cells, in_aten
 from .cells import SLSTMState, fresh_slstm, jordan_step, slstm_step
@@ -36,6 +36,23 @@ def _aten(target: Callable[..., Any], limits: Callable[..., str | None] | None =
 def _numba(name: str, limits: Callable[..., str | None] | None = None) -> Backend:
     target = f"statewise.ops.gated_loop.in_numba:{name}"
     return Backend("numba", target, devices=("cpu",), dtypes=_FLOATS, requires=("numba",), limits=limits)
+
+
+def _triton(name: str, gates: int, states: int = 1) -> Backend:
+    def limits(*args: Any, **named: Any) -> str | None:
+        """Beside a GPU it needs a head whose matrix, with sides padded to powers of 2, stays within 64 KiB."""
+        reason = needs_a_gpu(*args, **named)
+        if reason is not None:
+            return reason
+        h0, w_hh = (named[n] if n in named else args[i] for n, i in (("h0", 1), ("w_hh", states + 2)))
+        if states == 2 and (named.get("w_hr") is not None or any(a is not None for a in args[states + 5 :])):
+            return "w_hr (takes no projection)"
+        most = (128 if gates == 1 else 64) // (2 if h0.dtype == torch.float64 else 1)
+        size = w_hh.shape[-1]
+        return None if size <= most else f"a head of {size} units (takes {most} at most in {h0.dtype})"
+
+    target = f"statewise.ops.gated_loop.in_triton:{name}"
+    return Backend("triton", target, devices=("cuda", "cpu"), dtypes=_FLOATS, requires=("triton",), limits=limits)
 
 
 def _unroll(
@@ -301,7 +318,13 @@ def _check_slstm(
         raise UsageError(f"slstm_loop: forget {forget!r}; expected 'sigmoid' or 'exp'")
 
 
-@op(_numba("elman"), _aten(in_aten.elman, _native_elman), samples=_samples(1), check=_check_elman)
+@op(
+    _triton("elman", 1),
+    _numba("elman"),
+    _aten(in_aten.elman, _native_elman),
+    samples=_samples(1),
+    check=_check_elman,
+)
 def elman_loop(
     x: Tensor,
     h0: Tensor,
@@ -371,7 +394,13 @@ def jordan_loop(
     return y, last
 
 
-@op(_numba("gru"), _aten(in_aten.gru, _native_gru), samples=_samples(3), check=_check_gru)
+@op(
+    _triton("gru", 3),
+    _numba("gru"),
+    _aten(in_aten.gru, _native_gru),
+    samples=_samples(3),
+    check=_check_gru,
+)
 def gru_loop(
     x: Tensor,
     h0: Tensor,
@@ -401,6 +430,7 @@ def gru_loop(
 
 
 @op(
+    _triton("lstm", 4, states=2),
     _numba("lstm", _no_projection),
     _aten(in_aten.lstm, _native_lstm),
     samples=_samples(4, states=2),
@@ -438,7 +468,7 @@ def lstm_loop(
     return h, h_last, c_last
 
 
-@op(_numba("slstm"), samples=_samples(4, states=4), check=_check_slstm)
+@op(_triton("slstm", 4, states=4), _numba("slstm"), samples=_samples(4, states=4), check=_check_slstm)
 def slstm_loop(
     x: Tensor,
     h0: Tensor,

@@ -608,6 +608,7 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
                 threads._zero(like, q.units, (q.x + ((b * q.steps + t) * q.gates + g) * row + at,))
             if q.d_more != 0:
                 threads._zero(like, q.units, (q.d_more + (b * q.steps + t) * row + at,))
+    goal = _meet(q, team, goal)  # of rows before these, someone may still be reading what is near
     here, there = near, near + q.near_size
     for t in range(longest - 1, -1, -1):
         for b in range(r0, r1):
