@@ -26,21 +26,22 @@ BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
     "interpret": [*STACK, "tasks", "training"],
     "decoding": ["core", "models"],
     "serving": ["core", "models"],
+    "hf": [*STACK, "text", "training"],
     "bench": [*STACK, "tasks", "training", "testing", "decoding", "serving"],
     "cli": [
         *STACK, "tasks", "training", "testing", "report", "comparing", "recipes", "interpret", "bench", "decoding",
-        "serving", "text",
+        "serving", "text", "hf",
     ],
 }
 
 # Optional or slow to import: only inside functions, or in the one file that is for them.
 HEAVY = {
-    "beartype", "jaxtyping", "jinja2", "matplotlib", "numba", "onnx", "onnxruntime", "onnxscript", "pandas", "pyarrow",
+    "beartype", "huggingface_hub", "jaxtyping", "jinja2", "matplotlib", "numba", "onnx", "onnxruntime", "onnxscript", "pandas", "pyarrow",
     "pytest", "ray", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "transformers", "triton", "tyro",
 }  # fmt: skip
 AT_HOME = {
     "numba": ["in_numba.py"], "triton": ["in_triton.py"], "tyro": ["cli/"], "rich": ["cli/"],
-    "jinja2": ["report/"],
+    "jinja2": ["report/"], "transformers": ["hf/in_transformers.py"], "huggingface_hub": ["hf/on_hub.py"],
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""statewise export: one step of a trained run, for other runtimes."""
+"""statewise export: one step of a trained run, for other runtimes; or all of it, for Hugging Face."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class Options:
 
     run: Positional[Path]
     """A run of `statewise train`."""
-    format: Literal["onnx", "torch"] = "onnx"
-    """onnx: for onnxruntime and others. torch: a torch.export program."""
+    format: Literal["onnx", "torch", "hf"] = "onnx"
+    """onnx: for onnxruntime and others. torch: a torch.export program. hf: weights and tokenizer of a language model as
+    a directory for Hugging Face."""
     out: Path = Path("model.onnx")
-    """The file to write."""
+    """The file to write; with hf the directory."""
 
 
 def run(options: Options) -> int:
@@ -31,6 +32,15 @@ def run(options: Options) -> int:
     from ..serving import export_step
     from ..training import load
 
+    if options.format == "hf":
+        from ..core import UsageError
+        from ..hf import export_run
+
+        if options.out == Options.out:
+            raise UsageError("export: --format hf writes a directory; say --out DIR")
+        export_run(options.run, options.out)
+        print(f"{shown(options.out)}: {', '.join(sorted(file.name for file in options.out.iterdir()))}")
+        return 0
     model, _ = load(options.run)
     described = export_step(model, options.out, format=options.format)
     takes = "ids (B,)" if model.vocab else f"numbers (B, {model.width})"

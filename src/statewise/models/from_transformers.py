@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import DataError, RecurrentLayer, Unknown, UsageError, near, read_json, read_tensors, wide
+from ..core.files import shown
 from ..layers import Mamba, Mamba2, MLSTMLarge
 from ..nn import GatedMLP, RMSNorm
 from .stack import Block, Residual
@@ -38,7 +39,8 @@ def from_transformers(model_or_path: nn.Module | str | os.PathLike[str]) -> Toke
     if isinstance(model_or_path, nn.Module):
         config, tensors, where = _in_memory(model_or_path)
     else:
-        config, tensors, where = _in_directory(Path(model_or_path))
+        config, tensors = read_pretrained(Path(model_or_path))
+        where = str(model_or_path)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise Unknown(f"from_transformers: {where} is of architecture {kind!r}; {near(str(kind), ARCHITECTURES)}")
@@ -58,24 +60,24 @@ def _in_memory(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], str
     return model.config.to_dict(), tensors, name  # type: ignore[union-attr, operator]
 
 
-def _in_directory(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+def read_pretrained(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a directory that some `save_pretrained` wrote: config.json and safetensors,
+    in one file or several. Raises DataError where either is missing or broken."""
     if not path.is_dir():
-        raise DataError(
-            f"from_transformers: no directory {path} (nothing is fetched); expected one with config.json and {SINGLE}"
-        )
+        raise DataError(f"no directory {shown(path)} (nothing is fetched); expected one with config.json and {SINGLE}")
     config = read_json(path / "config.json", allow_nonfinite=True)
     if (path / INDEX).is_file():
         shards = read_json(path / INDEX, limit=1 << 26).get("weight_map")
         if not isinstance(shards, dict) or not all(_plain(shard) for shard in shards.values()):
-            raise DataError(f"{path / INDEX}: 'weight_map' must map names to files of the same directory")
+            raise DataError(f"{shown(path / INDEX)}: 'weight_map' must map names to files of the same directory")
         tensors: dict[str, Tensor] = {}
         for shard in sorted(set(shards.values())):
             tensors |= read_tensors(path / shard)[0]
     elif (path / SINGLE).is_file():
         tensors, _ = read_tensors(path / SINGLE)
     else:
-        raise DataError(f"from_transformers: {path} holds no {SINGLE}; pickles are not read: save it as safetensors")
-    return config, tensors, str(path)
+        raise DataError(f"{shown(path)} holds no {SINGLE}; pickles are not read: save it as safetensors")
+    return config, tensors
 
 
 def _plain(name: Any) -> bool:

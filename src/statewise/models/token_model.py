@@ -49,13 +49,14 @@ class TokenModel(RecurrentLayer[Any]):
         self, x: Tensor, state: Any = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         h, state = self.body(x, state, reset=reset, lengths=lengths)
-        y = self._logits(h)
+        y = self.logits(h)
         return (y if lengths is None else clear_past_end(y, lengths.to(x.device))), state
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         h, state = self.body.step(x, state)
-        return self._logits(h), state
+        return self.logits(h), state
 
-    def _logits(self, h: Tensor) -> Tensor:
+    def logits(self, h: Tensor) -> Tensor:
+        """What the body gives (..., D) -> (..., vocab)."""
         y = F.linear(h, self.body.embed.weight) if self.head is None else self.head(h)
         return y.to(h.dtype)

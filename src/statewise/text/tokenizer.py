@@ -111,7 +111,7 @@ class BpeTokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]):
-        letters = {letter: byte for byte, letter in _alphabet().items()}
+        letters = {letter: byte for byte, letter in alphabet().items()}
         self.vocabulary, self.merges = dict(vocabulary), [(a, b) for a, b in merges]
         if sorted(self.vocabulary.values()) != list(range(len(self.vocabulary))):
             raise DataError(f"BpeTokenizer: {len(self.vocabulary)} words do not have the ids from 0 on")
@@ -206,7 +206,7 @@ def load_tokenizer(place: str | Path) -> Tokenizer:
         raise DataError(f"{shown(path)}: not a tokenizer of statewise ({str(error)[:100]})") from None
 
 
-def _alphabet() -> dict[int, str]:
+def alphabet() -> dict[int, str]:
     """Byte -> printable letter: itself where it prints in Latin-1, else the next free letter from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest: Iterator[int] = iter(range(0x100, 0x200))
