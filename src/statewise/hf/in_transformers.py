@@ -113,7 +113,8 @@ class StatewiseForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: StatewiseConfig, model: RecurrentLayer[Any] | None = None):
         super().__init__(config)
         if model is None:
-            model = build(described(config.description, "the configuration"), config.vocab_size)
+            dtype = torch.get_default_dtype()  # that of the checkpoint, while from_pretrained builds
+            model = build(described(config.description, "the configuration"), config.vocab_size, dtype)
         if not isinstance(model, TokenModel):
             raise UsageError(f"{type(model).__name__} is no TokenModel: transformers needs logits of ids")
         self.model = model
@@ -190,7 +191,7 @@ class StatewiseForCausalLM(PreTrainedModel, GenerationMixin):
                 h, state = body.step(ids[:, 0], state)
                 return h[:, None], state
             return body(ids, state)
-        order = (~mask).to(torch.uint8).argsort(1, stable=True)  # the ids that count to the front, in their order
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # the ids that count to the front, in their order
         h, state = body(ids.gather(1, order), state, lengths=mask.sum(1))
         place = mask.cumsum(1) - 1
         h = h.gather(1, place.clamp_min(0)[..., None].expand_as(h))
