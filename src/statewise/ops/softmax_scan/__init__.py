@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core import UsageError, wide
 from ..dispatch import Backend, op
-from ..given import check_time
+from ..given import check_time, needs_a_gpu
 from ..looping import loop
 
 
@@ -68,6 +68,11 @@ def _check_dtypes(op: str, given: dict[str, Tensor], state: Tensor) -> None:
             raise UsageError(f"{op}: {name} is {t.dtype}, the state {state.dtype}; expected none wider than the state")
         if t.device != state.device:
             raise UsageError(f"{op}: {name} is on {t.device}, the state on {state.device}; move them together")
+
+
+def _triton(name: str) -> Backend:
+    target = f"statewise.ops.softmax_scan.in_triton:{name}"
+    return Backend("triton", target, devices=("cuda", "cpu"), dtypes=_DTYPES, requires=("triton",), limits=needs_a_gpu)
 
 
 class _Draw:
@@ -167,6 +172,7 @@ def softmax_step(score: Tensor, v: Tensor, state: SoftmaxState) -> tuple[Tensor,
 
 
 @op(
+    _triton("softmax_scan"),
     Backend(
         "numba",
         "statewise.ops.softmax_scan.in_numba:softmax_scan",
@@ -205,6 +211,7 @@ def softmax_scan(
 
 
 @op(
+    _triton("log_sum_exp_scan"),
     Backend("torch", "statewise.ops.softmax_scan.in_torch:log_sum_exp_scan", devices=_DEVICES, dtypes=_DTYPES),
     samples=_log_samples,
     check=_log_check,

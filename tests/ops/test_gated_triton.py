@@ -1,0 +1,160 @@
+"""The Triton kernels of the gated loops in interpreter mode, in processes of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+
+CROSS = """
+import torch
+from statewise import ops
+from test_backends import check
+
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    print(check(ops.NAME_loop, "triton", dtype))
+"""
+
+START = """
+import torch
+from statewise.ops import elman_loop, gru_loop, lstm_loop, slstm_loop
+from statewise.ops.gated_loop import fresh_slstm
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+CELLS = ((elman_loop, 1, 1), (gru_loop, 3, 1), (lstm_loop, 4, 2), (slstm_loop, 4, 4))
+
+
+def call(gates, parts, batch, steps, hidden, heads):
+    x = torch.randn(batch, steps, gates * hidden, dtype=torch.float64)
+    state = torch.randn(parts, batch, hidden, dtype=torch.float64).abs().unbind()
+    r = torch.randn(heads, gates * hidden // heads, hidden // heads, dtype=torch.float64) / 4
+    biases = torch.randn(2, gates * hidden, dtype=torch.float64).unbind()
+    return [t.clone().requires_grad_() for t in (x, *state, r, *biases)]
+
+
+def run(op, backend, inputs, **masks):
+    x, *state, r, b, c = inputs
+    return op(x, *state, None, r, b, c, backend=backend, **masks)
+"""
+
+BLOCKS = """
+lengths = torch.arange(35) % 6  # blocks of rows end at different times
+reset = torch.rand(35, 5) < 0.2
+for op, gates, parts in CELLS:
+    inputs = call(gates, parts, 35, 5, 36, 2)
+    found = []
+    for backend in ("triton", "reference"):
+        outs = run(op, backend, inputs, lengths=lengths, reset=reset)
+        found.append([*outs, *torch.autograd.grad(sum(o.sin().sum() for o in outs), inputs)])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
+print("done")
+"""
+
+BOUNDS = """
+clean = lambda t, where: bool(t[where].isfinite().all())
+for op, gates, parts in CELLS:
+    inputs = call(gates, parts, 3, 6, 4, 2)
+    with torch.no_grad():
+        inputs[0].view(3, 6, gates, 4)[1, 3, :, :2] = torch.nan  # row 1, head 0, from step 3 on
+        inputs[0][2, 4:] = torch.inf  # padding
+        inputs[1][0] = torch.nan  # a row that is reset at once
+    reset = torch.zeros(3, 6, dtype=torch.bool)
+    reset[0, 0] = True
+    h, *last = run(op, "triton", inputs, reset=reset, lengths=torch.tensor([6, 6, 4]))
+    assert clean(h, ([0, 2],)) and clean(h[1], (slice(3),)) and clean(h[1, :, 2:], ()), op
+    assert h[1, 3:, :2].isnan().all() and not h[2, 4:].any()
+    dx, dh0 = torch.autograd.grad(h.sum() + sum(t.sum() for t in last), inputs[:2])
+    dx = dx.view(3, 6, gates, 4)
+    assert clean(dx, ([0, 2],)) and clean(dx[1, :, :, 2:], ()) and not dx[2, 4:].any() and not dh0[0].any(), op
+print("done")
+"""
+
+SMALL = """
+for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+    x = torch.cat([torch.logspace(-8, 1.2, 30), -torch.logspace(-8, 1.2, 30)]).to(dtype).view(60, 1, 1)
+    h, _ = elman_loop(x, torch.zeros(60, 1, dtype=dtype), None, torch.zeros(1, 1, dtype=dtype), backend="triton")
+    torch.testing.assert_close(h, x.tanh(), rtol=tolerance, atol=0)
+    # an input gate that stays shut, a forget gate that is nearly open: m adds up the logs of the latter
+    x = torch.tensor([-1e3, 0, 0, 0], dtype=dtype).repeat(6, 50, 1)
+    x[..., 1] = torch.tensor([-90.0, -3.0, 0.0, 3.0, 14.0, 30.0])[:, None]
+    one = torch.ones(6, 1, dtype=dtype)
+    *_, m = slstm_loop(x, one, one, one, 0 * one, None, torch.zeros(4, 1, dtype=dtype), backend="triton")
+    want = 50 * torch.nn.functional.logsigmoid(x[:, 0, 1].double()).clamp(min=-20)
+    torch.testing.assert_close(m[1:, 0].double(), want[1:], rtol=20 * tolerance, atol=0)
+    assert m[0] == -1e3  # what was there fades until the shut gate lets in more
+print("done")
+"""
+
+TRACED = """
+for op, gates, parts in CELLS:
+    inputs = call(gates, parts, 2, 3, 4, 2)
+    found = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        outs = function(op, "triton", inputs)
+        found.append([*outs, *torch.autograd.grad(sum(o.sin().sum() for o in outs), inputs, create_graph=True)])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    try:
+        torch.autograd.grad(found[0][-1].sum(), inputs)
+    except NotImplementedError as error:
+        print("first derivatives only" in str(error))
+"""
+
+
+def _interpreted(code: str) -> str:
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name, least", [("elman", 18), ("gru", 16), ("lstm", 16), ("slstm", 20)])
+def test_equals_the_reference(name: str, least: int):
+    counts = [int(line) for line in _interpreted(CROSS.replace("NAME", name)).split()]
+    assert len(counts) == 3 and min(counts) >= least
+
+
+def test_equals_the_reference_over_blocks_of_rows_of_uneven_lengths():
+    assert "done" in _interpreted(START + BLOCKS)
+
+
+def test_what_is_not_finite_stays_in_its_row_and_head():
+    assert "done" in _interpreted(START + BOUNDS)
+
+
+def test_tanh_and_log_sigmoid_are_right_where_they_are_tiny():
+    assert "done" in _interpreted(START + SMALL)
+
+
+def test_traced():
+    assert _interpreted(START + TRACED).split() == ["True"] * 4
+
+
+def test_it_says_what_it_does_not_take():
+    code = """
+import torch
+from statewise.ops import elman_loop, lstm_loop
+for op, gates, parts in ((elman_loop, 1, 1), (lstm_loop, 4, 2)):
+    for hidden, dtype in ((64, torch.float32), (128, torch.float32), (64, torch.float64)):
+        x, state = torch.ones(1, 2, gates * hidden, dtype=dtype), [torch.ones(1, hidden, dtype=dtype)] * parts
+        print(op.explain(x, *state, None, torch.ones(gates * hidden, hidden, dtype=dtype))["triton"])
+one = torch.ones(1, 1)
+print(lstm_loop.explain(one[None], one, one, torch.ones(4, 1), torch.ones(4, 1), w_hr=one)["triton"])
+print(lstm_loop.explain(one[None], one, one, torch.ones(4, 1), torch.ones(4, 1), None, None, one)["triton"])
+"""
+    taken = ["takes" not in line for line in _interpreted(code).splitlines()]
+    assert taken == [True, True, True, True, False, False, False, False]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.count("takes cuda") == 8

@@ -1,0 +1,135 @@
+"""The Triton kernels of the running averages in interpreter mode, in processes of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+
+CROSS = """
+import torch
+from statewise import ops
+from test_backends import check
+
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    print(check(ops.NAME, "triton", dtype))
+"""
+
+START = """
+import torch
+from statewise.ops import log_sum_exp_scan, softmax_scan
+from statewise.ops.softmax_scan import SoftmaxState, nothing_seen
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+def averages(backend, score, v, m, u, w, **masks):
+    o, last = softmax_scan(score, v, SoftmaxState(m, u.square() + 1, w), backend=backend, **masks)
+    return o, last.u, last.w
+
+
+def logs(backend, x, z0, **masks):
+    return log_sum_exp_scan(x, z0, backend=backend, **masks)
+"""
+
+BLOCKS = """
+masks = dict(lengths=torch.tensor([4, 0, 7]), reset=torch.rand(3, 7) < 0.3)
+score, v = normal(3, 7, 2), normal(3, 7, 2, 150)
+for function, inputs in (
+    (averages, (score, v, normal(3, 2), normal(3, 2), normal(3, 2, 150))),
+    (logs, (normal(3, 7, 150), normal(3, 150))),
+):
+    found = []
+    for backend in ("triton", "reference"):
+        outs = function(backend, *inputs, **masks)
+        found.append([*outs, *torch.autograd.grad(sum(o.sin().sum() for o in outs), inputs)])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
+print("done")
+"""
+
+BOUNDS = """
+for high in (0.0, 1e4):  # the sum of 3000 equal terms, which are far above what is added to their log
+    z, _ = log_sum_exp_scan(torch.full((1, 3000), high), torch.full((1,), -torch.inf), backend="triton")
+    want = high + torch.arange(1, 3001).double().log()
+    torch.testing.assert_close(z[0].double(), want, rtol=2e-7, atol=2e-6)
+x = normal(3, 6, 4).detach()
+x[1, 3, 1], x[2, 4:] = torch.nan, torch.inf
+x, state = x.requires_grad_(), nothing_seen(3, 4, 2, like=x)
+v = normal(3, 6, 4, 2)
+for function, inputs in ((averages, (x, v, *state)), (logs, (x, torch.zeros(3, 4).double().requires_grad_()))):
+    outs = function("triton", *inputs, lengths=torch.tensor([6, 6, 4]))
+    o = outs[0]
+    assert o[1, 3:, 1].isnan().all() and not o[2, 4:].any(), function
+    (dx,) = torch.autograd.grad(sum(o.sum() for o in outs), x)
+    for t in (o, dx):
+        assert t[[0, 2]].isfinite().all() and t[1, :, [0, 2, 3]].isfinite().all(), function
+    assert o[1, :3].isfinite().all() and not dx[2, 4:].any(), function
+print("done")
+"""
+
+TRACED = """
+inputs = normal(2, 3, 2), normal(2, 3, 2, 3), normal(2, 2), normal(2, 2), normal(2, 2, 3)
+for function, inputs in ((averages, inputs), (logs, (normal(2, 3, 4), normal(2, 4)))):
+    found = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        outs = run("triton", *inputs)
+        found.append([*outs, *torch.autograd.grad(sum(o.sin().sum() for o in outs), inputs, create_graph=True)])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    try:
+        torch.autograd.grad(found[0][-1].sum(), inputs)
+    except NotImplementedError as error:
+        print("first derivatives only" in str(error))
+"""
+
+
+def _interpreted(code: str) -> str:
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name, least", [("softmax_scan", 20), ("log_sum_exp_scan", 18)])
+def test_equals_the_reference(name: str, least: int):
+    counts = [int(line) for line in _interpreted(CROSS.replace("NAME", name)).split()]
+    assert len(counts) == 3 and min(counts) >= least
+
+
+def test_equals_the_reference_over_several_blocks():
+    assert "done" in _interpreted(START + BLOCKS)
+
+
+def test_large_sums_and_what_is_not_finite():
+    assert "done" in _interpreted(START + BOUNDS)
+
+
+def test_traced():
+    assert _interpreted(START + TRACED).split() == ["True"] * 2
+
+
+def test_without_a_gpu_it_says_so():
+    code = """
+import torch
+from statewise.ops import log_sum_exp_scan
+print(log_sum_exp_scan.explain(torch.ones(1, 2), torch.ones(1))["triton"])
+"""
+    assert _interpreted(code).strip() == "ok"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "takes cuda" in done.stdout
