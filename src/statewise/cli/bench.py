@@ -19,12 +19,13 @@ class Options:
     """Measure speed and memory in one run, beside the Python loop, torch.nn and installed peers."""
 
     what: Positional[
-        Literal["linear_scan", "layers", "streaming", "peers", "tasks", "decoding", "gated_loop", "scaling"]
+        Literal["linear_scan", "layers", "streaming", "peers", "tasks", "decoding", "gated_loop", "newton", "scaling"]
     ]
     """linear_scan: beside the byte floor. layers: beside torch.nn. streaming: a million steps, is the last as fast?
     peers: the linear family beside other implementations and beside matrix products. tasks: generators of data.
     decoding: tokens per second at batch 1, beside reading the weights once.
     gated_loop: LSTM, GRU and Elman beside torch.nn.
+    newton: Newton's method beside the loop, and from which length on it is faster.
     scaling: 10,000 runs on a simulated cluster."""
     results: Path | None = None
     """Of scaling: a folder of `statewise compare` or of recipes, whose measured run times are taken instead of ours."""
@@ -189,6 +190,29 @@ def measure_gated_loop(options: Options) -> list[Row]:
     return rows + steps
 
 
+def measure_newton(options: Options) -> list[Row]:
+    from ..bench import newton
+    from ..report import show_time
+    from .show import table
+
+    rows = newton.run(names(options.layers), repeats=options.repeats or 3)
+    columns = ("cell", "width", "T", "loop", "predicted", "Newton", "predicted", "x faster", "iterations", "auto takes")
+    lines = [
+        [row["cell"], str(row["width"]), str(row["steps"]),
+         *(show_time(row[f"{way}_{kind}"]) for way in ("loop", "newton") for kind in ("measured", "predicted")),
+         times(row["loop_measured"] / row["newton_measured"]), str(row["iterations"]), row["chosen"]]
+        for row in rows
+    ]  # fmt: skip
+    table(columns, lines, right=columns[1:], title="training steps of one row, float32")
+    lines = [
+        [row["cell"], *(str(row[k] or "-") for k in ("width", "measured", "predicted"))]
+        for row in newton.crossovers(rows)
+    ]
+    columns = ("cell", "width", "measured", "predicted")
+    table(columns, lines, right=columns[1:], title="first length at which Newton's method is faster")
+    return rows
+
+
 def simulate_scaling(options: Options) -> list[Row]:
     from ..bench import scaling
 
@@ -270,6 +294,7 @@ MEASURES = {
     "peers": measure_peers,
     "tasks": measure_tasks,
     "gated_loop": measure_gated_loop,
+    "newton": measure_newton,
     "decoding": measure_decoding,
     "scaling": simulate_scaling,
 }

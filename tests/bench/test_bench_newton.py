@@ -1,0 +1,32 @@
+"""bench newton: the crossover is read from rows, and rows are of what they say."""
+
+import pytest
+
+from statewise.bench import newton
+from statewise.core import UsageError
+
+
+def row(steps: int, *, loop: float, newton: float, predicted: float = 1.0) -> dict:
+    times = {"loop_measured": loop, "newton_measured": newton, "loop_predicted": predicted, "newton_predicted": 2.0}
+    return {"cell": "a", "width": 4, "steps": steps, **times}
+
+
+def test_the_crossover_is_the_first_length_that_pays():
+    rows = [row(16, loop=1, newton=2), row(64, loop=2, newton=1, predicted=1), row(256, loop=9, newton=1, predicted=3)]
+    assert newton.crossovers(rows) == [{"cell": "a", "width": 4, "measured": 64, "predicted": 256}]
+    assert newton.crossovers(rows[:1]) == [{"cell": "a", "width": 4, "measured": None, "predicted": None}]
+
+
+def test_a_cell_is_run_both_ways(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(newton, "LENGTHS", (8, 32))
+    found = newton.run(["para_gru"], widths=[2], repeats=1)
+    assert [r["steps"] for r in found] == [8, 32]
+    for r in found:
+        assert r["iterations"] >= 1 and r["chosen"] in ("loop", "newton")
+        assert min(r[f"{way}_{kind}"] for way in ("loop", "newton") for kind in ("measured", "predicted")) > 0
+
+
+@pytest.mark.parametrize("name", ["attention", "lru"])
+def test_what_newton_cannot_run_is_refused(name: str):
+    with pytest.raises(UsageError, match=f"bench newton: {name}"):
+        newton.run([name], widths=[4], repeats=1)
