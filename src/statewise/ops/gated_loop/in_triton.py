@@ -12,7 +12,8 @@ the gradients of the gates, the gradients of weights and inputs. What the walk f
 A reset is a mask on the state; a row that has ended keeps its state. R is as wide as the state, products are summed
 in that dtype, float64 too; offsets are 64-bit. A head's R must fit on chip: the limits of the backend say how large.
 
-Tested in interpreter mode only: not yet run on a GPU, so block of rows, warps and the largest head are guesses.
+Tested in interpreter mode only: compiled for GPUs, but not yet run on one, so block of rows, warps and the largest head
+are guesses.
 """
 
 from __future__ import annotations

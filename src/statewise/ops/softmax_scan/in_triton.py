@@ -5,8 +5,8 @@ part of the gradients to score and u. For log_sum_exp_scan a program has a block
 z = m + log u, and on the way back, with G_t the gradient that reaches z_t:
     G_t = dz_t + exp(z_t - z_{t+1}) G_{t+1},   dx_t = exp(x_t - z_t) G_t,   dz_0 = exp(z_0 - z_1) G_1.
 
-Offsets are 64-bit. Tested in interpreter mode only: not yet run on a GPU, so blocks are guesses, and time is not yet
-shared out where rows and heads are few.
+Offsets are 64-bit. Tested in interpreter mode only: compiled for GPUs, but not yet run on one, so blocks are guesses,
+and time is not yet shared out where rows and heads are few.
 """
 
 from __future__ import annotations
