@@ -207,6 +207,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str) -> Non
 def test_explain_names_what_would_run() -> None:
     call = sample(gru_loop, torch.float32, 0)
     assert gru_loop.explain(**call)["numba"] == gru_loop.explain(**call)["aten"] == "ok"
+    few = {k: torch.zeros(2, 1, 256) if k == "x" else torch.zeros(2, 256) for k in ("x", "h0", "c0")}
+    few |= {"w_ih": torch.zeros(1024, 256), "w_hh": torch.zeros(1024, 256)}
+    assert lstm_loop.explain(**few)["numba"].startswith("2 rows of 256 units")
+    assert lstm_loop.explain(**few, reset=torch.zeros(2, 1, dtype=torch.bool))["numba"] == "ok"
+    assert lstm_loop.explain(**(few | {"w_hh": torch.zeros(2, 512, 128)}))["numba"] == "ok"
     call = next(c for c in jordan_loop.samples("cpu", torch.float32) if c.get("decay"))
     assert jordan_loop.explain(**call)["aten"] == "decay 0.5 (only 0)"
 

@@ -256,7 +256,7 @@ def _native_lstm(
     return _dense(w_ih, w_hh)
 
 
-def _no_projection(
+def _not_compiled(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -265,9 +265,20 @@ def _no_projection(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     w_hr: Tensor | None = None,
-    **named: Any,
+    *,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> str | None:
-    return None if w_hr is None else "w_hr (takes no projection)"
+    """What the compiled LSTM does not know, and plain calls for which torch.nn's kernels were measured to be faster."""
+    if w_hr is not None:
+        return "w_hr (takes no projection)"
+    plain = reset is None and lengths is None and c0.dtype == torch.float32 and _dense(w_ih, w_hh) is None
+    if not plain or torch.compiler.is_compiling():  # a trace is to hold for any batch
+        return None
+    batch, n = c0.shape
+    if n >= 256 and 2 <= batch < 8:
+        return f"{batch} rows of {n} units: R is read for little, and aten is faster"
+    return f"{batch} rows of {n} units: aten is faster" if n <= 128 and batch >= 64 else None
 
 
 def _check_gru(
@@ -431,7 +442,7 @@ def gru_loop(
 
 @op(
     _triton("lstm", 4, states=2),
-    _numba("lstm", _no_projection),
+    _numba("lstm", _not_compiled),
     _aten(in_aten.lstm, _native_lstm),
     samples=_samples(4, states=2),
     check=_check_lstm,
