@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -476,7 +477,10 @@ def without_the_xlstm_package() -> ModuleType:
     spec = importlib.util.find_spec("transformers.models.xlstm.modeling_xlstm")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(utils, "is_xlstm_available", lambda: False):
+    with (
+        mock.patch.object(utils, "is_xlstm_available", lambda: False),
+        mock.patch.dict(sys.modules, {spec.name: module}),
+    ):
         spec.loader.exec_module(module)
     return module
 
