@@ -1,4 +1,4 @@
-"""The gated loops on a GPU: one program per head and block of rows walks through time, the head's R in registers.
+"""The gated loops on a GPU: one program per head and block of rows walks through time, the head's R on chip.
 
 Heads do not hear each other, so programs never wait for each other (cf. FlashRNN, Poeppel et al. 2024,
 arXiv:2412.07752). Inputs of the gates are one product over all of time; so are, after the walk backward has written
@@ -13,7 +13,7 @@ A reset is a mask on the state; a row that has ended keeps its state. R is as wi
 in that dtype, float64 too; offsets are 64-bit. A head's R must fit on chip: the limits of the backend say how large.
 
 Tested in interpreter mode only: compiled for GPUs, but not yet run on one, so block of rows, warps and the largest head
-are guesses.
+are guesses. Compiled for sm_90, R lies in shared memory, and heads of 32 units or more spill registers.
 """
 
 from __future__ import annotations
