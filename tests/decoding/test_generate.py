@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from statewise.core import NumericError, UsageError, nbytes, select
+from statewise.core import NumericError, UsageError, leaves, nbytes, select
 from statewise.decoding import (
     GREEDY,
     Beam,
@@ -297,6 +297,16 @@ def test_the_cache_is_bounded_and_forgets_the_longest_unused():
     assert not small.known and small.bytes == 0
 
 
+def test_the_cache_holds_what_it_says_and_no_more():
+    model = tiny(vocab=50)
+    cache = PrefixCache(model)
+    cache.read(torch.randint(50, (2, 300), generator=generator()))  # two rows of logits, not 300
+    held = {
+        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in leaves([*cache.known.values()])
+    }
+    assert sum(held.values()) == cache.bytes
+
+
 # ---- mistakes
 
 
@@ -334,6 +344,6 @@ def test_what_can_not_be_generated_is_refused():
         generate(model, x, 3, Beam(2), on_token=print)
     with torch.no_grad():
         model.head.bias[2] = torch.nan
-    for how in (GREEDY, Sampling()):
+    for how in (GREEDY, Sampling(), Beam(2), Speculative(tiny())):
         with pytest.raises(NumericError, match="row 0"):
             generate(model, x, 3, how, rng=generator())

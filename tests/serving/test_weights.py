@@ -60,6 +60,9 @@ def test_a_row_of_zeros_and_rows_looked_up():
         assert torch.equal(streamed.dense()[3], w[3])
         ids = torch.tensor([[3, 4], [49, 0]])
         assert torch.equal(nn.functional.embedding(ids, streamed), streamed.dense()[ids])
+        for wrong in (-1, 50):
+            with pytest.raises(IndexError):
+                nn.functional.embedding(torch.tensor([wrong]), streamed)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -291,11 +291,24 @@ def test_a_damaged_shard_is_named_and_made_anew(how, tmp_path):
     assert prepare(Plan(str(path)), tmp_path / "c").digest == whole.digest
 
 
-def test_a_line_cut_short_behind_the_check_is_no_crash(tmp_path):
+def test_a_corpus_that_another_process_replaced_is_not_read_as_the_old_one(tmp_path):
+    path = write(tmp_path / "d", "jsonl", texts(50))
+    old = prepare(Plan(str(path)), tmp_path / "c")
+    stream(old, "train")
+    write(tmp_path / "d", "jsonl", [text[::-1] for text in texts(50)])
+    new = prepare(Plan(str(path)), tmp_path / "c")
+    assert new.folder == old.folder
+    stream(new, "train")
+    with pytest.raises(DataError, match="its SHA-256 is not the one"):
+        stream(old, "train")
+
+
+def test_a_line_cut_short_behind_the_check_is_no_crash(tmp_path, monkeypatch):
     path = write(tmp_path / "d", "jsonl", texts(50))
     corpus = prepare(Plan(str(path)), tmp_path / "c")
     stream(corpus, "train")
     shard = corpus.folder / "train-00000.npy"
+    monkeypatch.setattr(corpus_module, "_verified", lambda *given: None)
     os.truncate(shard, 200)
     with pytest.raises(DataError, match=r"train-00000\.npy: cut short at id"):
         stream(corpus, "train")

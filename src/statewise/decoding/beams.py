@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core import RecurrentLayer, UsageError, check_sizes, select, wide
 from .position import Position, advance
+from .sampling import check_numbers
 from .stopping import Stop
 
 
@@ -68,7 +69,10 @@ class _Group(NamedTuple):
 def beam_search(
     model: RecurrentLayer[Any], at: Position, max_new_tokens: int, how: Beam, *, stop: Stop | None = None
 ) -> Beams:
-    """The likeliest continuations of a position that a search of this width finds. The state follows by core.select."""
+    """The likeliest continuations of a position that a search of this width finds. The state follows by core.select.
+
+    Raises NumericError for logits that are not numbers.
+    """
     stop = Stop() if stop is None else stop
     batch, (beams, each) = len(at.logits), (how.beams, how.beams // how.groups)
     device, dtype = at.logits.device, wide(at.logits.dtype)
@@ -87,6 +91,7 @@ def beam_search(
     rows = torch.arange(batch, device=device)[:, None]
     at = select(at, rows.expand(batch, beams).flatten())
     for n in range(1, max_new_tokens + 1):
+        check_numbers(at.logits)
         logp = at.logits.to(dtype).log_softmax(-1).view(batch, how.groups, each, -1)
         found: list[_Group] = []
         parents = []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import RecurrentLayer, check_sizes, join, nbytes
+from ..core import RecurrentLayer, check_sizes, join, nbytes, tree_map
 from .position import Position, check_prompt, read
 
 
@@ -51,7 +51,8 @@ class PrefixCache:
         self.ids_asked += steps
         self.ids_read += steps - start
         if at is None or start < steps:
-            at = read(self.model, ids[:, start:], at)
+            # a copy: a view, as of the last row of logits, would keep all that it is a view of
+            at = tree_map(torch.clone, read(self.model, ids[:, start:], at))
             self._keep(keys[-1], at)
         return at
 

@@ -52,7 +52,7 @@ class Sampling:
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
         """logits (B, V), seen (B, V) bool -> p (B, V), float32 or wider. Raises NumericError where logits are NaN."""
-        _check_numbers(logits)
+        check_numbers(logits)
         z = logits.to(wide(logits.dtype))
         if self.repetition_penalty != 1:
             z = torch.where(seen, torch.where(z > 0, z / self.repetition_penalty, z * self.repetition_penalty), z)
@@ -73,7 +73,7 @@ class Sampling:
     def choose(self, logits: Tensor, seen: Tensor, rng: Randomness) -> Tensor:
         """The next ids (B,) int64. rng: as of `draw`; not needed at temperature 0."""
         if self.temperature == 0 and self.repetition_penalty == 1:
-            _check_numbers(logits)
+            check_numbers(logits)
             return logits.argmax(-1)
         p = self.probabilities(logits, seen)
         return draw(p, rng) if self.random else p.argmax(-1)
@@ -82,7 +82,8 @@ class Sampling:
 GREEDY = Sampling(temperature=0)
 
 
-def _check_numbers(logits: Tensor) -> None:
+def check_numbers(logits: Tensor) -> None:
+    """Raise NumericError for logits (B, V) that hold a NaN."""
     if bool(logits.isnan().any()):
         raise NumericError(f"the logits of row {int(logits.isnan().any(-1).nonzero()[0])} are not numbers")
 

@@ -95,8 +95,8 @@ class StreamedWeight(Tensor):
         return y if bias is None else y + bias.detach()
 
     def _rows(self, ids: Tensor) -> Tensor:
-        found = F.embedding(ids, self.kept.detach()) if not len(self.scale) else self.kept[ids].float()
-        return found if not len(self.scale) else found * self.scale[ids][..., None]
+        found = F.embedding(ids, self.kept.detach())  # checks the ids, which plain indexing would wrap
+        return found if not len(self.scale) else found.float() * self.scale[ids][..., None]
 
 
 _FACTS = {

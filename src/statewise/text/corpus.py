@@ -75,7 +75,8 @@ class Plan:
 
 
 class Corpus:
-    """A corpus in its folder. Every shard is compared with its hash when a process first reads from it."""
+    """A corpus in its folder. Every shard is compared with its hash when a process first reads from it, and
+    again when the file was replaced."""
 
     def __init__(self, folder: Path):
         """Raises DataError for a folder that holds none, or one whose files are not of the size they had."""
@@ -128,10 +129,13 @@ class Corpus:
             number, inside = divmod(start, self.index["shard"])
             size = min(end - start, self.index["shard"] - inside)
             path = self.folder / shards[number]["file"]
-            _verified(path, shards[number]["sha256"], self._advice())
             try:
+                at = path.stat()
+                _verified(path, (at.st_ino, at.st_mtime_ns, at.st_size), shards[number]["sha256"], self._advice())
                 part = np.fromfile(path, self.dtype, size, offset=shards[number]["data"] + inside * self.dtype.itemsize)
             except OSError as error:
+                if isinstance(error, StatewiseError):
+                    raise
                 raise DataError(f"{shown(path)}: {error.strerror or error}") from error
             if len(part) != size:
                 raise DataError(f"{shown(path)}: cut short at id {inside + len(part)}; {self._advice()}")
@@ -144,7 +148,8 @@ class Corpus:
 
 
 @lru_cache(maxsize=1 << 16)
-def _verified(path: Path, sha256: str, advice: str) -> None:
+def _verified(path: Path, version: tuple[int, ...], sha256: str, advice: str) -> None:
+    """version: what is another one when another process has put a file of the same name in its place."""
     if hash_file(path)[1] != sha256:
         raise DataError(f"{shown(path)}: its SHA-256 is not the one in the index; {advice}")
 
@@ -180,7 +185,6 @@ def prepare(plan: Plan, place: Path, progress: Progress | None = None) -> Corpus
         if isinstance(error, StatewiseError):
             raise
         raise write_error(final, error) from error
-    _verified.cache_clear()
     return Corpus(final)
 
 
