@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .parse import Positional, Repeated
 
 if TYPE_CHECKING:
-    from ..training import Experiment, LengthScore, Result
+    from ..training import Experiment, LengthScore, Ranks, Result
 
 Event = dict[str, Any]
 
@@ -56,15 +57,34 @@ class Options:
 def run(options: Options) -> int:
     import torch
 
-    from ..training import add_lengths, at_lengths, choose_device, fit
+    from ..core import NumericError, UsageError
+    from ..training import Stopped, choose_device
+    from ..training.distributed import from_torchrun, joined
+
+    rank, size, local = from_torchrun()
+    device = choose_device(options.device)
+    if size > 1 and device.type == "cuda" and device.index is None:
+        device = choose_device(f"cuda:{local}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if rank == 0:
+        with joined(device) as ranks:
+            return train(options, ranks)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), joined(device) as ranks:
+        try:
+            return train(options, ranks)
+        except (UsageError, NumericError, Stopped) as error:  # which rank 0 meets too, and says
+            return error.code
+
+
+def train(options: Options, ranks: Ranks) -> int:
+    """What each of the processes does; rank 0 alone writes, and goes first where it does."""
+    from ..training import add_lengths, at_lengths, fit
     from .build import build
     from .settings import lengths
 
-    device = choose_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     made = described(options)
-    with preparing() as on_progress:
+    with preparing() as on_progress, ranks.first_goes_first():
         made.task.prepare(on_progress)
     for remark in made.task.remarks():
         print(remark)
@@ -75,16 +95,17 @@ def run(options: Options) -> int:
     layer = re.sub(r"[^\w.+-]+", "_", made.model.layer)[:80]
     place = options.run or Path("runs") / f"{made.task.name}-{layer}-{made.key[:8]}"
     beside = {"baseline": made.task.baseline(), "chance": made.task.chance()}  # reads the data before a folder is made
-    if options.fresh:
-        move_aside(place)
-    refuse_other(place, made)
+    with ranks.first_goes_first():
+        if options.fresh and ranks.writes:
+            move_aside(place)
+        refuse_other(place, made)
     if (place / "result.json").is_file():
         print(f"{place} holds a finished run; --fresh trains anew")
     with progress(made.train.steps) as on_event:
-        result = fit(made, place, device=str(device), signals=True, on_event=on_event)
+        result = fit(made, place, device=str(ranks.device), signals=True, on_event=on_event, ranks=ranks)
     show(made, result, beside, place)
-    if asked:
-        show_lengths(made, add_lengths(place, asked, device=str(device)))
+    if asked and ranks.writes:
+        show_lengths(made, add_lengths(place, asked, device=str(ranks.device)))
     return 0
 
 

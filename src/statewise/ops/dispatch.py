@@ -27,7 +27,9 @@ from ..core import Unknown, UsageError, near
 
 ops: dict[str, Op] = {}
 Note = Callable[["Op", str, tuple[Any, ...], Mapping[str, Any]], None]
+Route = Callable[["Op"], Callable[..., Any]]
 _note: Note | None = None
+_route: Route | None = None
 _chosen: str | None = os.environ.get("STATEWISE_BACKEND") or None
 _by_target: dict[str, Backend] = {}
 
@@ -57,6 +59,20 @@ def observe(note: Note) -> Iterator[None]:
         yield
     finally:
         _note = before
+
+
+@contextlib.contextmanager
+def routed(route: Route | None) -> Iterator[None]:
+    """Within the block route(op) runs in place of every op, as when a sequence is cut over ranks; None: the op itself.
+
+    Holds for all threads.
+    """
+    global _route
+    before, _route = _route, route
+    try:
+        yield
+    finally:
+        _route = before
 
 
 def _while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,6 +158,8 @@ class Op:
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         if self.check is not None:
             self.check(*args, **kwargs)
+        if _route is not None:
+            return _route(self)(*args, **kwargs)
         function = self.choose(backend, args, kwargs)
         if _note is not None:
             _note(self, getattr(function, "name", "reference"), args, kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import time
@@ -38,6 +39,7 @@ from ..tasks.units import write_units
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .data import data_hash
+from .distributed import Ranks
 from .evaluate import MEASURED, evaluate, sound
 from .experiment import Experiment, differences
 from .log import Log, TensorBoard
@@ -78,6 +80,7 @@ def fit(
     signals: bool = False,
     tensorboard: bool = True,
     on_event: Callable[[Event], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Result:
     """Train, evaluate on the validation split as it goes, and once at the end on the test split.
 
@@ -89,28 +92,33 @@ def fit(
     signals: SIGTERM and Ctrl-C finish the step, save and raise `Stopped` (main thread only).
     tensorboard: write its files into the run too, where it is installed; the log has everything in any case.
     on_event: called with every event of the log: dicts with "event", "step", and what belongs to it.
+    ranks: the processes that train together, each of which calls fit with the same arguments, as `distributed.joined`
+    gives them; each works on some rows of each batch, and only rank 0 writes. All must see the run directory.
 
-    Raises UsageError (device, configuration, directory in use), DataError, ResourceError (disk, memory), NumericError
-    (a loss or gradient that is not finite; the last checkpoint stays), Stopped.
+    Raises UsageError (device, configuration, directory in use), DataError, ResourceError (disk, memory, another rank
+    lost), NumericError (a loss or gradient that is not finite; the last checkpoint stays), Stopped.
     """
-    place = choose_device(device)
+    place, ranks = choose_device(device), ranks or Ranks()
+    ranks.check(experiment.train.batch)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([place] if place.type == "cuda" else [], device_type="cuda"))
         folder = None if run is None else Path(run)
-        if folder is not None:
+        done: Result | None = None
+        if folder is not None and ranks.writes:
             _make(folder)
             stack.enter_context(locked(folder))
             checkpoint.clean(folder)
             done = _settle(folder, experiment, resume=resume, force=force)
-            if done is not None:
-                return done
-        events = stack.enter_context(Events(folder, on_event, tensorboard))
+        if ranks.largest(int(done is not None)):
+            assert folder is not None
+            return done or read_result(folder)
+        events = stack.enter_context(Events(folder if ranks.writes else None, on_event, tensorboard))
         stop = stack.enter_context(Stop()) if signals else Stop()
-        training = Training(experiment, place, folder, events, stop, force)
+        training = Training(experiment, place, folder, events, stop, force, ranks)
         try:
             with _memory_named(training):
                 training.begin()
-                if folder is not None:
+                if folder is not None and ranks.writes:
                     write_units(folder, experiment.task)
                     experiment.task.keep(folder)
                 result = training.train()
@@ -121,7 +129,7 @@ def fit(
             with contextlib.suppress(OSError):  # a full disk takes no last words
                 events.send("failed", training.step, message=str(error) or type(error).__name__, code=_code(error))
             raise
-        if folder is not None:
+        if folder is not None and ranks.writes:
             setup = {"data": training.data, "device": str(place), "threads": torch.get_num_threads()}
             setup["version"] = checkpoint._version()
             write_json(folder / "result.json", {"key": experiment.key, **setup, **asdict(result)})
@@ -148,6 +156,7 @@ class Training:
     events: Events
     stop: Stop
     force: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
 
     step: int = 0
     evaluated: int = -1  # the step of the last finished evaluation
@@ -180,6 +189,8 @@ class Training:
             if not self.force:
                 _refuse_other_data(self.run, self.experiment, found.state, self.data)
             self._restore(found)
+        elif self.ranks.rank:
+            torch.manual_seed(self._own_seed())
         self.clock, self.first = Clock(self), self.step
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -226,9 +237,11 @@ class Training:
         train, began, tokens = self.experiment.train, time.perf_counter(), self.tokens
         rate = learning_rate(train, self.step)
         self.model.zero_grad(set_to_none=True)
-        loss = sum(self._backward(self.step * train.accumulate + i) for i in range(train.accumulate))
+        parts = [self._backward(self.step * train.accumulate + i) for i in range(train.accumulate)]
+        loss = self.ranks.total(torch.stack(parts).sum())
+        self.ranks.sum_gradients(self.trained)
         norm = gradient_norm(self.trained, train.clip)
-        loss_now, norm_now = torch.stack([torch.as_tensor(loss), norm.float()]).tolist()  # the one wait for the device
+        loss_now, norm_now = torch.stack([loss.float(), norm.float()]).tolist()  # the one wait for the device
         kept = f"step-{self.saved[0]} is kept" if self.saved[0] >= 0 else "no checkpoint yet"
         advice = f"checkpoint: {kept}; try a lower train.lr, a smaller train.clip or a longer train.warmup"
         refuse_nonfinite(loss_now, norm_now, self.model, self.step, advice)
@@ -248,9 +261,10 @@ class Training:
         task, train = self.experiment.task, self.experiment.train
         batch = task.batch(index, train.batch, seed=self.experiment.seed, split="train")
         self.tokens += batch.tokens
+        batch, share = self.ranks.rows(batch)
         batch = batch.to(self.device)
         out, state = self._run(batch, self.carried)
-        loss = task.loss(out, batch) / train.accumulate
+        loss = task.loss(out, batch) * share / train.accumulate
         loss.backward()
         if task.carries:
             self.carried = detach(state)  # truncated back-propagation: the state goes on, its past does not
@@ -309,6 +323,7 @@ class Training:
         with torch.random.fork_rng(generators, device_type="cuda"), self._using(weights):
             batches = takewhile(lambda _: self.stop.received is None, task.batches(split))
             found = evaluate(task, batches, self._run, self.device)
+        found = self.ranks.first_says(found)  # or machines that differ in a last bit could disagree on the best
         self._stop_if_asked()  # out here, where the model has its own weights and generators again
         if not sound(task, found):
             raise NumericError(f"step {self.step}: {task.metric} on the {split} split is {found.get(task.metric)}; "
@@ -336,8 +351,10 @@ class Training:
     def _save(self) -> None:
         if self.run is None or self.saved == (self.step, self.evaluated):
             return
-        path = checkpoint.save(self.run, self.step, self._content())
-        self.saved = (self.step, self.evaluated)
+        content, self.saved = self._content(), (self.step, self.evaluated)
+        if not self.ranks.writes:
+            return
+        path = checkpoint.save(self.run, self.step, content)
         self.events.send("checkpoint", self.step, path=str(path.relative_to(self.run)), sync=True)
 
     def _content(self) -> Checkpoint:
@@ -346,10 +363,13 @@ class Training:
         if self.average:
             optim |= {f"average.{name}": t for name, t in self.average.tensors.items()}
         if self.carried is not None:
-            optim |= {f"carried.{n}": t for n, t in zip(names(self.carried), leaves(self.carried), strict=True)}
-        optim["rng.cpu"] = torch.get_rng_state()
+            carried = self.ranks.join_rows(self.carried, self.experiment.train.batch)
+            optim |= {f"carried.{n}": t for n, t in zip(names(carried), leaves(carried), strict=True)}
+        for rank, state_of_rank in enumerate(self.ranks.all_of(torch.get_rng_state())):
+            optim[_rng("cpu", rank)] = state_of_rank
         if self.device.type == "cuda":
-            optim["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+            for rank, state_of_rank in enumerate(self.ranks.all_of(torch.cuda.get_rng_state(self.device))):
+                optim[_rng("cuda", rank)] = state_of_rank
         state = {name: getattr(self, name) for name in (*_COUNTERS, *_PACE)}
         state["threads"], state["data"] = torch.get_num_threads(), self.data
         return Checkpoint(self.best or self._weights(), optim, state)
@@ -383,23 +403,38 @@ class Training:
         if parts["carried"]:
             like = self.model.initial_state(0)
             saved = iter([parts["carried"][name] for name in names(like)])
-            self.carried = tree_map(lambda leaf: next(saved).to(self.device), like)
-        torch.set_rng_state(parts["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in parts["rng"]:
-            torch.cuda.set_rng_state(parts["rng"]["cuda"], self.device)
+            self.carried = self.ranks.own_rows(tree_map(lambda leaf: next(saved).to(self.device), like))
+        cpu, cuda = (_rng(kind, self.ranks.rank).removeprefix("rng.") for kind in ("cpu", "cuda"))
+        if cpu not in parts["rng"]:  # of fewer ranks
+            torch.manual_seed(self._own_seed())
+        else:
+            torch.set_rng_state(parts["rng"][cpu])
+            if self.device.type == "cuda" and cuda in parts["rng"]:
+                torch.cuda.set_rng_state(parts["rng"][cuda], self.device)
         self.saved = (self.step, self.evaluated)
 
+    def _own_seed(self) -> int:
+        """Of the dropout of a rank that draws its first numbers at this step."""
+        own = f"{self.experiment.seed}/{self.ranks.rank}/{self.step}"
+        return int.from_bytes(hashlib.sha256(own.encode()).digest()[:8], "little")
+
     def _stop_if_asked(self) -> None:
-        if self.stop.received is None:
+        received = self.ranks.largest(self.stop.received or 0)  # by any rank
+        if not received:
             return
         self._save()
-        name = {2: "Ctrl-C", 15: "SIGTERM"}.get(self.stop.received, f"signal {self.stop.received}")
+        name = {2: "Ctrl-C", 15: "SIGTERM"}.get(received, f"signal {received}")
         kept = f"saved in {shown(self.run)}; the same command goes on from there" if self.run else "nothing was saved"
-        raise Stopped(self.stop.received, f"stopped by {name} at step {self.step}; {kept}")
+        raise Stopped(received, f"stopped by {name} at step {self.step}; {kept}")
 
 
 _COUNTERS = ("step", "evaluated", "best_score", "best_metrics", "stale", "tokens", "seconds")
 _PACE = ("paced_tokens", "paced_seconds")
+
+
+def _rng(kind: str, rank: int) -> str:
+    """The name in a checkpoint of a rank's generator; rank 0's is that of training by one process."""
+    return f"rng.{kind}{rank or ''}"
 
 
 class Clock:
