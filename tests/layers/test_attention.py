@@ -89,3 +89,50 @@ def test_one_implementation_two_names():
 def test_it_refuses(bad: dict[str, int]):
     with pytest.raises(UsageError, match=r"multiple|at least"):
         Attention(4, **{"heads": 2, "window": 4, **bad})
+
+
+def test_shared_keys_are_equal_keys():
+    """Two queries to a key are as many keys, where those are equal."""
+    shared = Attention(6, heads=4, window=5, key=2, kv_heads=2, gate=True, norm_eps=1e-3).double()
+    full = Attention(6, heads=4, window=5, key=2, gate=True, norm_eps=1e-3).double()
+    tensors = shared.state_dict()
+    for part in ("weight", "bias"):
+        q, k, v, gate = tensors[f"qkv.{part}"].split(shared.sizes)
+        k, v = (z.unflatten(0, (2, 2)).repeat_interleave(2, 0).flatten(0, 1) for z in (k, v))
+        tensors[f"qkv.{part}"] = torch.cat([q, k, v, gate])
+    full.load_state_dict(tensors)
+    x = torch.randn(2, 17, 6, dtype=torch.float64)
+    assert shared.initial_state(1).k.shape == (1, 4, 2, 2)
+    torch.testing.assert_close(shared(x)[0], full(x)[0])
+
+
+def test_without_rotation_the_order_of_the_past_does_not_matter():
+    x, order = torch.randn(1, 9, 4, dtype=torch.float64), torch.tensor([3, 0, 2, 1])
+    mixed = torch.cat([x[:, order], x[:, 4:]], 1)
+    for rotary, same in ((0, True), (2, False)):
+        layer = Attention(4, heads=1, window=16, rotary=rotary).double()
+        assert torch.allclose(layer(x)[0][:, 4:], layer(mixed)[0][:, 4:], rtol=1e-10) == same
+
+
+def test_options_are_what_they_say():
+    """One step sees itself alone: y = W_o (v * sigmoid(W_g x)), whatever q and k are."""
+    layer = Attention(3, heads=2, window=4, key=5, rotary=4, norm_eps=1e-6, gate=True, bias=False).double()
+    x = torch.randn(2, 1, 3, dtype=torch.float64)
+    v, gate = layer.qkv(x).split([20, 10, 10], -1)[1:]
+    torch.testing.assert_close(layer(x)[0], layer.out(v * gate.sigmoid()))
+    assert layer.qkv.bias is None and layer.out.bias is None
+    with torch.no_grad():
+        layer.qkv.weight[:20] *= 1e3  # q and k have one length, whatever their maps
+    y = torch.randn(2, 8, 3, dtype=torch.float64)
+    before = layer(y)[0]
+    with torch.no_grad():
+        layer.qkv.weight[:20] *= 10
+    torch.testing.assert_close(layer(y)[0], before, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(kv_heads=3), dict(rotary=3), dict(rotary=6), dict(key=0), dict(base=1.0), dict(norm_eps=0.0)]
+)
+def test_options_that_do_not_fit_are_refused(bad):
+    with pytest.raises(UsageError, match=r"Attention: .*(expected|multiple)"):
+        Attention(8, **{"heads": 4, "window": 4, "key": 4, **bad})

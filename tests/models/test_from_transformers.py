@@ -55,6 +55,33 @@ def xlstm(**changes: Any) -> nn.Module:
         return transformers.xLSTMForCausalLM(config)
 
 
+ATTENDING = dict(
+    hidden_size=24, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64
+)
+
+
+def bamba(**changes: Any) -> nn.Module:
+    sizes = dict(
+        num_attention_heads=6, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=5, mamba_n_groups=2, mamba_chunk_size=4
+    )
+    config = transformers.BambaConfig(**{**SMALL, **ATTENDING, **sizes, "attn_layer_indices": [1], **changes})
+    return transformers.BambaForCausalLM(config)
+
+
+def jamba(**changes: Any) -> nn.Module:
+    sizes = dict(mamba_d_state=5, num_experts=1, attn_layer_period=2, attn_layer_offset=1)
+    return transformers.JambaForCausalLM(transformers.JambaConfig(**{**SMALL, **ATTENDING, **sizes, **changes}))
+
+
+def qwen3_next(**changes: Any) -> nn.Module:
+    sizes = dict(
+        head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=5, linear_value_head_dim=3,
+        num_experts=0, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    config = transformers.Qwen3NextConfig(**{**SMALL, **ATTENDING, **sizes, **changes})
+    return transformers.Qwen3NextForCausalLM(config)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mamba": mamba,
     "mamba_untied_wide_biased": lambda: mamba(
@@ -77,6 +104,27 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         gate_soft_cap=2.0,
         output_logit_soft_cap=1.5,
     ),
+    "bamba": bamba,
+    "bamba_tied_biased": lambda: bamba(
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+        mamba_proj_bias=True,
+        mamba_conv_bias=False,
+        attn_layer_indices=[0],
+        num_key_value_heads=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+    ),
+    "jamba": jamba,
+    "qwen3_next": qwen3_next,
+    "qwen3_next_biased": lambda: qwen3_next(
+        attention_bias=True,
+        linear_num_value_heads=2,
+        num_key_value_heads=1,
+        rms_norm_eps=0.1,
+        linear_conv_kernel_dim=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5},
+    ),
     "falcon_mamba_untied": lambda: falcon_mamba(tie_word_embeddings=False, layer_norm_epsilon=0.1),
 }
 
@@ -89,6 +137,10 @@ def random(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.M
 def shuffled(model: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """The model with all parameters drawn anew."""
     model = model.to(dtype).eval()
+    for module in model.modules():  # made in float32, so rounded by now
+        if dtype == torch.float64 and hasattr(module, "inv_freq"):
+            pairs, base = len(module.inv_freq), module.config.rope_parameters["rope_theta"]
+            module.inv_freq = base ** -(torch.arange(pairs, dtype=dtype) / pairs)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -374,8 +426,41 @@ def test_shards_outside_the_directory_are_not_read(saved: Path):
         from_transformers(saved)
 
 
+def test_context_is_how_far_attention_sees():
+    theirs, x = random("jamba"), ids(2, 21)
+    want = from_transformers(theirs)(x)[0]
+    near_sighted = from_transformers(theirs, context=4)
+    assert near_sighted.initial_state(1)[1].k.shape == (1, 3, 2, 6)
+    assert error(near_sighted(x)[0][:, :4], want[:, :4]) < 1e-5 < 1e-2 < error(near_sighted(x)[0], want)
+
+
+def test_what_hybrids_have_that_is_not_built_is_one_line(tmp_path: Path):
+    for build, changes, words in (
+        (jamba, dict(num_experts=4, num_experts_per_tok=2), ["layer 1", "mixture of experts"]),
+        (qwen3_next, dict(num_experts=4, num_experts_per_tok=2), ["layer 0", "mixture of experts"]),
+        (bamba, dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}), ["scaled"]),
+        (bamba, dict(hidden_act="gelu"), ["gelu"]),
+    ):
+        with refused(UsageError, *words):
+            from_transformers(build(**changes))
+    dense = shuffled(qwen3_next(num_experts=4, mlp_only_layers=[0, 1]))
+    assert error(from_transformers(dense)(ids(2, 9))[0], logits(dense, ids(2, 9))) < 1e-4
+    random("qwen3_next").save_pretrained(tmp_path)
+    for name, wrong in (
+        ("layer_types", ["linear_attention"]),
+        ("linear_num_value_heads", 3),
+        ("num_key_value_heads", 3),
+    ):
+        kept = json.loads((tmp_path / "config.json").read_text())[name]
+        change_config(tmp_path, **{name: wrong})
+        with refused(UsageError, str(wrong)):
+            from_transformers(tmp_path)
+        change_config(tmp_path, **{name: kept})
+    from_transformers(tmp_path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2", "xlstm"])
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2", "xlstm", "bamba", "jamba", "qwen3_next"])
 def test_what_is_built_obeys_the_protocol(name: str):
     report = check_layer(from_transformers(random(name, torch.float64)), name=name)
     assert report.ok, report
@@ -383,5 +468,5 @@ def test_what_is_built_obeys_the_protocol(name: str):
 
 
 def test_something_was_found():
-    kinds = {re.match("[a-z0-9]*(_mamba)?", name)[0] for name in MODELS}  # type: ignore[index]
-    assert kinds >= {"mamba", "falcon_mamba", "mamba2", "xlstm"}
+    kinds = {re.match("[a-z0-9]*(_mamba|_next)?", name)[0] for name in MODELS}  # type: ignore[index]
+    assert kinds >= {"mamba", "falcon_mamba", "mamba2", "xlstm", "bamba", "jamba", "qwen3_next"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import RecurrentLayer, UsageError, check_input, check_sizes, clear_past_end, register_layer, wide
-from ..nn import positions, rotate, tail
+from ..nn import RMSNorm, positions, rotate, tail
 
 QUERIES = 128  # at least so many at a time, so that a narrow window does not make tiny products
 
 
 class AttentionState(NamedTuple):
-    k: Tensor  # (B, W-1, H, K) rotated keys, newest last, zero where there was none
-    v: Tensor  # (B, W-1, H, K) values
+    k: Tensor  # (B, W-1, G, K) rotated keys, newest last, zero where there was none
+    v: Tensor  # (B, W-1, G, K) values
     seen: Tensor  # (B,) int64 steps since the start or the last reset
 
 
@@ -31,7 +32,10 @@ def _sized(window: int) -> Any:
 @register_layer(
     "attention",
     paper="arXiv:1706.03762",
-    examples=[dict(width=4, heads=2, window=16)],
+    examples=[
+        dict(width=4, heads=2, window=16),
+        dict(width=3, heads=4, window=5, key=3, kv_heads=2, rotary=2, base=100.0, norm_eps=1e-3, gate=True, bias=False),
+    ],
     sized=_sized(1024),
 )
 @register_layer(
@@ -48,23 +52,57 @@ class Attention(RecurrentLayer[AttentionState]):
     W = 64. Positions are relative (rotary), so a stream may go on for ever. A reset hides all that came before it.
     Time and memory grow as T (W + 128) for long T, never as T^2.
 
+    key: size K of a head, width / heads where not given. kv_heads: G, of which heads / G queries in a row each share
+    one (Ainslie et al. 2023, arXiv:2305.13245). rotary: how many of the K channels turn with the position, all where
+    not given, 0 for no positions; the i-th of r / 2 pairs turns by base^(-2 i / r) a step. norm_eps: an RMS norm of
+    each q and k before that. gate: y = W_o (o * sigmoid(W_g x)). bias: of the linear maps. Order of qkv's rows: q, k,
+    v, gate.
+
     A step whose key or value is not finite makes NaN of every answer that sees it, and of no other.
-    Raises UsageError if heads do not divide width. Linear maps start as in torch.nn.Linear.
+    Raises UsageError if heads do not divide width and no key is given, if kv_heads do not divide heads, and unless
+    rotary is even or K, and at most K. Linear maps start as in torch.nn.Linear.
     """
 
-    def __init__(self, width: int, *, heads: int, window: int):
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        window: int,
+        key: int | None = None,
+        kv_heads: int | None = None,
+        rotary: int | None = None,
+        base: float = 10_000.0,
+        norm_eps: float | None = None,
+        gate: bool = False,
+        bias: bool = True,
+    ):
         super().__init__()
-        check_sizes("Attention", width=width, heads=heads, window=window)
-        if width % heads:
-            raise UsageError(f"Attention: width {width} is not a multiple of heads {heads}")
+        if key is None:
+            check_sizes("Attention", width=width, heads=heads)
+            if width % heads:
+                raise UsageError(f"Attention: width {width} is not a multiple of heads {heads}")
+            key = width // heads
+        kv_heads, rotary = heads if kv_heads is None else kv_heads, key if rotary is None else rotary
+        check_sizes("Attention", width=width, heads=heads, window=window, key=key, kv_heads=kv_heads)
+        if heads % kv_heads:
+            raise UsageError(f"Attention: heads {heads} is not a multiple of kv_heads {kv_heads}")
+        if not 0 <= rotary <= key or (rotary % 2 and rotary != key):
+            raise UsageError(f"Attention: rotary {rotary}; expected an even number up to {key}, or {key}")
+        if not 1 < base < math.inf or not (norm_eps is None or 0 < norm_eps < math.inf):
+            raise UsageError(f"Attention: base {base}, norm_eps {norm_eps}; expected more than 1, and more than 0")
         self.width = self.out_width = width
-        self.heads, self.window = heads, window
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.heads, self.window, self.key, self.kv_heads = heads, window, key, kv_heads
+        self.rotary, self.base = rotary, base
+        self.sizes = [heads * key, kv_heads * key, kv_heads * key, heads * key if gate else 0]
+        self.qkv = nn.Linear(width, sum(self.sizes), bias=bias)
+        self.q_norm = nn.Identity() if norm_eps is None else RMSNorm(key, eps=norm_eps)
+        self.k_norm = nn.Identity() if norm_eps is None else RMSNorm(key, eps=norm_eps)
+        self.out = nn.Linear(heads * key, width, bias=bias)
 
     def initial_state(self, batch: int) -> AttentionState:
         weight = self.out.weight
-        shape, dtype = (batch, self.window - 1, self.heads, self.width // self.heads), wide(weight.dtype)
+        shape, dtype = (batch, self.window - 1, self.kv_heads, self.key), wide(weight.dtype)
         k, v = weight.new_zeros(shape, dtype=dtype), weight.new_zeros(shape, dtype=dtype)
         return AttentionState(k, v, torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
@@ -96,20 +134,30 @@ class Attention(RecurrentLayer[AttentionState]):
         fresh = state is None
         state = self.initial_state(x.shape[0]) if state is None else state
         position = positions(state.seen, steps, reset)  # (B, T)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (B, T, H, K) each
+        *qkv, gate = self.qkv(x).split(self.sizes, -1)
+        q, k, v = (z.unflatten(-1, (-1, self.key)) for z in qkv)  # (B, T, H, K), (B, T, G, K) twice
         dtype, high = v.dtype, state.v.dtype
-        q, k = rotate(q.to(high), position), rotate(k.to(high), position)
+        q, k = self._turn(self.q_norm(q).to(high), position), self._turn(self.k_norm(k).to(high), position)
         k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v.to(high)], 1)  # time t stands at t + W - 1
         visible = position.clamp(max=past)  # (B, T) how many earlier steps each query sees
         y = self._windows(q.to(dtype), k.to(dtype), v.to(dtype), visible, causal=fresh and reset is None)
-        y = self.out(y.flatten(-2)).to(x.dtype)
+        y = y.flatten(-2)
+        if self.sizes[3]:
+            y = y * gate.sigmoid()
+        y = self.out(y).to(x.dtype)
         return y, self._after(k, v, state.seen, position, lengths)
 
+    def _turn(self, x: Tensor, position: Tensor) -> Tensor:
+        turned, rest = x.split([self.rotary, self.key - self.rotary], -1)
+        return torch.cat([rotate(turned, position, base=self.base), rest], -1)
+
     def _windows(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, causal: bool) -> Tensor:
-        """q (B, T, H, K), k, v (B, W-1+T, H, K), visible (B, T) -> (B, T, H, K). causal: nothing is in the cache."""
+        """q (B, T, H, K), k, v (B, W-1+T, G, K), visible (B, T) -> (B, T, H, K). causal: nothing is in the cache."""
         steps, past = q.shape[1], self.window - 1
         bad = ~(k.isfinite() & v.isfinite()).flatten(2).all(-1)  # (B, W-1+T)
         k, v = k.masked_fill(bad[..., None, None], 0), v.masked_fill(bad[..., None, None], 0)
+        if self.kv_heads < self.heads:
+            k, v = (z.repeat_interleave(self.heads // self.kv_heads, 2) for z in (k, v))
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, K)
         if causal and steps <= self.window:
             y = F.scaled_dot_product_attention(q, k[:, :, past:], v[:, :, past:], is_causal=True)

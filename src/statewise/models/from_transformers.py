@@ -8,14 +8,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core import DataError, RecurrentLayer, Unknown, UsageError, near, read_json, read_tensors, wide
 from ..core.files import shown
-from ..layers import Mamba, Mamba2, MLSTMLarge
+from ..layers import Attention, GatedDeltaNet, Mamba, Mamba2, MLSTMLarge
 from ..nn import GatedMLP, RMSNorm
 from .stack import Block, Residual
 from .token_model import TokenModel
@@ -25,11 +25,13 @@ PLAIN: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (float
 Config = TypeVar("Config")
 
 
-def from_transformers(model_or_path: nn.Module | str | os.PathLike[str]) -> TokenModel:
+def from_transformers(model_or_path: nn.Module | str | os.PathLike[str], *, context: int | None = None) -> TokenModel:
     """The model that a causal language model of transformers is, in eval mode: ids (B, T) to logits (B, T, vocab).
 
     model_or_path: such a model, or the directory that its `save_pretrained` wrote (config.json and safetensors, in one
-    file or several), which is read without transformers. Architectures: falcon_mamba, mamba, mamba2, xlstm. Nothing is
+    file or several), which is read without transformers. Architectures: falcon_mamba, mamba, mamba2, xlstm, and the
+    hybrids with attention bamba, jamba, qwen3_next, unless their MLPs are mixtures of experts. context: how many ids
+    attention sees, and so the size of its state, in place of the configuration's max_position_embeddings. Nothing is
     fetched and no pickle is read. Weights of half precision are held in float32, those of float64 in float64; the
     model is on the device of the given one.
 
@@ -44,6 +46,8 @@ def from_transformers(model_or_path: nn.Module | str | os.PathLike[str]) -> Toke
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise Unknown(f"from_transformers: {where} is of architecture {kind!r}; {near(str(kind), ARCHITECTURES)}")
+    if context is not None:
+        config = config | {"max_position_embeddings": context}
     weights = _Weights(tensors, where)
     # on the way the parameters are drawn at random; nobody's generator should notice
     with torch.random.fork_rng(devices=[]):
@@ -110,6 +114,14 @@ class _Weights:
             parameter = getattr(into, part, None)
             if parameter is not None:
                 fill(parameter, self.take(f"{name}.{part}", *parameter.shape))
+
+    def stacked(self, into: nn.Linear, names: list[str]) -> None:
+        """Fill a map from several of the same size, one behind the other."""
+        for part in ("weight", "bias"):
+            parameter = getattr(into, part)
+            if parameter is not None:
+                shape = (len(parameter) // len(names), *parameter.shape[1:])
+                fill(parameter, torch.cat([self.take(f"{name}.{part}", *shape) for name in names]))
 
     def head(self, into: nn.Linear | None) -> None:
         """The map to the logits; a tied one is the embedding, whatever the file holds beside it."""
@@ -205,14 +217,15 @@ def _mamba(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
             norm_eps=config.mixer_rms_eps,
         )
 
-    def read(mixer: Mamba, prefix: str) -> None:
-        for ours, theirs in (("inp", "in_proj"), ("select", "x_proj"), ("dt", "dt_proj"), ("out", "out_proj")):
-            weights.linear(getattr(mixer, ours), f"{prefix}.{theirs}")
-        _read_convolution(mixer.conv, weights, f"{prefix}.conv1d")
-        fill(mixer.a_log, weights.take(f"{prefix}.A_log", *mixer.a_log.shape))
-        fill(mixer.d, weights.take(f"{prefix}.D", *mixer.d.shape))
+    return _backbone(config, weights, layer, _read_mamba)
 
-    return _backbone(config, weights, layer, read)
+
+def _read_mamba(mixer: Mamba, weights: _Weights, prefix: str) -> None:
+    for ours, theirs in (("inp", "in_proj"), ("select", "x_proj"), ("dt", "dt_proj"), ("out", "out_proj")):
+        weights.linear(getattr(mixer, ours), f"{prefix}.{theirs}")
+    _read_convolution(mixer.conv, weights, f"{prefix}.conv1d")
+    fill(mixer.a_log, weights.take(f"{prefix}.A_log", *mixer.a_log.shape))
+    fill(mixer.d, weights.take(f"{prefix}.D", *mixer.d.shape))
 
 
 def _read_convolution(conv: nn.Module, weights: _Weights, name: str) -> None:
@@ -224,7 +237,7 @@ def _read_convolution(conv: nn.Module, weights: _Weights, name: str) -> None:
 
 
 def _backbone(
-    config: Any, weights: _Weights, layer: Callable[[], RecurrentLayer[Any]], read: Callable[[Any, str], None]
+    config: Any, weights: _Weights, layer: Callable[[], RecurrentLayer[Any]], read: Callable[[Any, _Weights, str], None]
 ) -> TokenModel:
     """x + layer(norm(x)) again and again, between an embedding and a norm with a head: what the Mambas share."""
     width, vocab = config.hidden_size, config.vocab_size
@@ -237,7 +250,7 @@ def _backbone(
     weights.linear(model.body.norm, "backbone.norm_f")
     for i, block in enumerate(blocks):
         weights.linear(block.norms[0], f"backbone.layers.{i}.norm")
-        read(block.layer, f"backbone.layers.{i}.mixer")
+        read(block.layer, weights, f"backbone.layers.{i}.mixer")
     weights.head(head)
     return model
 
@@ -281,14 +294,15 @@ def _mamba2(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
             eps=config.layer_norm_epsilon,
         )
 
-    def read(mixer: Mamba2, prefix: str) -> None:
-        for name in ("in_proj", "norm", "out_proj"):
-            weights.linear(getattr(mixer, name), f"{prefix}.{name}")
-        _read_convolution(mixer.conv, weights, f"{prefix}.conv1d")
-        for ours, theirs in ((mixer.dt_bias, "dt_bias"), (mixer.a_log, "A_log"), (mixer.d, "D")):
-            fill(ours, weights.take(f"{prefix}.{theirs}", *ours.shape))
+    return _backbone(config, weights, layer, _read_mamba2)
 
-    return _backbone(config, weights, layer, read)
+
+def _read_mamba2(mixer: Mamba2, weights: _Weights, prefix: str) -> None:
+    for name in ("in_proj", "norm", "out_proj"):
+        weights.linear(getattr(mixer, name), f"{prefix}.{name}")
+    _read_convolution(mixer.conv, weights, f"{prefix}.conv1d")
+    for ours, theirs in ((mixer.dt_bias, "dt_bias"), (mixer.a_log, "A_log"), (mixer.d, "D")):
+        fill(ours, weights.take(f"{prefix}.{theirs}", *ours.shape))
 
 
 def _limits(found: Any) -> tuple[float, float]:
@@ -409,9 +423,295 @@ def _read_xlstm_block(block: Block, weights: _Weights, name: str, *, fused: bool
     weights.linear(mlp.out, f"{name}.ffn.proj_down")
 
 
+# ---- hybrids with attention: bamba, jamba, qwen3_next
+
+
+@dataclass(frozen=True)
+class _HybridConfig:
+    vocab_size: int = 65536
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: Any = None
+    head_dim: Any = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 262144
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: Any = None  # as older files have it
+    rope_parameters: Any = None
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+
+
+class _Names(NamedTuple):
+    """How an architecture calls the parts of its layers."""
+
+    norm: str
+    mlp: str
+    last: str
+
+
+Mixer = tuple[RecurrentLayer[Any], Callable[[Any, _Weights, str], None], str]  # layer, what fills it, its name
+
+
+def _hybrid(
+    config: _HybridConfig, weights: _Weights, mixers: list[Mixer], names: _Names, *, offset: float = 0.0
+) -> TokenModel:
+    """x + mixer(norm(x)), then x + mlp(norm(x)), again and again. offset: added to the weights of the norms."""
+    _require(config, hidden_act="silu")
+    width, vocab = config.hidden_size, config.vocab_size
+    norm = lambda: RMSNorm(width, eps=config.rms_norm_eps)
+
+    def read_norm(into: nn.Module, name: str) -> None:
+        fill(into.weight, weights.take(f"{name}.weight", width).to(weights.dtype) + offset)  # type: ignore[arg-type]
+
+    blocks = []
+    for i, (layer, read, name) in enumerate(mixers):
+        prefix = f"model.layers.{i}"
+        mlp = GatedMLP(width, config.intermediate_size, bias=config.mlp_bias)
+        block = Block(layer, [norm(), norm()], mlp, back=nn.Identity()).to(weights.dtype)
+        read_norm(block.norms[0], f"{prefix}.input_layernorm")
+        read_norm(block.norms[1], f"{prefix}.{names.norm}")
+        read(layer, weights, f"{prefix}.{name}")
+        weights.stacked(mlp.up, [f"{prefix}.{names.mlp}.gate_proj", f"{prefix}.{names.mlp}.up_proj"])
+        weights.linear(mlp.out, f"{prefix}.{names.mlp}.down_proj")
+        blocks.append(block)
+    head = None if config.tie_word_embeddings else nn.Linear(width, vocab, bias=False)
+    model = _token_model(weights, nn.Embedding(vocab, width), blocks, norm(), head)
+    weights.linear(model.body.embed, "model.embed_tokens")
+    read_norm(model.body.norm, f"model.{names.last}")
+    weights.head(head)
+    return model
+
+
+def _attention(config: _HybridConfig, *, turned: bool = True, **options: Any) -> Attention:
+    """turned: with rotary positions."""
+    heads, rope = config.num_attention_heads, config.rope_parameters or {}
+    key = config.hidden_size // heads if config.head_dim is None else config.head_dim
+    if config.rope_scaling is not None or rope.get("rope_type", "default") != "default":
+        raise UsageError(f"config.json: positions are scaled, {config.rope_scaling or rope}; only plain ones are built")
+    return Attention(
+        config.hidden_size,
+        heads=heads,
+        kv_heads=config.num_key_value_heads,
+        key=key,
+        window=config.max_position_embeddings,
+        rotary=int(key * rope.get("partial_rotary_factor", config.partial_rotary_factor)) if turned else 0,
+        base=rope.get("rope_theta", config.rope_theta),
+        bias=config.attention_bias,
+        **options,
+    )
+
+
+def _read_attention(layer: Attention, weights: _Weights, prefix: str) -> None:
+    """Theirs has the gate's rows, where there is one, behind those of the query, head by head."""
+    gated = layer.sizes[3] > 0
+    for part in ("weight", "bias"):
+        into = getattr(layer.qkv, part)
+        if into is None:
+            continue
+        rest = into.shape[1:]
+        q = weights.take(f"{prefix}.q_proj.{part}", layer.sizes[0] + layer.sizes[3], *rest)
+        q, *gate = (z.flatten(0, 1) for z in q.unflatten(0, (layer.heads, -1)).split(layer.key, 1))
+        k, v = (weights.take(f"{prefix}.{name}_proj.{part}", layer.sizes[1], *rest) for name in "kv")
+        fill(into, torch.cat([q, k, v, *gate]))
+    weights.linear(layer.out, f"{prefix}.o_proj")
+    if gated:
+        for norm, name in ((layer.q_norm, "q_norm"), (layer.k_norm, "k_norm")):
+            around_zero = weights.take(f"{prefix}.{name}.weight", layer.key).to(weights.dtype)
+            fill(norm.weight, 1 + around_zero)  # type: ignore[arg-type]
+
+
+def _refuse_experts(at: list[int]) -> None:
+    if at:
+        raise UsageError(f"config.json: the MLP of layer {at[0]} is a mixture of experts; only dense ones are built")
+
+
+@dataclass(frozen=True)
+class _BambaConfig(_HybridConfig):
+    rms_norm_eps: float = 1e-5
+    num_key_value_heads: Any = 8
+    vocab_size: int = 128000
+    partial_rotary_factor: float = 0.5
+    attn_layer_indices: Any = None
+    mamba_n_heads: int = 128
+    mamba_d_head: Any = None  # a number, or "auto"
+    mamba_n_groups: int = 1
+    mamba_d_state: int = 256
+    mamba_d_conv: int = 4
+    mamba_expand: int = 2
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    time_step_limit: Any = (0.0, math.inf)
+
+
+def _bamba(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
+    config = _config(_BambaConfig, found)
+    inner, heads = config.mamba_expand * config.hidden_size, config.mamba_n_heads
+    if inner % heads or config.mamba_d_head not in (None, "auto", inner // heads):
+        raise UsageError(
+            f"config.json: mamba_n_heads is {heads}, mamba_d_head {config.mamba_d_head!r}; expected {inner} together"
+        )
+
+    def mamba() -> Mamba2:
+        return Mamba2(
+            config.hidden_size,
+            heads=heads,
+            value=inner // heads,
+            key=config.mamba_d_state,
+            groups=config.mamba_n_groups,
+            taps=config.mamba_d_conv,
+            bias=config.mamba_proj_bias,
+            conv_bias=config.mamba_conv_bias,
+            dt_limits=_limits(config.time_step_limit),
+            eps=config.rms_norm_eps,
+        )
+
+    attending = set(config.attn_layer_indices or ())
+    mixers: list[Mixer] = [
+        (_attention(config), _read_attention, "self_attn") if i in attending else (mamba(), _read_mamba2, "mamba")
+        for i in range(config.num_hidden_layers)
+    ]
+    return _hybrid(config, weights, mixers, _Names("pre_ff_layernorm", "feed_forward", "final_layernorm"))
+
+
+@dataclass(frozen=True)
+class _JambaConfig(_HybridConfig):
+    num_key_value_heads: Any = 8
+    num_experts: int = 16
+    expert_layer_period: int = 2
+    expert_layer_offset: int = 1
+    attn_layer_period: int = 8
+    attn_layer_offset: int = 4
+    mamba_d_state: int = 16
+    mamba_d_conv: int = 4
+    mamba_expand: int = 2
+    mamba_dt_rank: Any = None  # a number, or "auto"
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+
+
+def _jamba(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
+    config = _config(_JambaConfig, found)
+    depths, experts = range(config.num_hidden_layers), config.num_experts > 1
+    _refuse_experts([i for i in depths if experts and i % config.expert_layer_period == config.expert_layer_offset])
+
+    def mamba() -> Mamba:
+        return Mamba(
+            config.hidden_size,
+            states=config.mamba_d_state,
+            expand=config.mamba_expand,
+            taps=config.mamba_d_conv,
+            dt_rank=None if config.mamba_dt_rank in (None, "auto") else config.mamba_dt_rank,
+            bias=config.mamba_proj_bias,
+            conv_bias=config.mamba_conv_bias,
+            inner_norm=True,
+            norm_eps=config.rms_norm_eps,
+        )
+
+    def read(mixer: Mamba, weights: _Weights, prefix: str) -> None:
+        _read_mamba(mixer, weights, prefix)
+        for name in ("dt", "b", "c"):
+            weights.linear(getattr(mixer, f"{name}_norm"), f"{prefix}.{name}_layernorm")
+
+    mixers: list[Mixer] = [
+        (_attention(config, turned=False), _read_attention, "self_attn")
+        if i % config.attn_layer_period == config.attn_layer_offset
+        else (mamba(), read, "mamba")
+        for i in depths
+    ]
+    return _hybrid(config, weights, mixers, _Names("pre_ff_layernorm", "feed_forward", "final_layernorm"))
+
+
+@dataclass(frozen=True)
+class _Qwen3NextConfig(_HybridConfig):
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 16
+    num_key_value_heads: Any = 2
+    head_dim: Any = 256
+    max_position_embeddings: int = 32768
+    partial_rotary_factor: float = 0.25
+    linear_conv_kernel_dim: int = 4
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    decoder_sparse_step: int = 1
+    num_experts: int = 512
+    mlp_only_layers: Any = None
+    full_attention_interval: int = 4
+    layer_types: Any = None
+
+
+def _qwen3_next(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
+    config = _config(_Qwen3NextConfig, found)
+    depths, dense = range(config.num_hidden_layers), config.mlp_only_layers or ()
+    sparse = [i for i in depths if i not in dense and (i + 1) % config.decoder_sparse_step == 0]
+    _refuse_experts(sparse if config.num_experts > 0 else [])
+    heads, values = config.linear_num_key_heads, config.linear_num_value_heads
+    if heads < 1 or values % heads:
+        raise UsageError(f"config.json: linear_num_value_heads is {values}; expected a multiple of {heads} key heads")
+    types = config.layer_types or [
+        "linear_attention" if (i + 1) % config.full_attention_interval else "full_attention" for i in depths
+    ]
+    if len(types) != len(depths) or not {"linear_attention", "full_attention"} >= set(types):
+        raise UsageError(f"config.json: layer_types is {types!r:.80}; expected linear_attention or full_attention")
+
+    def delta() -> GatedDeltaNet:
+        layer = GatedDeltaNet(
+            config.hidden_size,
+            heads=heads,
+            key=config.linear_key_head_dim,
+            value=config.linear_value_head_dim,
+            values_per_key=values // heads,
+            taps=config.linear_conv_kernel_dim,
+        )
+        layer.norm.eps = config.rms_norm_eps
+        return layer
+
+    mixers: list[Mixer] = [
+        (_attention(config, norm_eps=config.rms_norm_eps, gate=True), _read_attention, "self_attn")
+        if kind == "full_attention"
+        else (delta(), _read_gated_delta, "linear_attn")
+        for kind in types
+    ]
+    for name in [name for name in weights.left if name.startswith("mtp.")]:
+        del weights.left[name]  # a head that guesses several ids at once, which transformers leaves out as well
+    return _hybrid(config, weights, mixers, _Names("post_attention_layernorm", "mlp", "norm"), offset=1.0)
+
+
+def _read_gated_delta(layer: GatedDeltaNet, weights: _Weights, prefix: str) -> None:
+    """Theirs has, for each key head, the rows of its query, key, values and gates; then those of its b and a."""
+    heads, each, width = layer.heads, layer.values_per_key, layer.width
+    parts = [layer.key, layer.key, each * layer.value, each * layer.value]
+    rows = weights.take(f"{prefix}.in_proj_qkvz.weight", heads * sum(parts), width)
+    *qkv, gate = (part.flatten(0, 1) for part in rows.unflatten(0, (heads, -1)).split(parts, 1))
+    fill(layer.qkv.weight, torch.cat(qkv))
+    rows = weights.take(f"{prefix}.in_proj_ba.weight", 2 * heads * each, width)
+    beta, decay = (part.flatten(0, 1) for part in rows.unflatten(0, (heads, -1)).split(each, 1))
+    assert layer.gate is not None and layer.decay is not None and layer.conv is not None
+    for linear, values in ((layer.gate, gate), (layer.beta, beta), (layer.decay, decay)):
+        fill(linear.weight, values)
+    _read_convolution(layer.conv, weights, f"{prefix}.conv1d")
+    for ours, theirs in ((layer.dt_bias, "dt_bias"), (layer.a_log, "A_log")):
+        fill(ours, weights.take(f"{prefix}.{theirs}", *ours.shape))
+    weights.linear(layer.norm, f"{prefix}.norm")
+    weights.linear(layer.out, f"{prefix}.out_proj")
+
+
 ARCHITECTURES: dict[str, Callable[[Mapping[str, Any], _Weights], TokenModel]] = {
     "mamba": _mamba,
     "falcon_mamba": _mamba,
     "mamba2": _mamba2,
     "xlstm": _xlstm,
+    "bamba": _bamba,
+    "jamba": _jamba,
+    "qwen3_next": _qwen3_next,
 }
