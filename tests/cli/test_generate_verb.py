@@ -110,10 +110,11 @@ def test_a_dialogue_carries_its_state_and_can_be_saved(runs, call, tmp_path):
 def test_a_mistake_in_a_line_does_not_end_the_dialogue(runs, call, tmp_path):
     (tmp_path / "junk").write_bytes(b"junk")
     other = runs["files"] / "adding.state"
-    lines = f"/lod x\n/load {tmp_path / 'none'}\n/load {tmp_path / 'junk'}\n/load {other}\n/save\nfox\n"
-    said = call("generate", runs["text"], "--interactive", "--tokens", "4", *GREEDY, stdin=lines.encode())
+    lines = f"/lod x\n/load {tmp_path / 'none'}\n/load {tmp_path / 'junk'}\n/load {other}\n/save\n".encode()
+    lines += b"not \xff UTF-8\nfox\n"
+    said = call("generate", runs["text"], "--interactive", "--tokens", "4", *GREEDY, stdin=lines)
     errors = said.err.splitlines()
-    assert said.code == 0 and len(errors) == 5 and all(line.startswith("error: ") for line in errors)
+    assert said.code == 0 and len(errors) == 6 and all(line.startswith("error: ") for line in errors)
     assert said.out == text_of(runs["text"], "fox", 4, temperature=0.0) + "\n"
 
 
@@ -128,6 +129,9 @@ def test_a_mistake_in_a_line_does_not_end_the_dialogue(runs, call, tmp_path):
         (["--beams", "4", "--groups", "3"], 2, "multiple of groups"),
         (["--beams", "4", "--interactive"], 2, "choose one"),
         (["--draft", "nowhere"], 3, "not a run"),
+        (["--groups", "2"], 2, "--groups is for --beams"),
+        (["--beams", "2", "--top-k", "5"], 2, "--top-k is for drawing"),
+        (["--ahead", "2"], 2, "--ahead is for --draft"),
     ],
 )
 def test_mistakes_are_one_line(runs, call, args, code, words):

@@ -231,6 +231,11 @@ def test_rows_are_picked_grouped_and_sorted(folder):
     assert [r["score"] for r in up] == sorted((r["score"] for r in up), reverse=True)
     assert [r["score"] for r in down] == sorted(r["score"] for r in down)
     assert ordered(rows, "latency")[0]["latency"] == 0.5 and "latency" not in ordered(rows, "-latency")[-1]
+    best = ordered(grouped(where(rows, {"task": ["adding"]}), ["layer"]), "score")
+    assert len(best) == 2 and best[0]["score"] < best[1]["score"]  # an error: the lower the better
+    mixed = grouped(rows, ["layer"])
+    assert all(one["metric"] is None and one["score"] is None and one["runs"] for one in mixed)
+    assert len(ordered(rows, "overrides")) == len(ordered(rows, "-curve")) == len(rows)  # nested: as texts
 
 
 def test_results_are_asked_from_the_command_line(folder, tmp_path, capsys):

@@ -80,6 +80,7 @@ def run(options: Options) -> int:
     special = [f"--{name}" for name in ("beams", "draft") if getattr(options, name)]
     if len(special) > 1 or (special and options.interactive):
         raise UsageError(f"{' and '.join([*special, *(['--interactive'] if options.interactive else [])])}: choose one")
+    _useful(options)
     how = chosen(options)
     model, tokenizer = loaded(options.run, int8=options.int8)
     writer = Writer(model, tokenizer, options, torch.Generator().manual_seed(options.seed))
@@ -94,6 +95,20 @@ def run(options: Options) -> int:
     writer.write()
     sys.stdout.write("\n")
     return 0
+
+
+def _useful(options: Options) -> None:
+    """Raise UsageError for a flag that would do nothing."""
+    from ..core import UsageError
+
+    drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    beams, draft = ("groups", "penalty", "length_penalty"), ("ahead",)
+    idle = [(drawing, "is for drawing, --beams does not draw")] if options.beams else [(beams, "is for --beams")]
+    idle += [] if options.draft else [(draft, "is for --draft")]
+    for names, why in idle:
+        for name in names:
+            if getattr(options, name) != getattr(Options, name):
+                raise UsageError(f"--{name.replace('_', '-')} {why}; leave it out")
 
 
 def chosen(options: Options) -> Sampling | Beam:
@@ -210,6 +225,8 @@ class Writer:
         from ..core import StatewiseError
 
         self.read(self.options.prompt)
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are a mistake of their line
         if sys.stdin.isatty():
             print(f"a line is read and continued; {COMMANDS}", file=sys.stderr)
         for line in sys.stdin:
@@ -222,8 +239,12 @@ class Writer:
                 except StatewiseError as error:  # a mistake in a line does not end the dialogue
                     print(f"error: {error}", file=sys.stderr, flush=True)
                 continue
-            if text:
-                self.read("\n" * (self.at is not None) + text.removeprefix("/" * text.startswith("//")))
+            try:
+                if text:
+                    self.read("\n" * (self.at is not None) + text.removeprefix("/" * text.startswith("//")))
+            except StatewiseError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                continue
             self.write()
             sys.stdout.write("\n")
             sys.stdout.flush()

@@ -81,7 +81,7 @@ def _columns(options: Options, rows: list[dict[str, Any]], *, everything: bool) 
 
     names = _names(options.columns)
     if options.group and not names:
-        return list(rows[0]) if rows else _names(options.group)
+        return [name for name in rows[0] if name != "higher_is_better"] if rows else _names(options.group)
     if names == ["all"] or (everything and not names):
         return [*COLUMNS, *NESTED]
     check_columns(names, rows, "--columns")

@@ -116,7 +116,8 @@ def _number(text: str) -> float:
 
 def grouped(rows: Sequence[Row], by: Sequence[str]) -> list[Row]:
     """One row for each different value of the columns: over the finished ones the mean score, its standard deviation,
-    lowest and highest, and means of what else is a number; `runs` and `failed` count.
+    lowest and highest, and means of what else is a number; `runs` and `failed` count. Scores by different metrics have
+    no mean, and the metric is then None.
     """
     check_columns(by, rows, "--group")
     groups: dict[str, list[Row]] = {}
@@ -125,8 +126,10 @@ def grouped(rows: Sequence[Row], by: Sequence[str]) -> list[Row]:
     found = []
     for members in groups.values():
         done = [row for row in members if row["status"] == "done"]
-        scores = [row["score"] for row in done]
+        same = len({(row["metric"], row["higher_is_better"]) for row in members}) == 1
+        scores = [row["score"] for row in done] if same else []
         one: Row = {name: value(members[0], name) for name in by}
+        one |= {name: members[0][name] if same else None for name in ("metric", "higher_is_better")}
         one |= {"runs": len(members), "failed": sum(row["status"] == "failed" for row in members)}
         one |= {
             "score": statistics.fmean(scores) if scores else None,
@@ -135,7 +138,8 @@ def grouped(rows: Sequence[Row], by: Sequence[str]) -> list[Row]:
             "max": max(scores, default=None),
         }
         for name in ("validation_score", *_MEANS):
-            values = [row[name] for row in done if row.get(name) is not None]
+            some = done if same or name != "validation_score" else []
+            values = [row[name] for row in some if row.get(name) is not None]
             one[name] = statistics.fmean(values) if values else None
         found.append(one)
     return found
@@ -152,8 +156,8 @@ def ordered(rows: Sequence[Row], by: str) -> list[Row]:
     if name in ("score", "validation_score"):
         turned ^= any(row.get("higher_is_better", True) for row in rows)
     have = [row for row in rows if value(row, name) is not None]
-    texts = any(isinstance(value(row, name), str) for row in have)
-    have.sort(key=lambda row: str(value(row, name)) if texts else value(row, name), reverse=turned)
+    numbers = all(isinstance(value(row, name), int | float) for row in have)
+    have.sort(key=lambda row: value(row, name) if numbers else _cell(value(row, name)), reverse=turned)
     return have + [row for row in rows if value(row, name) is None]
 
 
