@@ -19,6 +19,7 @@ GAP = 3  # pixels from a dash to the next of its line
 CLEAR = 3  # pixels around a line that no other line enters: they are at least 4 apart
 BEND = 1.8  # the odds of a turn by d are cos^2(BEND d)
 TRIES = 12
+RARE = 20_000  # pictures of which fewer than one has room: then the size is a mistake
 
 
 class Pixels(NamedTuple):
@@ -70,9 +71,17 @@ class Pathfinder(Generated):
         return math.isqrt(self.length)
 
     def sample(self, size: int, rng: np.random.Generator, split: Split) -> Batch:
-        x, y, have = np.zeros((size, self.side, self.side), np.float32), np.zeros((size, self.length), np.int64), 0
+        x, y = np.zeros((size, self.side, self.side), np.float32), np.zeros((size, self.length), np.int64)
+        have = found = drawn = 0
         while have < size:
-            pictures, same = self.draw(2 * (size - have) + 8, rng)
+            if drawn >= RARE * (found + 1):
+                raise UsageError(
+                    f"pathfinder: length is {self.length}; of {drawn} pictures {found} had room for two lines of "
+                    f"{self.dashes} dashes of {self.dash} pixels; expected a larger length, or fewer or shorter dashes"
+                )
+            count = 2 * (size - have) + 8
+            pictures, same = self.draw(count, rng)
+            drawn, found = drawn + count, found + len(pictures)
             some = slice(have, have + len(pictures))
             x[some], y[some, -1] = pictures[: size - have], same[: size - have]
             have += len(pictures)
