@@ -10,7 +10,7 @@ from statewise.comparing import Plan, compare, read_rows
 from statewise.core import UsageError
 from statewise.models import Stack
 from statewise.report import write_all
-from statewise.tasks import Digits, Parity, Pathfinder
+from statewise.tasks import Digits, ListOps, Parity, Pathfinder
 from statewise.training import Experiment, Train
 
 
@@ -40,10 +40,25 @@ def test_finished_runs_are_scored_at_what_they_lack(tmp_path):
     assert "trained up to here" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_length_that_one_task_cannot_have_is_a_failed_point_of_that_task(tmp_path):
+    small = Pathfinder(length=256, dashes=2, others=0)
+    plan = Plan((base(Parity(longest=8, test_longest=8)), base(small)), ("gru",), seeds=1)
+    found = compare(plan, tmp_path, workers=1, lengths=(12, 169))
+    rows = {row["task"]: row for row in read_rows(tmp_path).values()}
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert all(entry["failed"] is None for entry in rows["parity"]["scores_by_length"])
+    refused, taken = rows["pathfinder"]["scores_by_length"]
+    assert refused["length"] == 12 and refused["score"] is None and "expected a square" in refused["failed"]
+    assert taken["failed"] is None and taken["score"] is not None
+    write_all(found, tmp_path)
+    assert "expected a square" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("tasks", "lengths", "words"),
     [
-        ((Parity(), Pathfinder()), (300,), "square"), ((Digits(),), (8,), "reads its data"),
+        ((Pathfinder(),), (300,), "square"), ((Pathfinder(), ListOps()), (13,), "expected"),
+        ((Digits(),), (8,), "reads its data"),
         ((Parity(),), (8, 8), "twice"),
     ],
 )  # fmt: skip

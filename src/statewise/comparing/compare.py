@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..core import UsageError, near, read_json, write_json
 from ..tasks import Generated
 from ..training import at_lengths, choose_device, read_log
+from ..training.evaluate import refusal
 from .collect import collect
 from .launch import Engine, Local, Setup
 from .plan import TRIAL_STEPS, Cell, Plan
@@ -77,12 +78,18 @@ def compare(
 
 
 def check_lengths(plan: Plan, lengths: Sequence[int]) -> None:
-    """Raise UsageError for lengths that a generated task cannot have, and where no task is a generated one."""
+    """Raise UsageError for a length that none of the generated tasks can have, and where no task is a generated one.
+
+    One that some of them can have is a failed point of the others, as lengths are that a grid makes impossible.
+    """
     generated = [base.task for base in plan.bases if isinstance(base.task, Generated)]
     if lengths and not generated:
         at_lengths(plan.bases[0].task, lengths)
-    for task in generated:
-        at_lengths(task, lengths)
+    doubled = len(set(lengths)) < len(lengths)
+    for some in [lengths] if doubled else [[length] for length in lengths]:
+        errors = [error for task in generated if (error := refusal(task, some))]
+        if len(errors) == len(generated):
+            raise errors[0]
 
 
 def run_plan(plan: Plan, out: Path, **how: Any) -> dict[str, Row]:

@@ -47,7 +47,8 @@ def main() -> int:
         except OtherData:  # the file has changed since: what it gave before stands for nothing
             fit(experiment, options.run, resume=False, **common)
         if options.lengths and isinstance(experiment.task, Generated):
-            add_lengths(options.run, [int(part) for part in options.lengths.split(",")], device=options.device)
+            asked = [int(part) for part in options.lengths.split(",")]
+            add_lengths(options.run, asked, device=options.device, refuse=False)
     except StatewiseError as error:
         return _fail(error.code, str(error))
     except (MemoryError, RuntimeError, OSError) as error:

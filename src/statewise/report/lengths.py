@@ -55,7 +55,7 @@ def length_board(board: Board, safe: Any) -> dict[str, Any] | None:
         show_x=show_count, show_y=lambda v: show_tick(v, metric), at=_apart([float(n) for n in lengths]),
         mark=(float(trained), "trained up to here") if trained else None, most=1.0 if metric in SHARES else math.inf,
     )  # fmt: skip
-    counts = sorted({known[n]["examples"] for n in lengths})
+    counts = sorted({known[n]["examples"] for n in lengths} - {0}) or [0]  # 0 where the task cannot have the length
     many = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}, fewer the longer they are,"
     return {
         "svg": safe(svg) if lines else "", "lengths": [f"{n:,}" for n in lengths], "table": table, "examples": many,

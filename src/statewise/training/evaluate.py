@@ -113,9 +113,12 @@ def at_lengths(task: Task, lengths: Sequence[int]) -> dict[int, Generated]:
     return found
 
 
-def add_lengths(run: str | os.PathLike[str], lengths: Sequence[int], *, device: str = "cpu") -> list[LengthScore]:
+def add_lengths(
+    run: str | os.PathLike[str], lengths: Sequence[int], *, device: str = "cpu", refuse: bool = True
+) -> list[LengthScore]:
     """Scores of a finished run at these lengths, kept in the run: what was found before is not computed again.
 
+    refuse=False: a length that the task cannot have is a score that failed, beside the others.
     Raises DataError where there is no run; UsageError as `score_lengths` does.
     """
     path = Path(run) / MEASURED
@@ -125,11 +128,30 @@ def add_lengths(run: str | os.PathLike[str], lengths: Sequence[int], *, device: 
     if missing:
         model, experiment = load(run)
         precision = experiment.train.precision
-        new = score_lengths(model.to(device), experiment.task, missing, precision=precision)
+        refused = [] if refuse else list(_refused(experiment.task, missing))
+        missing = [length for length in missing if length not in {score.length for score in refused}]
+        new = refused + score_lengths(model.to(device), experiment.task, missing, precision=precision)
         found |= {score.length: score for score in new}
         kept["scores_by_length"] = [asdict(found[length]) for length in sorted(found)]
         write_json(path, kept)
     return [found[length] for length in sorted(lengths)]
+
+
+def refusal(task: Task, lengths: Sequence[int]) -> UsageError | None:
+    """Why the task cannot have the lengths; None where it can."""
+    try:
+        at_lengths(task, lengths)
+    except UsageError as error:
+        return error
+    return None
+
+
+def _refused(task: Task, lengths: Sequence[int]) -> Iterator[LengthScore]:
+    """A score that failed for each length that the task cannot have."""
+    for length in lengths:
+        if error := refusal(task, [length]):
+            chance, baseline = float(task.chance()), float(task.baseline())
+            yield LengthScore(length, 0, 0, chance, baseline, None, {}, str(error))
 
 
 def _score(task: Generated, length: int, run: Run, device: torch.device) -> LengthScore:
