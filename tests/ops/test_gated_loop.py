@@ -305,6 +305,14 @@ def test_slstm_is_its_unstabilised_form_in_any_scale(backend: str) -> None:
     assert slstm_step(u[:, 0], *fresh, None, r).n.min() >= 1
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_lengths_may_be_a_view(name: str) -> None:
+    call = sample(OPS[name], torch.float64, 0)
+    for lengths in (torch.tensor([2, 5, 4, 5])[::2], torch.tensor([3]).expand(2)):
+        got, want = (OPS[name](**call, lengths=lengths, backend=backend) for backend in ("numba", "reference"))
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+
+
 def test_leak_keeps_a_part_of_the_old() -> None:
     call = sample(elman_loop, torch.float64, 0)
     call["x"], call["h0"] = torch.randn(2, 1, 3, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)

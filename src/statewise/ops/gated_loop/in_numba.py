@@ -815,7 +815,7 @@ def _solve(
     fresh = torch.cat(fresh_slstm(1, width, like=h)) if cell.parts == 4 else h.new_zeros(cell.parts + 1, width)
     leaks = h.new_full((1,), leak)
     outer, inner = (zero if b is None else b.contiguous() for b in (outer, inner))
-    reset = None if reset is None else reset.contiguous()
+    ends, reset = ends.contiguous(), None if reset is None else reset.contiguous()
     gates, dh, d_last, d_first, d_more = (None,) * 5 if back is None else back
     at = dict(
         x=x, gates_at=gates, w=w, outer=outer, inner=inner, leak=leaks, h=h, more=more, spare=spare, first=first,
