@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from statewise.ops import delta_scan, dplr_scan, outer_scan
+
 tiles = importlib.import_module("statewise.ops.tiles.in_numba")
 
 
@@ -40,3 +42,28 @@ def test_products(dtype: torch.dtype):
     turned = torch.empty(48, 64, dtype=dtype)
     tiles.turn(like, turned.numpy(), b.numpy())
     assert torch.equal(turned, b.mT)
+
+
+@pytest.mark.parametrize("name", ["none", "head", "key", "delta", "dplr"])
+def test_a_gradient_that_is_not_finite_stays_in_its_row_and_head(name: str):
+    """Sizes below a tile's: what fills it up is handed from head to head."""
+    batch, steps, heads, size = 2, 5, 2, 3
+    torch.manual_seed(0)
+    q, k, v, a, b = (torch.randn(batch, steps, heads, size) / 2 for _ in range(5))
+    state, beta = torch.randn(batch, heads, size, size), torch.rand(batch, steps, heads)
+    g = {"head": -torch.rand(heads, 1, 1), "key": -torch.rand(heads, size, 1)}.get(name)
+    inputs = {"delta": (q, k, v, beta, state), "dplr": (q, k, v, a, b, state)}.get(name, (q, k, v, state))
+    op = {"delta": delta_scan, "dplr": dplr_scan}.get(name, outer_scan)
+    inputs = tuple(t.requires_grad_() for t in inputs)
+    out, last = op(*inputs, log_decay=g, backend="numba")
+    given = torch.ones_like(out)
+    given[0, :, 0] = torch.nan
+    for x, grad in zip(inputs, torch.autograd.grad((out, last), inputs, (given, torch.ones_like(last))), strict=True):
+        rows = grad if x is state else grad.transpose(1, 2)  # (B, H, ...)
+        assert rows[0, 1].isfinite().all() and rows[1].isfinite().all()
+
+
+def test_no_step_leaves_a_state_that_is_not_finite():
+    q, state = torch.zeros(2, 0, 2, 3), torch.full((2, 2, 3, 3), torch.nan)
+    assert outer_scan(q, q, q, state, backend="numba")[1].isnan().all()
+    assert outer_scan(q, q, q, state, backend="torch")[1].isnan().all()

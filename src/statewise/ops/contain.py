@@ -31,7 +31,7 @@ def contained(arguments: str, forward: Kernel, backward: Kernel, loop: Kernel) -
     def once(*inputs: Any, keep: bool) -> tuple[Tensor, ...]:
         out, last, *kept = forward(*inputs, keep=keep)
         # what a query holds reaches no state, but backward it would reach other steps
-        if _finite(last) and (not keep or _finite(out)):
+        if not out.shape[1] or (_finite(last) and (not keep or _finite(out))):
             return out, last, last.new_zeros(out.shape[:2], dtype=torch.bool), *kept
         spoilt = _spoilt(names, inputs, out.shape[1])
         out, last, *kept = forward(*_cleared(inputs, state_at, spoilt), keep=keep)

@@ -126,6 +126,7 @@ def _forward_work(like, q, k, v, beta, g, state, tokens, each, o, last, states, 
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         b, h = u // heads, u % heads
+        s[:] = 0  # what fills up the tile too: of the head before, it may not be finite
         s[:keys, :values] = state[b, h]
         for c in range(-(-steps // tokens)):
             start = c * tokens
@@ -176,6 +177,7 @@ def _backward_work(
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         b, h = u // heads, u % heads
+        end[:] = 0
         end[:keys, :values] = d_last[b, h]
         for c in range(-(-steps // tokens) - 1, -1, -1):
             start, s = c * tokens, states[b, h, c]
@@ -400,6 +402,7 @@ def _dplr_forward_work(like, q, k, v, a, b, g, reset, state, size, o, last, stat
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         n, h = u // heads, u % heads
+        s[:] = 0
         s[:keys, :values] = state[n, h]
         for c in range(-(-steps // size)):
             start = c * size
@@ -464,6 +467,7 @@ def _dplr_backward_work(
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         n, h = u // heads, u % heads
+        end[:] = 0
         end[:keys, :values] = d_last[n, h]
         for c in range(-(-steps // size) - 1, -1, -1):
             start, s = c * size, states[n, h, c]

@@ -115,6 +115,7 @@ def _forward_units(like, q, k, v, g, reset, state, size, o, last, states, worker
         b, at = u // (groups * parts), u // parts % groups
         h0 = at * group + u % parts * TOGETHER
         h1 = min(h0 + TOGETHER, (at + 1) * group)
+        now[:] = 0  # what fills up the tiles too: of the heads before, it may not be finite
         for h in range(h0, h1):
             now[h - h0, :keys, :values] = state[b, h]
         for c in range(-(-steps // size)):
@@ -167,6 +168,7 @@ def _backward_units(
         b, at = u // (groups * parts), u // parts % groups
         h0 = at * group + u % parts * TOGETHER
         h1 = min(h0 + TOGETHER, (at + 1) * group)
+        ends[:] = 0
         for h in range(h0, h1):
             ends[h - h0, :keys, :values] = d_last[b, h]
         for c in range(-(-steps // size) - 1, -1, -1):
@@ -515,6 +517,7 @@ def _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, worker,
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         b, h = u // heads, u % heads
+        s[:] = 0
         s[:keys, :values] = state[b, h]
         for c in range(-(-steps // size)):
             start = c * size
@@ -564,6 +567,7 @@ def _backward_keys(
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         b, h = u // heads, u % heads
+        end[:] = 0
         end[:keys, :values] = d_last[b, h]
         for c in range(-(-steps // size) - 1, -1, -1):
             start, s = c * size, states[b, h, c]
