@@ -19,8 +19,7 @@ from statewise.training.distributed import sum_gradients
 from statewise.training.sequence_parallel import InTurns, own_chunk, sequence_parallel
 
 # registry name -> which of its examples; with and without convolutions, decays and several heads
-LAYERS = {"lru": 0, "gla": 0, "mamba2": 1, "gated_delta_net": 0, "mamba": 0, "delta_net": 1, "min_gru": 0}
-LAYERS |= {"s5": 0, "hgrn2": 0}
+LAYERS = {
     "lru": 0,
     "gla": 0,
     "mamba2": 1,
