@@ -23,6 +23,7 @@ from statewise.comparing import Cell, Plan, Setup, locked, measure_streaming, re
 from statewise.comparing.collect import method
 from statewise.comparing.compare import pace
 from statewise.comparing.measure import percentile
+from statewise.comparing.plan import TRIAL_STEPS
 from statewise.comparing.pool import run_dir
 from statewise.core import UsageError, layers, nbytes
 from statewise.models import Stack
@@ -419,15 +420,14 @@ def test_out_of_memory_is_said(tmp_path):
 
 @pytest.mark.slow
 def test_minutes_choose_the_steps(tmp_path, capsys):
-    assert (
-        main(
-            ["compare", "parity", "--layers", "gru", "--seeds", "1", "--minutes", "0.3", "--out", str(tmp_path), *TINY]
-        )
-        == 0
-    )
-    steps = json.loads((tmp_path / "steps.json").read_text())["steps"]
-    assert steps >= 10 and {row["steps"] for row in read_rows(tmp_path).values()} == {steps}
-    assert not (tmp_path / "trial").exists()
+    asked = ["compare", "parity", "--layers", "gru", "--seeds", "1", "--minutes", "0.3", "--out", str(tmp_path), *TINY]
+    assert main(asked) == 0
+    (row,) = read_rows(tmp_path).values()
+    assert row["status"] == "done" and row["steps"] >= 10
+    (trial,) = read_rows(tmp_path / "trial").values()
+    assert trial["steps"] == TRIAL_STEPS
+    assert main(asked) == 0  # the trial is kept, so that the steps are the same and nothing is trained again
+    assert read_rows(tmp_path) == {row["key"]: row}
 
 
 def wait_for(condition, seconds: float = 90) -> None:
