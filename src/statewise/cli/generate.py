@@ -103,7 +103,9 @@ def _useful(options: Options) -> None:
 
     drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     beams, draft = ("groups", "penalty", "length_penalty"), ("ahead",)
-    idle = [(drawing, "is for drawing, --beams does not draw")] if options.beams else [(beams, "is for --beams")]
+    idle: list[tuple[tuple[str, ...], str]] = (
+        [(drawing, "is for drawing, --beams does not draw")] if options.beams else [(beams, "is for --beams")]
+    )
     idle += [] if options.draft else [(draft, "is for --draft")]
     for names, why in idle:
         for name in names:

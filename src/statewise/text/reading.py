@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ..core import DataError, UsageError
 from ..core.files import open_checked, shown
@@ -92,7 +92,7 @@ def documents(
 class Reader:
     """A file that ends where it is damaged, having said so."""
 
-    def __init__(self, file: io.BufferedReader | gzip.GzipFile, damaged: Callable[[Exception], None]):
+    def __init__(self, file: io.BufferedReader[Any] | gzip.GzipFile, damaged: Callable[[Exception], None]):
         self.file, self.damaged, self.ended = file, damaged, False
 
     def read(self, size: int) -> bytes:
