@@ -24,7 +24,8 @@ class Options:
     """Say what a layer is and costs, which backend it or an op would take for given shapes, and why not the others."""
 
     what: Positional[str]
-    """An op (linear_scan), a registered layer (lru), or module:Class: a cell of your own and what runs it fastest."""
+    """An op (linear_scan), a registered layer (lru), module:Class: a cell of your own and what runs it fastest; or,
+    with --states, a run."""
     shape: str = ""
     """B,T,N of an op's x; B,T,H,K of the queries of one with heads; B,T,D of a layer's, or of a gated loop's, whose
     hidden width is then D too. If empty, 8,2048,512 or 4,2048,8,64."""
@@ -34,6 +35,10 @@ class Options:
     """cpu, cuda, cuda:1."""
     args: Repeated[str] = ()
     """NAME=VALUE for the layer's constructor, instead of an ordinary layer of width D."""
+    states: bool = False
+    """Follow the state and the loss of a run past its training length, and say whether they collapse."""
+    length: int = 0
+    """Of --states: how many steps; 0 for 16 times the training length."""
 
 
 @dataclass
@@ -54,6 +59,11 @@ def run(options: Options) -> int:
     from ..report import show_bytes
     from ..training import choose_device
 
+    if options.states:
+        from .states import show_states
+
+        show_states(options.what, options.length)
+        return 0
     importlib.import_module("statewise.layers")
     dtype, device = read_dtype(options.dtype), choose_device(options.device)
     heads = options.what in ops and len(first_shape(ops[options.what], dtype)) == 4
