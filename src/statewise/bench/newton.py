@@ -27,7 +27,8 @@ class _Bare(Cell[Any]):
         super().__init__()
         self.inner, self.traits, self.width, self.out_width = cell, cell.traits, cell.width, cell.out_width
         if hasattr(cell, "linearise"):
-            self.jacobian = lambda u, state: cell.linearise(u, state)[1]
+            linearise: Any = cell.linearise
+            self.jacobian = lambda u, state: linearise(u, state)[1]
 
     def initial_state(self, batch: int) -> Any:
         return self.inner.initial_state(batch)

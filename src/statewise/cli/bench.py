@@ -208,8 +208,8 @@ def measure_newton(options: Options) -> list[Row]:
         [row["cell"], *(str(row[k] or "-") for k in ("width", "measured", "predicted"))]
         for row in newton.crossovers(rows)
     ]
-    columns = ("cell", "width", "measured", "predicted")
-    table(columns, lines, right=columns[1:], title="first length at which Newton's method is faster")
+    heads = ("cell", "width", "measured", "predicted")
+    table(heads, lines, right=heads[1:], title="first length at which Newton's method is faster")
     return rows
 
 

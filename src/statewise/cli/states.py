@@ -70,14 +70,14 @@ def show(followed: Followed, trained: int) -> None:
     columns = ("steps", "loss", *head)
     table(columns, lines, right=columns, title="loss, and the norm of the head of each state that ends largest")
     largest, lines = followed.largest(trained), []
-    for name, one in head.items():
-        seen = (largest[name], *(t[name][-1] for t in (followed.norm, followed.mean, followed.variance)))
-        lines.append([name, str(one), *(f"{float(t[one]):.3g}" for t in seen)])
+    for leaf, one in head.items():
+        seen = (largest[leaf], *(t[leaf][-1] for t in (followed.norm, followed.mean, followed.variance)))
+        lines.append([leaf, str(one), *(f"{float(t[one]):.3g}" for t in seen)])
     columns = ("state", "head", "largest norm in training length", "norm at the end", "mean", "variance")
     table(columns, lines, right=columns[1:])
     found = followed.collapse(trained)
     print(f"loss within the training length {found.within:.4f}, in the last quarter {found.beyond:.4f} "
           f"(rise {found.rise:.4f}, standard error {found.error:.2g})")  # fmt: skip
-    for (name, head), times in found.grown.items():
-        print(f"{name}, head {head}: its norm is {times:.3g} times the largest within the training length")
+    for (leaf, which), times in found.grown.items():
+        print(f"{leaf}, head {which}: its norm is {times:.3g} times the largest within the training length")
     print("collapse: the loss rises and a norm leaves its range" if found.collapsed else "no collapse")

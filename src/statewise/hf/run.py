@@ -23,6 +23,6 @@ def export_run(run: str | os.PathLike[str], folder: str | os.PathLike[str]) -> T
     if not isinstance(model, TokenModel) or type(experiment.model) is not LanguageModel:
         kind = type(experiment.model).__name__
         raise UsageError(f"{shown(run)} trained a {kind}; only a LanguageModel is a language model of transformers")
-    tokenizer = load_tokenizer(run) if (Path(run) / NAME).is_file() else None
+    tokenizer = load_tokenizer(Path(run)) if (Path(run) / NAME).is_file() else None
     save_pretrained(model, experiment.model, folder, tokenizer=tokenizer)
     return model

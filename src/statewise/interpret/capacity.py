@@ -86,7 +86,7 @@ def fit_curve(points: Iterable[tuple[float, float]], kind: Kind, *, draws: int =
     groups = [np.flatnonzero(x == size) for size in np.unique(x)]
     if min(map(len, groups)) < 2:
         groups = [np.arange(len(x))]
-    found = []
+    found: list[tuple[float, float]] = []
     while len(found) < draws:
         drawn = np.concatenate([rng.choice(group, len(group)) for group in groups])
         if np.ptp(x[drawn]) > 0:  # one size alone has no slope
