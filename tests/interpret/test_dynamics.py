@@ -13,8 +13,8 @@ from statewise.ops import delta_scan, dplr_scan, linear_scan, ops, outer_scan, s
 from statewise.testing import build
 
 NONLINEAR = {
-    "elman", "jordan", "lstm", "gru", "reservoir", "attention", "window_attention", "para_gru", "para_lstm", "cfc", "ltc",
-    "slstm", "conv_slstm",
+    "elman", "jordan", "lstm", "gru", "reservoir", "attention", "window_attention", "para_gru", "para_lstm", "cfc",
+    "ltc", "slstm", "conv_slstm",
 }  # fmt: skip
 LINEAR = [info for info in layers if info.name not in NONLINEAR]
 
