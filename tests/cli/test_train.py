@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,15 +86,23 @@ def test_out_of_numbers_is_exit_5(call, tmp_path):
 )
 def test_a_signal_saves_and_the_same_words_go_on(call, tmp_path, sent, code):
     words = [*WORDS, "--layer", "elman", "--set", "train.steps=100000", "--run", str(tmp_path / "run")]
-    with subprocess.Popen(
-        [sys.executable, "-m", "statewise", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=alone()
-    ) as process:
-        wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists() and steps(tmp_path / "run") > 0)
-        process.send_signal(sent)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == code, (out, err)
-    assert err.count(b"\n") == 1 and f"error[{code}]: stopped by".encode() in err
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*/MANIFEST.json"))
+    reached = 0
+    for again in (False, True):
+        with subprocess.Popen(
+            [sys.executable, "-m", "statewise", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=alone()
+        ) as process:
+            wait_for(partial(beyond, tmp_path / "run", reached))
+            process.send_signal(sent)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == code, (out, err)
+        assert err.count(b"\n") == 1 and f"error[{code}]: stopped by".encode() in err
+        assert (f"goes on from step {reached}".encode() in out) == again
+        reached = steps(tmp_path / "run")
+        assert (tmp_path / "run" / "checkpoints" / f"step-{reached}" / "MANIFEST.json").is_file()
+
+
+def beyond(run: Path, step: int) -> bool:
+    return (run / "log.jsonl").exists() and steps(run) > step
 
 
 def steps(run: Path) -> int:

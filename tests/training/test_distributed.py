@@ -39,11 +39,11 @@ def train(run: Path) -> None:
 
 
 def train_until_asked(run: Path) -> None:
-    """Rank 1 alone gets the signal; all save and stop at the same step."""
+    """The last rank alone gets the signal; all save and stop at the same step."""
     ranks = here()
 
     def on_event(event: dict[str, Any]) -> None:
-        if ranks.rank == 1 and event["event"] == "train" and event["step"] >= 13:
+        if ranks.rank == ranks.size - 1 and event["event"] == "train" and event["step"] >= 13:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped) as stopped:
@@ -55,7 +55,7 @@ def lose_a_rank(run: Path) -> None:
     ranks = here()
 
     def on_event(event: dict[str, Any]) -> None:
-        if ranks.rank == 1 and event["event"] == "train":
+        if ranks.rank == 1 and event["event"] == "train" and event["step"] >= 13:
             os._exit(0)
 
     with pytest.raises(RankLost, match="rank 0: another rank has ended"):
@@ -86,20 +86,25 @@ def test_losses_are_those_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_stopped_on_one_rank_and_continued_by_another_number(tmp_path, size):
-    in_ranks(size, train_until_asked, tmp_path / "several")
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (3, 1), (1, 2), (2, 3)])
+def test_stopped_on_one_rank_and_continued_by_another_number(tmp_path, before, after):
+    in_ranks(before, train_until_asked, tmp_path / "several")
     stopped = events(tmp_path / "several", "stopped")
     assert len(stopped) == 1
-    fit(toy(**HARD), tmp_path / "several")
+    in_ranks(after, train, tmp_path / "several")
+    assert max(events(tmp_path / "several", "start")) == min(stopped) > 0
     fit(toy(**HARD), tmp_path / "one")
     assert_same_losses(tmp_path / "one", tmp_path / "several")
 
 
 @pytest.mark.slow
-def test_a_lost_rank_ends_the_others_in_one_line(tmp_path):
+def test_a_lost_rank_ends_the_others_in_one_line_and_all_go_on(tmp_path):
     in_ranks(2, lose_a_rank, tmp_path / "run")
     assert "another rank has ended" in next(iter(events(tmp_path / "run", "failed").values()))["message"]
+    in_ranks(2, train, tmp_path / "run")
+    assert max(events(tmp_path / "run", "start")) >= 10
+    fit(toy(**HARD), tmp_path / "one")
+    assert_same_losses(tmp_path / "one", tmp_path / "run")
 
 
 @pytest.mark.slow
