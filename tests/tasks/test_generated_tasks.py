@@ -262,7 +262,9 @@ def test_one_mistake_costs_one_sequence() -> None:
     assert found["sequence_accuracy"] == (9, 10)
 
 
-@pytest.mark.parametrize("group, order", [("Z2", 2), ("Z5", 5), ("S3", 6), ("S4", 24), ("A5", 60), ("S5", 120), ("Z60", 60)])
+@pytest.mark.parametrize(
+    "group, order", [("Z2", 2), ("Z5", 5), ("S3", 6), ("S4", 24), ("A5", 60), ("S5", 120), ("Z60", 60)]
+)
 def test_group_tables(group: Any, order: int) -> None:
     """Closed, with the identity first, inverses, and the associative law."""
     times = table(group)

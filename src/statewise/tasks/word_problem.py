@@ -27,9 +27,10 @@ class WordProblem(Generated):
     """x       a b b a c       elements of a group, drawn evenly; here swaps of three things:
     answer  a ba a 1 c       what they come to, the newest on the left: (0 1), (1 2), (0 2) are a, b, c
 
-    group: "S3", "S4", "S5", all orders of so many things; "A5", the even ones of five; "Z60" and "Z5", turns by sixtieths
-    and fifths; "Z2", parity. Elements are numbered in the order of their permutations, the identity first. moves: "all"
-    elements are drawn, or a "few": the identity, a cycle of all things, and a swap of two, or in A5 a turn of three.
+    group: "S3", "S4", "S5", all orders of so many things; "A5", the even ones of five; "Z60" and "Z5", turns by
+    sixtieths and fifths; "Z2", parity. Elements are numbered in the order of their permutations, the identity first.
+    moves: "all" elements are drawn, or a "few": the identity, a cycle of all things, and a swap of two, or in A5 a turn
+    of three.
     Training and validation have `length` steps, the test has `test_length`: accuracy_trained and accuracy_beyond part
     its steps there. Chance: accuracy 1 / order; baseline: the newest element, right wherever the product before it was
     the identity.
