@@ -47,8 +47,9 @@ BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
 
 # Optional or slow to import: only inside functions, or in the one file that is for them.
 HEAVY = {
-    "beartype", "huggingface_hub", "jaxtyping", "jinja2", "matplotlib", "numba", "onnx", "onnxruntime", "onnxscript",
-    "pandas", "pyarrow", "pytest", "ray", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "transformers", "triton", "tyro",
+    "beartype", "huggingface_hub", "jaxtyping", "jinja2", "matplotlib", "numba", "onnx", "onnxruntime",
+    "onnxscript", "pandas", "pyarrow", "pytest", "ray", "rich", "safetensors", "scipy", "sklearn",
+    "tensorboard", "transformers", "triton", "tyro",
 }  # fmt: skip
 AT_HOME = {
     "numba": ["in_numba.py"], "triton": ["in_triton.py"], "tyro": ["cli/"], "rich": ["cli/"],
