@@ -23,8 +23,8 @@ BLOCK = 1 << 20
 def data_hash(task: Task) -> str:
     """Sixteen hexadecimal digits; of tasks drawn on the spot, whose settings are their data, "generated".
 
-    Of a task that knows its own: that. Of a user's file or folder: its bytes. Of other finite sets and texts: all that is
-    in them. Of all else: the evaluation batches of every split. The first two are read once per process and content.
+    Of a task that knows its own: that. Of a user's file or folder: its bytes. Of other finite sets and texts: all that
+    is in them. Of all else: the evaluation batches of every split. The first two are read once per process and content.
 
     Raises DataError for a file that cannot be read.
     """
