@@ -23,6 +23,12 @@ STRETCHED = {
         "b_ih": (256,),
         "b_hh": (256,),
     },
+    "slstm_loop": {
+        "x": WIDTH,
+        **{name: (8, 64) for name in ("h0", "c0", "n0", "m0")},
+        **{name: (256, 64) for name in ("w_ih", "w_hh")},
+        **{name: (256,) for name in ("b_ih", "b_hh")},
+    },
     "jordan_loop": {
         "x": WIDTH,
         "s0": (8, 64),

@@ -451,10 +451,10 @@ def test_a_silent_run_is_killed_and_the_rest_goes_on(tmp_path):
             os.kill(pids[long.key], signal.SIGSTOP)
 
     with locked(tmp_path) as lock:
-        rows = run_cells([long, short], tmp_path, lock=lock, setup=Setup(), silence=2.0, on_event=on_event)
+        rows = run_cells([long, short], tmp_path, lock=lock, setup=Setup(), silence=8.0, on_event=on_event)
     assert rows[short.key]["status"] == "done"
     row = rows[long.key]
-    assert row["failure"] == "silent" and row["reason"].startswith("gave no sign of life for 2 s at step ")
+    assert row["failure"] == "silent" and row["reason"].startswith("gave no sign of life for 8 s at step ")
     with pytest.raises(ProcessLookupError):
         os.kill(pids[long.key], 0)
 

@@ -106,7 +106,7 @@ def even(p: tuple[int, ...]) -> bool:
 ELEMENTS: dict[str, list[tuple[int, ...]]] = {
     **{f"S{n}": list(itertools.permutations(range(n))) for n in (3, 4, 5)},
     "A5": [p for p in itertools.permutations(range(5)) if even(p)],
-    **{f"Z{n}": [tuple((i + turn) % n for i in range(n)) for turn in range(n)] for n in (2, 60)},
+    **{f"Z{n}": [tuple((i + turn) % n for i in range(n)) for turn in range(n)] for n in (2, 5, 60)},
 }
 
 
