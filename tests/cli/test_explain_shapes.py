@@ -25,9 +25,9 @@ STRETCHED = {
     },
     "slstm_loop": {
         "x": WIDTH,
-        **{name: (8, 64) for name in ("h0", "c0", "n0", "m0")},
-        **{name: (256, 64) for name in ("w_ih", "w_hh")},
-        **{name: (256,) for name in ("b_ih", "b_hh")},
+        **dict.fromkeys(("h0", "c0", "n0", "m0"), (8, 64)),
+        **dict.fromkeys(("w_ih", "w_hh"), (256, 64)),
+        **dict.fromkeys(("b_ih", "b_hh"), (256,)),
     },
     "jordan_loop": {
         "x": WIDTH,

@@ -10,11 +10,8 @@ import importlib
 import importlib.util
 import inspect
 import os
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from in_float64 import InFloat64
+from own_xlstm import without_the_xlstm_package
 from statewise.layers.mlstm import Gated, MatrixMemory, memory_scan
 from statewise.ops import Op, delta_scan, dplr_scan, linear_scan, outer_scan, selective_scan
 
@@ -469,20 +467,6 @@ def test_mlstm_kernels_own_backward_drops_the_gradient_of_the_normaliser():
     assert all(off[name] < TOLERANCE for name in ("h", "last c", "last n", "v", "c"))
     assert all(off[name] > 0.1 for name in ("q", "k", "i", "f", "n")), off
     assert theirs[-1].abs().max() == 0
-
-
-def without_the_xlstm_package() -> ModuleType:
-    """transformers' xLSTM as it is where the authors' package, which it prefers to its own code, is not installed."""
-    utils = importlib.import_module("transformers.utils")
-    spec = importlib.util.find_spec("transformers.models.xlstm.modeling_xlstm")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with (
-        mock.patch.object(utils, "is_xlstm_available", lambda: False),
-        mock.patch.dict(sys.modules, {spec.name: module}),
-    ):
-        spec.loader.exec_module(module)
-    return module
 
 
 @needs("transformers")

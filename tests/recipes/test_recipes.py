@@ -25,7 +25,7 @@ from statewise.training import Experiment, Train, fit
 
 ROOT = Path(__file__).parents[2]
 NAMES = names()
-COUNT = 7
+COUNT = 11
 
 
 def test_recipes_were_found() -> None:

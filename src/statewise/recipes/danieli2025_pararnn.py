@@ -9,10 +9,10 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..core import Cell, layers
+from ..core import layers
 from ..core.paper import Paper
+from ..layers.parallelized import parallelize
 from ..models import LanguageModel
 from ..tasks import Text
 from ..training import Experiment, Train
@@ -22,18 +22,6 @@ from .verdict import Reader
 
 CELLS = ("para_gru", "para_lstm")
 WIDTHS = {"para_gru": 136, "para_lstm": 136, "mamba2": 112, "attention": 128}  # of about 400,000 parameters at depth 2
-
-
-class _Loop(nn.Module):
-    """The same cell, one step after another; the products with x are one for all times, as in the parallel form."""
-
-    def __init__(self, cell: Cell[Any]):
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
-        o, last = Cell.scan(self.cell, self.cell.encode(x), self.cell.initial_state(len(x)), None, None)
-        return self.cell.decode(o, x), last
 
 
 def speed(seed: int, *, layer: str, lengths: list[int], widths: list[int], batch: int, rounds: int) -> dict[str, float]:
@@ -46,7 +34,8 @@ def speed(seed: int, *, layer: str, lengths: list[int], widths: list[int], batch
     for steps, width in product(lengths, widths):
         cell = layers[layer].cls(**layers[layer].sized(width))
         x = torch.randn(batch, steps, width)
-        ways, found = {"newton": cell, "loop": _Loop(cell)}, {"newton": [], "loop": []}  # type: ignore[var-annotated]
+        ways = {"newton": cell, "loop": parallelize(cell, "loop")}  # the products with x are one for all times in both
+        found: dict[str, list[float]] = {"newton": [], "loop": []}
         for turn, (name, way) in product(range(rounds + 1), ways.items()):
             began = time.perf_counter()
             way(x)[0].square().mean().backward()
@@ -65,7 +54,7 @@ def trained_alike(seed: int, *, layer: str, width: int, length: int, steps: int)
     """
     torch.manual_seed(seed)
     one = layers[layer].cls(**layers[layer].sized(width)).double()
-    two = _Loop(copy.deepcopy(one))
+    two = parallelize(copy.deepcopy(one), "loop")
     losses: dict[str, list[float]] = {"newton": [], "loop": []}
     for name, model in (("newton", one), ("loop", two)):
         optimiser, rng = torch.optim.Adam(model.parameters(), lr=1e-2), torch.Generator().manual_seed(seed)

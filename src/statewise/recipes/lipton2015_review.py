@@ -89,20 +89,23 @@ def _reach(layer: torch.nn.Module, head: torch.nn.Module, window: int, rng: torc
 
 def runs(scale: Scale) -> dict[str, Run]:
     smoke = scale == "smoke"
+    lags = {"smoke": [1, 10], "small": [1, 10, 50, 100], "paper": [1, 10, 100, 1000]}[scale]
     made: dict[str, Run] = {
-        f"vanishing_{name}": Measure(vanishing, "slope", {"weight": weight, "lags": [1, 10, 50, 100]})
+        f"vanishing_{name}": Measure(vanishing, "slope", {"weight": weight, "lags": lags})
         for name, weight in (("small", 0.9), ("large", 1.1))
     }
-    cut = {"lag": 10, "hidden": 8 if smoke else 32, "steps": 10 if smoke else 2000, "lr": 1e-2}
+    steps = {"smoke": 10, "small": 2000, "paper": 20_000}[scale]
+    cut = {"lag": 10, "hidden": 8 if smoke else 32, "steps": steps, "lr": 1e-2}
     for window in (5, 20):
         made[f"truncated_{window}"] = Measure(truncated, "accuracy", {"window": window, **cut})
-    length, steps = (8, 2) if smoke else (50, 1500)
+    length, steps = {"smoke": (8, 2), "small": (50, 1500), "paper": (400, 20_000)}[scale]
     train = Train(steps=steps, batch=4 if smoke else 64, lr=3e-3, warmup=0 if smoke else 20)
     for layer in ("lstm", "elman"):
         made[f"adding_{layer}"] = Experiment(
             Adding(length=length), Stack(layer, width=8 if smoke else 64, depth=1), train
         )
-    letters = Train(steps=2 if smoke else 600, batch=4 if smoke else 16, lr=1e-2)
+    steps = {"smoke": 2, "small": 600, "paper": 6000}[scale]
+    letters = Train(steps=steps, batch=4 if smoke else 16, lr=1e-2)
     for name, task in (("xor", ElmanXor(length=60)), ("letters", ElmanLetters(length=60))):
         made[name] = Experiment(task, Stack("elman", width=20, depth=1), letters)
     return made

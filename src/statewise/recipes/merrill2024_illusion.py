@@ -3,8 +3,6 @@ follows, and one layer of a linear one with positive or diagonal transitions doe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..core.paper import Paper
 from ..models import Stack
 from ..tasks import WordProblem
@@ -16,17 +14,8 @@ RATES = {"elman": 2e-3, "gru": 5e-3, "lstm": 1e-2, "s4d": 5e-3, "gla": 5e-3}
 NONLINEAR, LINEAR = ("elman", "gru", "lstm"), ("s4d", "gla")
 
 
-@dataclass(frozen=True)
-class Words:
-    """Which words, how long, and how many batches of them are seen at small scale."""
-
-    group: str
-    length: int
-    steps: int
-    moves: str = "all"
-
-
-WORDS = {"parity": Words("Z2", 32, 800), "mod5": Words("Z5", 40, 1500), "s5": Words("S5", 16, 1500, moves="few")}
+# group, length of words, batches at small scale, which elements are drawn
+WORDS = {"parity": ("Z2", 32, 800, "all"), "mod5": ("Z5", 40, 1500, "all"), "s5": ("S5", 16, 1500, "few")}
 
 
 def runs(scale: Scale) -> dict[str, Run]:
@@ -35,21 +24,21 @@ def runs(scale: Scale) -> dict[str, Run]:
     The five things are moved in three ways only, and words of them are short, so that the small scale can learn them.
     """
     return {
-        f"{name}_{layer}": experiment(scale, words, layer)
+        f"{name}_{layer}": experiment(scale, layer, *words)
         for name, words in WORDS.items()
         for layer in NONLINEAR + LINEAR
     }
 
 
-def experiment(scale: Scale, words: Words, layer: str) -> Experiment:
-    length = {"smoke": 4, "small": words.length, "paper": 64}[scale]
+def experiment(scale: Scale, layer: str, group: str, words: int, steps: int, moves: str) -> Experiment:
+    length = {"smoke": 4, "small": words, "paper": 64}[scale]
     train = {
         "smoke": Train(steps=2, batch=4),
-        "small": Train(steps=words.steps, batch=64, lr=RATES[layer], warmup=20, evaluate_every=words.steps // 4),
+        "small": Train(steps=steps, batch=64, lr=RATES[layer], warmup=20, evaluate_every=steps // 4),
         "paper": Train(steps=50_000, batch=512, lr=1e-4, weight_decay=0.01, warmup=500, evaluate_every=1000),
     }[scale]
-    moves = "all" if scale == "paper" else words.moves
-    task = WordProblem(words.group, length=length, test_length=4 * length, moves=moves)  # type: ignore[arg-type]
+    moves = "all" if scale == "paper" else moves
+    task = WordProblem(group, length=length, test_length=4 * length, moves=moves)  # type: ignore[arg-type]
     return Experiment(task, Stack(layer, width={"smoke": 8, "small": 64, "paper": 512}[scale], depth=1), train)
 
 
