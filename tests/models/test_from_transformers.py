@@ -6,6 +6,8 @@ Every parameter is drawn at random first: constant initial values would hide a t
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -127,6 +129,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "falcon_mamba_untied": lambda: falcon_mamba(tie_word_embeddings=False, layer_norm_epsilon=0.1),
 }
+
+
+@pytest.fixture(autouse=True)
+def in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would take the kernels of fla where that is installed, and they need a GPU."""
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
 
 
 def random(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
