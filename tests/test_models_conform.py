@@ -17,9 +17,16 @@ def build(name: str) -> RecurrentLayer:
     return prepare(EXAMPLES[name]())
 
 
+QUICK = 4  # models whose compilation and gradcheck are among the fast tests
 CASES = [
-    pytest.param(name, check, id=f"{name}-{check.name}", marks=[pytest.mark.slow] * check.slow)
-    for name in EXAMPLES
+    pytest.param(
+        name,
+        check,
+        id=f"{name}-{check.name}",
+        marks=[pytest.mark.slow]
+        * (check.slow or (i >= QUICK and (check.group == "compile" or "gradcheck" in check.name))),
+    )
+    for i, name in enumerate(EXAMPLES)
     for check in checks_for(build(name))
 ]
 

@@ -77,6 +77,7 @@ def test_fractions_of_the_speed_of_products():
         assert row["of_batched"] == pytest.approx(row["gflops"] / row["batched"])
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_writes_rows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
