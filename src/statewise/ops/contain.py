@@ -1,8 +1,9 @@
 """NaN and infinity kept to their rows, and to the steps from which on they are there.
 
 A product of matrices with a mask carries them to every step of a chunk, since 0 * NaN is NaN; but once there they never
-leave the state. So where the state at the end is not finite, all is done again: the kernels see zeros in each row from
-its first bad step on, which leaves the bits of other rows and of earlier steps as they are, and a loop does the rest.
+leave the state. Neither does a mask keep back a product of two finite numbers that overflows. So where the state at the
+end or an answer is not finite, all is done again: the kernels see zeros in each row from its first bad step on, which
+leaves the bits of other rows and of earlier steps as they are, and a loop does the rest.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def contained(arguments: str, forward: Kernel, backward: Kernel, loop: Kernel) -
 
     def once(*inputs: Any, keep: bool) -> tuple[Tensor, ...]:
         out, last, *kept = forward(*inputs, keep=keep)
-        # what a query holds reaches no state, but backward it would reach other steps
-        if not out.shape[1] or (_finite(last) and (not keep or _finite(out))):
+        if not out.shape[1] or (_finite(last) and _finite(out)):
             return out, last, last.new_zeros(out.shape[:2], dtype=torch.bool), *kept
         spoilt = _spoilt(names, inputs, out.shape[1])
         out, last, *kept = forward(*_cleared(inputs, state_at, spoilt), keep=keep)
         spoilt |= ~last.isfinite().flatten(1).all(1)[:, None]
+        spoilt |= (~out.isfinite()).flatten(2).any(2).cummax(1).values
         at = spoilt.any(1).nonzero()[:, 0]
         o, end = loop(*_rows(inputs, at))
         late = spoilt[at].view(len(at), -1, *[1] * (out.ndim - 2))
