@@ -112,6 +112,15 @@ def test_without_decay_the_gated_rule_is_the_rule(a_log):
     torch.testing.assert_close(gated(x), plain(x))
 
 
+def test_rates_beyond_what_float32_holds_have_gradients():
+    layer = GatedDeltaNet(3, heads=2, key=2, value=3)
+    torch.nn.init.constant_(layer.a_log, 100.0)
+    torch.nn.init.constant_(layer.dt_bias, -200.0)  # steps of 0: infinity times them is no number
+    x = torch.randn(2, 9, 3, requires_grad=True)
+    layer(x)[0].square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in (x, *layer.parameters()))
+
+
 def test_a_gate_that_forgets_all_leaves_the_last_step():
     layer = drawn(GatedDeltaNet, dict(width=4, **SIZES, taps=None))
     with torch.no_grad():

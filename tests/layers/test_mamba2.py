@@ -110,6 +110,15 @@ def test_no_decay_and_full_decay(a_log):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+def test_rates_beyond_what_float32_holds_have_gradients():
+    layer = Mamba2(**CASES[0])
+    torch.nn.init.constant_(layer.a_log, 100.0)
+    torch.nn.init.constant_(layer.dt_bias, -200.0)  # steps of 0: infinity times them is no number
+    x = torch.randn(2, 9, layer.width, requires_grad=True)
+    layer(x)[0].square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in (x, *layer.parameters()))
+
+
 def test_time_steps_keep_within_their_limits():
     layer = drawn(CASES[2])
     dt = layer.encode(10 * torch.randn(500, 3, dtype=torch.float64)).dt

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Cell, check_sizes, register_layer, wide
-from ..nn import RMSNorm, ShortConvolution, inverse_softplus, log_uniform, unit
+from ..nn import RMSNorm, ShortConvolution, inverse_softplus, log_uniform, rate, unit
 from ..ops import delta_scan, delta_step
 from .outer_cell import usual_heads
 
@@ -89,7 +89,7 @@ class DeltaRule(Cell[DeltaState]):
         beta = self.beta(x).to(high).sigmoid()
         log_decay = None
         if self.decay is not None:
-            log_decay = -self.a_log.to(high).exp() * F.softplus(self.decay(x).to(high) + self.dt_bias)
+            log_decay = -rate(self.a_log.to(high)) * F.softplus(self.decay(x).to(high) + self.dt_bias)
         return Projected(self.qkv(x), 2 * beta if self.negative else beta, log_decay)
 
     def transition(self, u: Projected, state: DeltaState) -> tuple[Tensor, DeltaState]:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Cell, UsageError, check_sizes, register_layer, wide
-from ..nn import RMSNorm, ShortConvolution, check_dt, inverse_softplus, log_uniform
+from ..nn import RMSNorm, ShortConvolution, check_dt, inverse_softplus, log_uniform, rate
 from ..ops import selective_scan
 from ..ops.selective_scan import selective_step
 
 DT_FLOOR = 1e-4  # least step size at birth
-A_LOG_MOST = 80.0  # e^(-dt e^80) is 0 for any dt; e^89 is infinite in float32, and 0 times that has no gradient
 
 
 class MambaState(NamedTuple):
@@ -125,4 +124,4 @@ class Mamba(Cell[MambaState]):
         r, b, c = self.select(x.to(weight.dtype)).split([self.dt_rank, self.states, self.states], -1)
         # the bias in float32 or wider: it is all that tells the small steps apart
         dt = F.softplus(F.linear(self.dt_norm(r), weight).to(high) + self.dt.bias.to(high))
-        return x, dt, -self.a_log.to(high).clamp(max=A_LOG_MOST).exp(), self.b_norm(b), self.c_norm(c)
+        return x, dt, -rate(self.a_log.to(high)), self.b_norm(b), self.c_norm(c)

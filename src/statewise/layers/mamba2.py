@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Cell, UsageError, check_sizes, register_layer, wide
-from ..nn import ShortConvolution, inverse_softplus, log_uniform
+from ..nn import ShortConvolution, inverse_softplus, log_uniform, rate
 from ..ops import outer_scan, outer_step
 
 
@@ -138,7 +138,7 @@ class Mamba2(Cell[Mamba2State]):
         inner, shared = self.heads * self.value, self.groups * self.key
         x, b, c = F.silu(xbc).split([inner, shared, shared], -1)
         b, c = b.unflatten(-1, (self.groups, self.key)), c.unflatten(-1, (self.groups, self.key))
-        log_decay = -self.a_log.to(dt.dtype).exp() * dt
+        log_decay = -rate(self.a_log.to(dt.dtype)) * dt
         return x.unflatten(-1, (self.heads, self.value)), c, b, log_decay[..., None, None]
 
     def _read(self, o: Tensor, x: Tensor, z: Tensor) -> Read:

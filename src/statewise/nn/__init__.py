@@ -8,6 +8,7 @@ from .hippo import bilinear, diagonal, hippo, legendre_memory, legs_dplr, legs_n
 from .initialisers import check_dt, inverse_softplus, log_uniform, ring
 from .lti import LTI, Frozen, LinearSystem
 from .norms import RMSNorm
+from .rates import rate
 from .rotary import rotate
 from .segments import positions, tail
 from .short_convolution import ShortConvolution
@@ -17,5 +18,5 @@ __all__ = [
     "BlockLinear", "Elapsed", "Feature", "Frozen", "GLU", "GatedMLP", "HeadNorm", "LTI", "LinearSystem", "POSITIVE",
     "RMSNorm", "ShortConvolution", "bilinear", "check_dt", "check_elapsed", "check_feature", "decayed_max", "diagonal",
     "features", "hippo", "inverse_softplus", "legendre_memory", "legs_dplr", "legs_normal", "log_uniform", "positions",
-    "ring", "rotate", "split_elapsed", "tail", "unit", "zero_order_hold",
+    "rate", "ring", "rotate", "split_elapsed", "tail", "unit", "zero_order_hold",
 ]  # fmt: skip
