@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -392,6 +393,53 @@ def test_stopped_while_tokenising_leaves_nothing_broken(sent, tmp_path):
     corpus = prepare(Plan(str(path)), tmp_path / "c")
     assert sum(corpus.documents(s) for s in SPLITS) == 60
     assert sorted(p.suffix for p in (tmp_path / "c").iterdir()) == ["", ".lock"]
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_killed_between_the_renames_the_old_corpus_is_still_there(back, tmp_path):
+    """back: the text is what it was again. Else it stays the new one, and is tokenised."""
+    path = write(tmp_path / "d", "jsonl", texts(50))
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    first, place, whole = prepare(Plan(str(path)), tmp_path / "c"), tmp_path / "c", path.read_bytes()
+    made = (first.folder / "index.json").stat().st_ino
+    path.write_bytes(whole + json.dumps({"text": "one more"}).encode())
+
+    def killed() -> None:
+        def rename(old: Path, new: Path) -> None:
+            if Path(new) == first.folder:
+                os._exit(9)
+            kept(old, new)
+
+        kept, os.rename = os.rename, rename
+        prepare(Plan(str(path)), place)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    if back:
+        path.write_bytes(whole)
+        os.utime(path, ns=times)
+    corpus = prepare(Plan(str(path)), place)
+    assert sum(corpus.documents(s) for s in SPLITS) == 50 + (not back)
+    assert ((corpus.folder / "index.json").stat().st_ino == made) == back
+    assert sorted(p.suffix for p in place.iterdir()) == ["", ".lock"]
+
+
+@pytest.mark.parametrize("count", [3, 200])
+def test_a_tokenizer_is_trained_on_no_more_than_its_sample(count, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "SAMPLE", 4000)
+    seen: list[int] = []
+
+    def train(found, vocab):
+        seen.append(sum(len(piece) for piece in found))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus_module, "train_bpe", train)
+    path = write(tmp_path / "d", "folder", ["some words and more " * 20] * count)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Plan(str(path), tokenizer="bpe"), tmp_path / "c")
+    assert 1000 < seen[0] <= 4000
 
 
 def test_progress_goes_to_the_end(tmp_path):

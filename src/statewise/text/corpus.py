@@ -35,6 +35,7 @@ SPLITS = ("train", "validation", "test")
 SHARD = 1 << 23  # ids in a shard
 FEW = 20  # documents: with fewer, the text is split by place
 SAMPLE = 32 << 20  # bytes of text that a tokenizer is trained on
+LEAST = 1 << 16  # bytes of a file that it is trained on, where the file has them
 GATHER = 1 << 20  # bytes that are tokenised at once
 REASONS = 20  # of what was left out, that are kept
 INDEX_LIMIT = 1 << 28
@@ -157,7 +158,8 @@ def _verified(path: Path, version: tuple[int, ...], sha256: str, advice: str) ->
 def prepare(plan: Plan, place: Path, progress: Progress | None = None) -> Corpus:
     """The corpus of a plan in `place`, tokenised now unless that was done and the files are as they were then.
 
-    It appears by one rename: what is interrupted leaves what there was, and other processes wait for it.
+    It appears by one rename, of an older one by two: what is interrupted leaves what there was, which the next call
+    puts back where the kill came between the two. Other processes wait for it.
 
     Raises DataError for what cannot be read, with file and line, ResourceError where the disk is full.
     """
@@ -166,19 +168,24 @@ def prepare(plan: Plan, place: Path, progress: Progress | None = None) -> Corpus
     final = place / plan.key
     if (found := _current(final, sources)) is not None:
         return found
-    beside = place / f"{plan.key}.new"
+    beside, aside = place / f"{plan.key}.new", place / f"{plan.key}.old"
     try:
         place.mkdir(parents=True, exist_ok=True)
         with _alone(place / f"{plan.key}.lock"):
+            if aside.exists() and not final.exists():  # a process was killed between the two renames
+                os.rename(aside, final)
+            for left in (beside, aside):
+                shutil.rmtree(left, ignore_errors=True)
             if (found := _current(final, sources)) is not None:
                 return found
-            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
             try:
                 beside.mkdir()
                 _write(plan, files, sources, beside, progress or (lambda what, done, total: None))
-                shutil.rmtree(final, ignore_errors=True)
+                if final.exists():
+                    os.rename(final, aside)
                 os.rename(beside, final)
                 sync_directory(place)
+                shutil.rmtree(aside, ignore_errors=True)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
@@ -319,12 +326,17 @@ def _write(plan: Plan, files: list[TextSource], sources: str, folder: Path, prog
 
 
 def _tokenizer(plan: Plan, parts: Parts, progress: Progress) -> Tokenizer:
-    """Bytes, or byte pairs of the beginning of the training text: as much of each file as is its share of SAMPLE."""
+    """Bytes, or byte pairs of the beginning of the training text: SAMPLE bytes of all, of each file as is its share.
+
+    A packed file may hold more than its size says, so each may give LEAST at the least, unless there are so many files
+    that this would be half of the sample.
+    """
     if plan.tokenizer == "bytes":
         return ByteTokenizer()
-    total = sum(file.size for file in parts.files)
+    total, count = sum(file.size for file in parts.files), len(parts.files)
+    least = min(LEAST, SAMPLE // (2 * count))
     some = [(parts, SAMPLE)] if parts.total is not None else [
-        (Parts(plan, [file]), max(1 << 16, SAMPLE * file.size // max(total, 1))) for file in parts.files
+        (Parts(plan, [file]), least + (SAMPLE - count * least) * file.size // max(total, 1)) for file in parts.files
     ]  # fmt: skip
 
     def texts() -> Iterator[bytes]:
