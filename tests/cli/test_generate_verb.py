@@ -90,6 +90,15 @@ def test_int8_writes_too(runs, call):
     assert call("generate", runs["text"], "--prompt", "the ", "--tokens", "5", "--int8").code == 0
 
 
+def test_int8_is_for_the_draft_too(runs, call, monkeypatch):
+    from statewise.cli import generate as verb
+
+    asked, loaded = [], verb.loaded
+    monkeypatch.setattr(verb, "loaded", lambda place, *, int8=False: asked.append(int8) or loaded(place, int8=int8))
+    said = call("generate", runs["text"], "--tokens", "5", "--int8", "--draft", runs["text"])
+    assert said.code == 0 and asked == [True, True]
+
+
 def test_a_dialogue_carries_its_state_and_can_be_saved(runs, call, tmp_path):
     args = ["--interactive", "--tokens", "8", *GREEDY]
     both = call("generate", runs["text"], *args, stdin=b"the quick\nbrown\n\n")

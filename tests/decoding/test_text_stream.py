@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statewise.decoding import TextStream
+from statewise.decoding import TextStream, text
 
 
 def text_of_bytes(ids: list[int]) -> str:
@@ -19,8 +20,8 @@ def shown(data: bytes, stop: tuple[str, ...] = ()) -> list[str]:
 
 @given(st.text())
 @settings(max_examples=100, deadline=None)
-def test_the_parts_make_the_text(text):
-    assert "".join(shown(text.encode())) == text
+def test_the_parts_make_the_text(words):
+    assert "".join(shown(words.encode())) == words
 
 
 @given(st.binary(max_size=40))
@@ -46,8 +47,27 @@ def test_what_is_sure_is_shown_at_once():
     assert shown(b"ENxEND", ("END",)) == ["", "", "ENx", "", "", "", ""]
 
 
-def test_little_is_kept():
-    stream = TextStream(text_of_bytes)
-    for b in b"some words in a line\n" * 20 + b"x" * 5000:
-        stream.add(b)
+@pytest.mark.parametrize(
+    "data",
+    [b"some words in a line\n" * 20 + b"x" * 5000, b"\x80" * 5000, "😀".encode() * 900, b"\xf0\x9f" * 2000],
+)
+def test_little_is_kept(data):
+    stream, parts = TextStream(text_of_bytes, ["no such"]), []
+    for b in data:
+        parts.append(stream.add(b))
         assert len(stream.ids) <= 512
+    assert "".join([*parts, stream.rest()]) == text_of_bytes(data)
+
+
+@given(st.binary(max_size=60), st.integers(1, 9))
+@settings(max_examples=200, deadline=None)
+def test_bytes_are_let_go_of_where_that_changes_nothing(data, line):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "LINE", line)
+        assert "".join(shown(data)) == text_of_bytes(data)
+
+
+@pytest.mark.parametrize("tail", [b"\x80", b"\xf0\x9f\x98", b"\xff\xff\xff\xff", b"\xc3"])
+def test_a_tail_that_is_no_text_comes_at_the_end(tail):
+    parts = shown(b"so" + tail)
+    assert "".join(parts) == "so" + tail.decode("utf-8", "replace") and "\ufffd" in parts[-1]

@@ -149,7 +149,7 @@ def drafted(options: Options, tokenizer: Tokenizer) -> Speculative:
     from ..decoding import Sampling, Speculative
 
     assert options.draft is not None
-    small, other = loaded(options.draft)
+    small, other = loaded(options.draft, int8=options.int8)
     if list(other.pieces) != list(tokenizer.pieces):
         raise UsageError(f"--draft {options.draft}: its tokenizer is another than that of {options.run}")
     sampling = chosen(options)

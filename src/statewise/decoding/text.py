@@ -46,6 +46,17 @@ class TextStream:
             end = min([end, *(end - n for s in self.stop for n in range(1, len(s)) if text[:end].endswith(s[:n]))])
         found = text[self.shown : end]
         self.shown = max(self.shown, end)
-        if self.shown == len(text) and (text.endswith("\n") or len(self.ids) >= LINE):  # what follows stands by itself
-            self.ids, self.shown = [], 0
+        if text.endswith("\n") or len(self.ids) >= LINE:
+            self._forget(text)
         return found
+
+    def _forget(self, text: str) -> None:
+        """Let go of the ids that were shown, but for those that what follows may still change the meaning of."""
+        if self.shown == len(text):
+            self.ids, self.shown = [], 0
+            return
+        for kept in range(1, len(self.ids)):
+            before, after = self.decode(self.ids[:-kept]), self.decode(self.ids[-kept:])
+            if len(before) <= self.shown and before + after == text:  # a character cut in two would read otherwise
+                self.ids, self.shown = self.ids[-kept:], self.shown - len(before)
+                return
