@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import pytest
 
-from statewise.comparing import Plan, compare, read_rows
+from statewise.comparing import Plan, compare, pool, read_rows
+from statewise.comparing.rows import RESULTS
 from statewise.core import UsageError
 from statewise.models import Stack
 from statewise.report import write_all
 from statewise.tasks import Digits, ListOps, Parity, Pathfinder
 from statewise.training import Experiment, Train
+from statewise.training.log import Log
 
 
 def base(task):
@@ -40,6 +43,55 @@ def test_finished_runs_are_scored_at_what_they_lack(tmp_path):
     assert "trained up to here" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_killed_while_lengths_are_scored_a_trained_run_is_done_and_goes_on(tmp_path, monkeypatch):
+    """The worker dies at each attempt once one of two lengths is scored; the next comparison scores the other alone."""
+    plan = Plan((base(Parity(longest=8, test_longest=8)),), ("gru",), seeds=1)
+    monkeypatch.setattr(pool, "RETRIES", 0)
+    deadly = tmp_path / "deadly"
+    deadly.mkdir()
+    (deadly / "sitecustomize.py").write_text(DEADLY)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(deadly))
+        found = compare(plan, tmp_path / "out", workers=1, lengths=(16, 8))
+    (row,) = read_rows(tmp_path / "out").values()
+    assert row["status"] == "done" and row["score"] is not None and "SIGKILL" in row["reason"]
+    assert [entry["length"] for entry in row["scores_by_length"]] == [8]
+    write_all(found, tmp_path / "out")
+    assert "SIGKILL" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    compare(plan, tmp_path / "out", workers=1, lengths=(16, 8))
+    (again,) = read_rows(tmp_path / "out").values()
+    assert [entry["length"] for entry in again["scores_by_length"]] == [8, 16] and again["reason"] is None
+    assert again["seconds"] == row["seconds"]  # nothing was trained
+
+
+DEADLY = """
+import json, os, pathlib, signal
+replace = os.replace
+
+def watched(old, new, **how):
+    replace(old, new, **how)
+    if os.path.basename(new) == "measured.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = watched
+"""
+
+
+def test_a_length_that_failed_is_tried_again(tmp_path):
+    plan = Plan((base(Parity(longest=8, test_longest=8)),), ("gru",), seeds=1)
+    compare(plan, tmp_path, workers=1, lengths=(16, 8))
+    (row,) = read_rows(tmp_path).values()
+    want, failed = row["scores_by_length"], {"score": None, "metrics": {}, "failed": "out of memory: 8 TB"}
+    hurt = [entry | failed if entry["length"] == 16 else entry for entry in want]
+    (measured,) = tmp_path.glob("runs/*/measured.json")
+    measured.write_text(json.dumps({"scores_by_length": hurt}))
+    with Log(tmp_path / RESULTS) as log:
+        log.write({name: value for name, value in row.items() if name != "crc"} | {"scores_by_length": hurt})
+    compare(plan, tmp_path, workers=1, lengths=(16, 8))
+    (again,) = read_rows(tmp_path).values()
+    assert again["scores_by_length"] == want
+
+
 def test_a_length_that_one_task_cannot_have_is_a_failed_point_of_that_task(tmp_path):
     small = Pathfinder(length=256, dashes=2, others=0)
     plan = Plan((base(Parity(longest=8, test_longest=8)), base(small)), ("gru",), seeds=1)
@@ -50,6 +102,9 @@ def test_a_length_that_one_task_cannot_have_is_a_failed_point_of_that_task(tmp_p
     refused, taken = rows["pathfinder"]["scores_by_length"]
     assert refused["length"] == 12 and refused["score"] is None and "expected a square" in refused["failed"]
     assert taken["failed"] is None and taken["score"] is not None
+    seen = []
+    compare(plan, tmp_path, workers=1, lengths=(12, 169), on_event=lambda event: seen.append(event["event"]))
+    assert seen.count("kept") == 2 and "start" not in seen  # what a task cannot have is not tried again
     write_all(found, tmp_path)
     assert "expected a square" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

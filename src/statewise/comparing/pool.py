@@ -22,7 +22,7 @@ from ..core import DataError, machine, read_json
 from ..core.machine import cores, free_memory
 from ..tasks import Generated
 from ..training import Stopped, data_hash, read_log, read_result
-from ..training.evaluate import MEASURED
+from ..training.evaluate import MEASURED, refusal
 from ..training.log import Log
 from ..training.signals import Stop
 from .command import train_command
@@ -147,10 +147,15 @@ class _Pool:
             self.waiting.append((cell, 1))
 
     def _wanting(self, cell: Cell, row: Row) -> bool:
-        """Whether lengths are asked for that a finished run was not scored at: its worker then adds them."""
-        if row["status"] != "done" or not isinstance(cell.experiment.task, Generated):
+        """Whether lengths are asked for that a finished run has no score at: its worker then adds them."""
+        task = cell.experiment.task
+        if row["status"] != "done" or not isinstance(task, Generated):
             return False
-        return not set(self.setup.lengths) <= {entry["length"] for entry in row.get("scores_by_length") or []}
+        found = {entry["length"]: entry["failed"] for entry in row.get("scores_by_length") or []}
+        return any(
+            length not in found or (found[length] is not None and refusal(task, [length]) is None)
+            for length in self.setup.lengths
+        )
 
     def fill(self) -> None:
         """Start what there is room for."""
@@ -262,7 +267,7 @@ class _Pool:
     def _row(self, run: _Running, reason: str) -> Row:
         cell = run.cell
         row = self._about(cell)
-        if _status(run) != 0:
+        if _status(run) != 0 and not _trained(run, row["data"]):
             return {**row, "status": "failed", "failure": _failure(run, reason), "reason": reason}
         try:
             found = asdict(read_result(run.place))
@@ -273,7 +278,8 @@ class _Pool:
             return {**row, "status": "failed", "failure": "error", "reason": str(error)}
         setup: Row = {name: kept[name] for name in ("device", "threads", "version", "data") if name in kept}
         score = found["metrics"]["validation"][cell.experiment.task.metric]
-        return {**row, **beside, **setup, "status": "done", "validation_score": score, **found}
+        lost = f"trained; its lengths are not all scored: {reason}" if _status(run) != 0 else None
+        return {**row, **beside, **setup, "status": "done", "reason": lost, "validation_score": score, **found}
 
     def _pruned(self, cell: Cell) -> Row:
         """The row of a run that halving stopped: as it was at that step, however far it had come since."""
@@ -340,6 +346,14 @@ def _reason(run: _Running, timeout: float, silence: float) -> str:
     lines = errors.read_text(encoding="utf-8", errors="replace").splitlines() if errors.exists() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), f"ended with status {status}")
     return last.removeprefix(f"error[{status}]: ")[:300]
+
+
+def _trained(run: _Running, data: str) -> bool:
+    """Whether a run that ended otherwise than it should has a result of these data: only its lengths are missing."""
+    try:
+        return bool(read_json(run.place / "result.json").get("data", data) == data)
+    except DataError:
+        return False
 
 
 def _failure(run: _Running, reason: str) -> str:

@@ -223,7 +223,7 @@ def _failures(board: Board, several: bool) -> list[tuple[str, str, str]]:
     for entry in board["layers"]:
         name = name_of(entry)
         for cell in [*entry["cells"], *entry.get("others", [])]:
-            if cell["status"] == "failed":
+            if cell["status"] == "failed" or (cell["status"] == "done" and cell.get("reason")):
                 found.append((name, f"{on}, seed {cell['seed']}", cell["reason"]))
             for score in cell.get("scores_by_length") or []:
                 if score["failed"]:

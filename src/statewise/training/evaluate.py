@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -116,7 +117,8 @@ def at_lengths(task: Task, lengths: Sequence[int]) -> dict[int, Generated]:
 def add_lengths(
     run: str | os.PathLike[str], lengths: Sequence[int], *, device: str = "cpu", refuse: bool = True
 ) -> list[LengthScore]:
-    """Scores of a finished run at these lengths, kept in the run: what was found before is not computed again.
+    """Scores of a finished run at these lengths, kept in the run one by one: what was found before is not computed
+    again, a length that failed is.
 
     refuse=False: a length that the task cannot have is a score that failed, beside the others.
     Raises DataError where there is no run; UsageError as `score_lengths` does.
@@ -124,16 +126,19 @@ def add_lengths(
     path = Path(run) / MEASURED
     kept = read_json(path) if path.exists() else {}
     found = {entry["length"]: LengthScore(**entry) for entry in kept.get("scores_by_length") or []}
-    missing = [length for length in lengths if length not in found]
+    missing = [length for length in lengths if length not in found or found[length].failed]
     if missing:
         model, experiment = load(run)
-        precision = experiment.train.precision
-        refused = [] if refuse else list(_refused(experiment.task, missing))
+        task, precision = experiment.task, experiment.train.precision
+        refused = [] if refuse else list(_refused(task, missing))
         missing = [length for length in missing if length not in {score.length for score in refused}]
-        new = refused + score_lengths(model.to(device), experiment.task, missing, precision=precision)
-        found |= {score.length: score for score in new}
-        kept["scores_by_length"] = [asdict(found[length]) for length in sorted(found)]
-        write_json(path, kept)
+        at_lengths(task, missing)  # what cannot be had is said before anything is computed
+        model = model.to(device)
+        one_by_one = (score_lengths(model, task, [length], precision=precision)[0] for length in sorted(missing))
+        for score in itertools.chain(refused, one_by_one):
+            found[score.length] = score
+            kept["scores_by_length"] = [asdict(found[length]) for length in sorted(found)]
+            write_json(path, kept)
     return [found[length] for length in sorted(lengths)]
 
 
