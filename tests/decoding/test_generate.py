@@ -251,7 +251,7 @@ def test_memory_per_token_is_constant(name):
             gc.collect()
             sizes.append(nbytes(token.at))
             tensors.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
-    assert sizes[0] == sizes[1] and abs(tensors[1] - tensors[0]) <= 1
+    assert sizes[0] == sizes[1] and tensors[1] <= tensors[0] + 1  # other tests' may go meanwhile
 
 
 # ---- prefixes
