@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from statewise.core import Cell, RecurrentLayer, Traits, UsageError, check_input, check_sizes, wide
+from statewise.core import Cell, Cost, RecurrentLayer, Traits, UsageError, check_input, check_sizes, wide
 from statewise.ops import linear_scan
 from statewise.testing import build, check_layer, checks, checks_for, run
 
@@ -662,6 +662,21 @@ class NegativeIds(Letters):
         return super().forward(wrapped, state, reset=reset, lengths=lengths)
 
 
+class PaysByTheCall(Gated):
+    """h_t = ..., and each call costs one, whatever its steps."""
+
+    def initial_state(self, batch):
+        return super().initial_state(batch), Cost(self.rec.new_zeros(batch, dtype=wide(self.rec.dtype)))
+
+    def transition(self, u, state):
+        o, h = super().transition(u, state[0])
+        return o, (h, Cost(state[1].total + 1))
+
+    def scan(self, u, state, reset, lengths):
+        o, (h, _) = super().scan(u, state, reset, lengths)
+        return o, (h, Cost(state[1].total + 1))
+
+
 EXPECTED: list[tuple[type, dict[str, Any], str]] = [
     (WritesState, GATED, "step_is_pure"),
     (WritesInput, GATED, "step_is_pure"),
@@ -723,6 +738,7 @@ EXPECTED: list[tuple[type, dict[str, Any], str]] = [
     (SharesOutput, GATED, "outputs_are_separate"),
     (TwoLeavesOneTensor, DECAY, "no_leaf_shares_storage"),
     (NegativeIds, LETTERS, "refuses_ids_out_of_range"),
+    (PaysByTheCall, GATED, "costs_add_up"),
 ]
 
 

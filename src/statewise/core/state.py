@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,33 @@ def join(states: list[S]) -> S:
 def where(rows: Tensor, yes: S, no: S) -> S:
     """Row by row, one state or the other. rows (B,) bool."""
     return tree_map(lambda y, n: torch.where(rows.view(-1, *[1] * (n.ndim - 1)), y, n), yes, no)
+
+
+class Cost(NamedTuple):
+    """What a layer adds to the training loss beside its answers, as a part of its state: the sum over the steps so far.
+
+    Training minimises the task's loss plus the mean cost of a step. No answer depends on it, a reset does not clear it,
+    and steps past a row's end cost nothing.
+    """
+
+    total: Tensor  # (B,)
+
+
+def costs(state: Any) -> list[Tensor]:
+    """The total (B,) of every Cost in a state."""
+    if isinstance(state, Cost):
+        return [state.total]
+    return [total for part in state for total in costs(part)] if isinstance(state, tuple | list) else []
+
+
+def settled(state: S) -> S:
+    """The same state with every Cost at zero."""
+    if isinstance(state, Cost):
+        return Cost(torch.zeros_like(state.total))  # type: ignore[return-value]
+    if not isinstance(state, tuple | list):
+        return state
+    parts = [settled(part) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
 
 
 def nbytes(state: Any) -> int:

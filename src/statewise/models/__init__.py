@@ -11,6 +11,7 @@ from ..core import RecurrentLayer
 from .classifier import Classifier, ClassifierState
 from .forecaster import Forecaster, Forecasting, forecast
 from .from_transformers import from_transformers
+from .halting import Halting
 from .pattern import Place, places
 from .stack import Block, Residual, Stack
 from .token_model import LanguageModel, TokenModel
@@ -44,6 +45,8 @@ def examples() -> list[tuple[str, Callable[[], RecurrentLayer[Any]]]]:
         ("token_model_tied", lambda: LanguageModel("min_gru", width=4, depth=1).build(x_vocab=5, y_width=5)),
         ("hybrid_shared", stack("min_gru,window_attention(window=3,heads=2)@a", depth=4, residual_scale=0.5)),
         ("token_model", lambda: LanguageModel("min_gru", width=4, depth=1, tied=False).build(x_vocab=5, y_width=5)),
+        ("universal", stack("window_attention(window=3,heads=2)@a", depth=3, depth_embedding=True, ponder=0.01)),
+        ("universal_gru", stack("gru@one", depth=2, mlp=0.0, norm="none", pool="mean", ponder=0.5)),
     ]
 
 
@@ -53,6 +56,7 @@ __all__ = [
     "ClassifierState",
     "Forecaster",
     "Forecasting",
+    "Halting",
     "LanguageModel",
     "Place",
     "Residual",

@@ -13,10 +13,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import layers as _register_all  # noqa: F401
-from ..core import RecurrentLayer, Traits, UsageError, check_input, check_sizes, clear_past_end, layers, near
+from ..core import (
+    Cost,
+    RecurrentLayer,
+    Traits,
+    UsageError,
+    check_input,
+    check_sizes,
+    clear_past_end,
+    layers,
+    near,
+    past_end,
+    wide,
+)
 from ..core.vary import LATER
 from ..nn import GLU, GatedMLP, RMSNorm
 from .classifier import Classifier
+from .halting import Halting
 from .pattern import Place, places
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -34,6 +47,10 @@ class Stack:
     layers' own `sized(width)` arguments, in a hybrid those of every layer that takes them. mlp is the expansion of the
     gated MLP after each layer, 0 for none. pool="mean" answers with the running mean of the outputs (`Classifier`),
     "none" with the outputs. residual_scale: what each branch is multiplied by before it is added.
+    depth_embedding: a learned vector for each depth is added to what enters it, so that a block that stands at several
+    can tell them apart. ponder: each place decides how deep to think (`Halting`), and this times the depths that it
+    uses is added to the loss; None for the last depth's outputs. The Universal Transformer (Dehghani et al. 2019,
+    arXiv:1807.03819) is Stack("attention@one", depth=6, depth_embedding=True, ponder=0.01).
     Every field is a number, a registry name or a mapping of those, so a description can be written down as JSON.
     """
 
@@ -46,6 +63,8 @@ class Stack:
     dropout: float = 0.0
     pool: Literal["none", "mean"] = "none"
     residual_scale: float = field(default=1.0, metadata=LATER)
+    depth_embedding: bool = field(default=False, metadata=LATER)
+    ponder: float | None = field(default=None, metadata=LATER)
 
     def build(self, *, x_width: int | None = None, x_vocab: int | None = None, y_width: int) -> RecurrentLayer[Any]:
         """A model from x (B, T, x_width), or ids (B, T) below x_vocab, to y (B, T, y_width), on torch's generator.
@@ -55,8 +74,7 @@ class Stack:
         self.check()
         if self.pool not in ("none", "mean"):
             raise UsageError(f"Stack: pool {self.pool!r}; expected 'none' or 'mean'")
-        embed, head = embedding(self.width, x_width, x_vocab), nn.Linear(self.width, y_width)
-        model = Residual(embed, self.blocks(), self.last_norm(), head, order=self.order())
+        model = self.residual(embedding(self.width, x_width, x_vocab), nn.Linear(self.width, y_width))
         return Classifier(model) if self.pool == "mean" else model
 
     def check(self) -> None:
@@ -64,6 +82,12 @@ class Stack:
         check_sizes("Stack", width=self.width, depth=self.depth)
         for name, end in (("mlp", math.inf), ("dropout", 1), ("residual_scale", math.inf)):
             _check_number(name, getattr(self, name), end)
+        if not isinstance(self.depth_embedding, bool):
+            raise UsageError(f"Stack: depth_embedding is {self.depth_embedding!r}; expected true or false")
+        if self.ponder is not None:
+            _check_number("ponder", self.ponder, math.inf)
+            if self.depth < 2:
+                raise UsageError(f"Stack: ponder {self.ponder} at depth {self.depth}; expected 2 depths to choose from")
         if self.norm not in NORMS:
             raise UsageError(f"Stack: unknown norm {self.norm!r}; {near(self.norm, NORMS)}")
         found = places(self.layer, self.depth)
@@ -71,6 +95,17 @@ class Stack:
         for name in self.args:
             if name not in taken:  # by any layer: let the first say what it does take
                 self._refuse(name, found[0].layer)
+
+    def residual(self, embed: nn.Linear | nn.Embedding, head: nn.Linear | None) -> Residual:
+        """The stack between an embedding and a head."""
+        blocks, norm, order = self.blocks(), self.last_norm(), self.order()
+        if self.ponder is None and not self.depth_embedding:
+            return Residual(embed, blocks, norm, head, order=order)
+        halting = None
+        if self.ponder is not None:
+            halting = Halting(self.width, self.depth, NORMS[self.norm](self.width), ponder=self.ponder)
+        signal = nn.Parameter(torch.randn(self.depth, self.width) * self.width**-0.5) if self.depth_embedding else None
+        return Residual(embed, blocks, norm, head, order=order, signal=signal, halting=halting)
 
     def blocks(self) -> list[Block]:
         """The blocks of the pattern, each once, in the order of their first places."""
@@ -202,6 +237,9 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
     only what enters each block, and compute its inside again for the gradient: less memory, the same numbers. Under
     autocast the sum that runs through the blocks stays in the dtype of the parameters. y has the dtype of x, or of the
     parameters where x is ids.
+
+    signal (depth, D): added to what enters each depth. halting: the head reads sum_n w_n h_n over the depths n in place
+    of the last h, and the state ends in a Cost: the sum over time of what the places paid (`Halting`).
     """
 
     recompute = False
@@ -214,6 +252,8 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
         head: nn.Linear | None,
         *,
         order: tuple[int, ...] | None = None,
+        signal: nn.Parameter | None = None,
+        halting: Halting | None = None,
     ):
         super().__init__()
         if isinstance(embed, nn.Embedding):
@@ -224,13 +264,18 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
         self.traits = Traits(resets=all(block.traits.resets for block in blocks))
         self.embed, self.blocks, self.norm, self.head = embed, nn.ModuleList(blocks), norm, head
         self.order = tuple(range(len(blocks))) if order is None else order
+        self.signal, self.halting = signal, halting
 
     def at_depths(self) -> list[Block]:
         """The block at each depth; shared ones several times."""
         return [self.blocks[i] for i in self.order]  # type: ignore[misc]
 
     def initial_state(self, batch: int) -> tuple[Any, ...]:
-        return tuple(block.initial_state(batch) for block in self.at_depths())
+        states = tuple(block.initial_state(batch) for block in self.at_depths())
+        if self.halting is None:
+            return states
+        weight = self.embed.weight
+        return (*states, Cost(weight.new_zeros(batch, dtype=wide(weight.dtype))))
 
     def forward(
         self,
@@ -241,27 +286,52 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         check_input(self, x, state, reset, lengths)
-        states = (None,) * len(self.order) if state is None else state
         if lengths is not None:
             lengths = lengths.to(x.device)
             x = clear_past_end(x, lengths)
-        h, after = self._embed(x), []
         again = self.recompute and self.training and torch.is_grad_enabled()
-        for block, before in zip(self.at_depths(), states, strict=True):
+
+        def run(block: Block, h: Tensor, before: Any) -> tuple[Tensor, Any]:
             if again:
-                h, new = checkpoint(block, h, before, reset=reset, lengths=lengths, use_reentrant=False)
-            else:
-                h, new = block(h, before, reset=reset, lengths=lengths)
-            after.append(new)
+                found: tuple[Tensor, Any] = checkpoint(
+                    block, h, before, reset=reset, lengths=lengths, use_reentrant=False
+                )
+                return found
+            return block(h, before, reset=reset, lengths=lengths)  # type: ignore[no-any-return]
+
+        h, used, after = self._deepen(self._embed(x), state, run)
+        if used is not None:
+            used = used if lengths is None else used.masked_fill(past_end(lengths, x.shape[1]), 0)
+            after = self._pay(used.sum(1), state, after)
         y = self._head(h, x)
-        return (y if lengths is None else clear_past_end(y, lengths)), tuple(after)
+        return (y if lengths is None else clear_past_end(y, lengths)), after
 
     def step(self, x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        h, after = self._embed(x), []
-        for block, before in zip(self.at_depths(), state, strict=True):
-            h, new = block.step(h, before)
+        h, used, after = self._deepen(self._embed(x), state, Block.step)
+        return self._head(h, x), after if used is None else self._pay(used, state, after)
+
+    def _deepen(
+        self, h: Tensor, state: tuple[Any, ...] | None, run: Callable[[Block, Tensor, Any], tuple[Tensor, Any]]
+    ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+        """Through all depths: what the head reads, what each place used (...), the states of the depths."""
+        after: list[Any] = []
+        pondered = None if self.halting is None else self.halting.begin(h)
+        for depth, block in enumerate(self.at_depths()):
+            before = h
+            h = h if self.signal is None else h + self.signal[depth]
+            h, new = run(block, h, None if state is None else state[depth])
             after.append(new)
-        return self._head(h, x), tuple(after)
+            if self.halting is not None and pondered is not None:
+                pondered = self.halting.weigh(depth, before, h, pondered)
+        if pondered is None:
+            return h, None, tuple(after)
+        return pondered.answer.to(h.dtype), pondered.used, tuple(after)
+
+    def _pay(self, used: Tensor, state: tuple[Any, ...] | None, after: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The states of the depths with the cost of what was used (B,)."""
+        assert self.halting is not None
+        paid = self.halting.ponder * used
+        return (*after, Cost(paid if state is None else state[-1].total + paid))
 
     def _embed(self, x: Tensor) -> Tensor:
         return self.embed(x).to(self.embed.weight.dtype)

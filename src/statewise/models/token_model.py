@@ -28,7 +28,7 @@ class LanguageModel(Stack):
         if self.pool != "none":
             raise UsageError(f"LanguageModel: pool {self.pool!r}; expected 'none'")
         table = embedding(self.width, None, x_vocab)
-        body = Residual(table, self.blocks(), self.last_norm(), None, order=self.order())
+        body = self.residual(table, None)
         return TokenModel(body, None if self.tied else nn.Linear(self.width, x_vocab))
 
 

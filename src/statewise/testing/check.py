@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core import RecurrentLayer, Registry
+from ..core import RecurrentLayer, Registry, costs
 
 Function = Callable[[RecurrentLayer[Any]], None]
 
@@ -58,3 +58,8 @@ def no_resets(layer: RecurrentLayer[Any]) -> str | None:
 def no_numbers(layer: RecurrentLayer[Any]) -> str | None:
     """Why checks of x as numbers do not apply."""
     return "x holds ids, not numbers" if layer.vocab else None
+
+
+def no_costs(layer: RecurrentLayer[Any]) -> str | None:
+    """Why checks of costs do not apply."""
+    return None if costs(layer.initial_state(0)) else "the state holds no cost"

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import RecurrentLayer, StatewiseError, UsageError, leaves, read_json, tree_map, write_json
+from ..core import (
+    RecurrentLayer,
+    StatewiseError,
+    UsageError,
+    costs,
+    leaves,
+    read_json,
+    settled,
+    tree_map,
+    write_json,
+)
 from ..core.errors import out_of_memory
 from ..tasks.base import Batch, Task
 from ..tasks.generated import Generated
@@ -28,15 +38,21 @@ TOKENS, FEWEST = 1 << 20, 64  # of one length: all test examples while they have
 
 
 def evaluate(task: Task, batches: Iterable[Batch], run: Run, device: torch.device) -> dict[str, float]:
-    """Every metric of the task over the batches; NaN where nothing is asked. Carries the state where the task does."""
+    """Every metric of the task over the batches; NaN where nothing is asked. Carries the state where the task does.
+
+    Where the model's state holds costs: "cost" too, what a step adds to the training loss on average.
+    """
     totals: dict[str, tuple[float, float]] = {}
     state = None
     for batch in batches:
         batch = batch.to(device)
         fits = state is not None and len(leaves(state)[0]) == len(batch.x)
         out, after = run(batch, state if fits else None)
-        state = after if task.carries and leaves(after) else None
-        for name, (value, count) in task.metrics(out.float(), batch).items():
+        state = settled(after) if task.carries and leaves(after) else None
+        found = task.metrics(out.float(), batch)
+        if paid := costs(after):
+            found = {**found, "cost": (float(torch.stack(paid).sum()), batch.tokens)}
+        for name, (value, count) in found.items():
             before = totals.get(name, (0.0, 0.0))
             totals[name] = (before[0] + value, before[1] + count)
     return {name: value / count if count else math.nan for name, (value, count) in totals.items()}

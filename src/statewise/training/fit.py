@@ -23,10 +23,12 @@ from ..core import (
     ResourceError,
     StatewiseError,
     UsageError,
+    costs,
     detach,
     leaves,
     names,
     read_json,
+    settled,
     tree_map,
     write_json,
 )
@@ -260,14 +262,18 @@ class Training:
         """Gradients of one batch, added to those there are; returns its share of the loss."""
         task, train = self.experiment.task, self.experiment.train
         batch = task.batch(index, train.batch, seed=self.experiment.seed, split="train")
-        self.tokens += batch.tokens
+        tokens = batch.tokens
+        self.tokens += tokens
         batch, share = self.ranks.rows(batch)
         batch = batch.to(self.device)
         out, state = self._run(batch, self.carried)
-        loss = task.loss(out, batch) * share / train.accumulate
+        loss = task.loss(out, batch) * share
+        for total in costs(state):
+            loss = loss + total.sum() / max(tokens, 1)
+        loss = loss / train.accumulate
         loss.backward()
         if task.carries:
-            self.carried = detach(state)  # truncated back-propagation: the state goes on, its past does not
+            self.carried = detach(settled(state))  # truncated back-propagation: the state goes on, its past does not
         return loss.detach()
 
     def _run(self, batch: Batch, state: Any) -> tuple[Tensor, Any]:

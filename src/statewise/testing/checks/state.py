@@ -8,8 +8,23 @@ import tempfile
 import torch
 from torch import Tensor
 
-from ...core import clone, detach, join, leaves, load_state, names, nbytes, save_state, select, tree_map
-from ..check import check
+from ...core import (
+    chunked,
+    clone,
+    costs,
+    detach,
+    join,
+    leaves,
+    load_state,
+    names,
+    nbytes,
+    save_state,
+    select,
+    settled,
+    tree_map,
+    unroll,
+)
+from ..check import check, no_costs
 from ..sample import BATCH, Layer, acts_alike, close, inputs, same_bits, state_dtype, trainable, warm
 
 
@@ -195,3 +210,19 @@ def check_state_not_contiguous(layer: Layer) -> None:
     close(y, want, "a state that is not contiguous gives another output")
     acts_alike(layer, last, after, "a state that is not contiguous gives another state")
     close(layer.step(x[:, 0], tree_map(strided, first))[0], want[:, 0], "step takes contiguous states only")
+
+
+@check("state", why_not=no_costs)
+def check_costs_add_up(layer: Layer) -> None:
+    """Costs are sums over steps, however they are run; a row's end ends its costs, and no answer depends on them."""
+    x, first, ends = inputs(layer, 11), warm(layer), torch.tensor([11, 0, 4])
+    y, last = layer(x, first)
+    assert any(total.ne(0).any() for total in costs(last)), "nothing costs anything"
+    for way, (_, after) in (
+        ("step repeated", unroll(layer, x, first)),
+        ("chunks", chunked(layer, x, [4, 0, 7], first)),
+    ):
+        close(tuple(costs(last)), tuple(costs(after)), f"forward costs something else than {way}")
+    padded, alone = layer(x, first, lengths=ends)[1], unroll(layer, x, first, lengths=ends)[1]
+    close(tuple(costs(padded)), tuple(costs(alone)), "with lengths, steps cost something else")
+    same_bits(layer(x, settled(first))[0], y, "answers depend on what was paid before")
