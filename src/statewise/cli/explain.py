@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .parse import Positional, Repeated
@@ -39,6 +40,8 @@ class Options:
     """Follow the state and the loss of a run past its training length, and say whether they collapse."""
     length: int = 0
     """Of --states: how many steps; 0 for 16 times the training length."""
+    out: Path | None = None
+    """Of --states: draw what was followed, FILE.svg or FILE.html."""
 
 
 @dataclass
@@ -62,8 +65,10 @@ def run(options: Options) -> int:
     if options.states:
         from .states import show_states
 
-        show_states(options.what, options.length)
+        show_states(options.what, options.length, options.out)
         return 0
+    if options.out is not None:
+        raise UsageError("--out: draws what --states follows; give both, or neither")
     importlib.import_module("statewise.layers")
     dtype, device = read_dtype(options.dtype), choose_device(options.device)
     heads = options.what in ops and len(first_shape(ops[options.what], dtype)) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -72,11 +73,15 @@ def write_picture(comparison: Comparison, path: Path) -> None:
     chart = chart.replace("<svg ", f'<svg x="616" y="44" width="560" height="{560 * 320 / 480:.0f}" ', 1)
     names = ", ".join(f"{r.name} {show_score(r.mean, metric)}" for r in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1190 {height}" width="1190" height="{height}" '
-        f'role="img" aria-label="{escape(task["name"])}: {escape(names)}"><style>{_variables()}{_STYLE}</style>'
-        f'<rect width="1190" height="{height}" fill="var(--card)"/>{"".join(parts)}{chart}</svg>\n',
-        encoding="utf-8",
+    path.write_text(document(1190, height, f"{task['name']}: {names}", [*parts, chart]), encoding="utf-8")
+
+
+def document(width: int, height: int, label: str, parts: Sequence[str]) -> str:
+    """The text of an SVG file with the colours of the page, light and dark. label: what it shows, in words."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{escape(label)}"><style>{_variables()}{_STYLE}</style>'
+        f'<rect width="{width}" height="{height}" fill="var(--card)"/>{"".join(parts)}</svg>\n'
     )
 
 
