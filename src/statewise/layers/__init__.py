@@ -24,6 +24,7 @@ from .mamba2 import Mamba2, Mamba2State
 from .min_gru import MinGRU
 from .min_lstm import MinLSTM
 from .mlstm import MLSTM, MatrixMemory, MLSTMLarge, MLSTMState
+from .ngram_heads import NgramHeads, NgramHeadsState
 from .para_gru import ParaGRU
 from .para_lstm import ParaLSTM, ParaLSTMState
 from .reservoir import Reservoir
@@ -72,6 +73,8 @@ __all__ = [
     "MatrixMemory",
     "MinGRU",
     "MinLSTM",
+    "NgramHeads",
+    "NgramHeadsState",
     "ParaGRU",
     "ParaLSTM",
     "ParaLSTMState",
