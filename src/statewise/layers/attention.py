@@ -130,45 +130,50 @@ class Attention(RecurrentLayer[AttentionState]):
     def _attend(
         self, x: Tensor, state: AttentionState | None, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
-        steps, past = x.shape[1], self.window - 1
-        fresh = state is None
-        state = self.initial_state(x.shape[0]) if state is None else state
-        position = positions(state.seen, steps, reset)  # (B, T)
+        steps, fresh = x.shape[1], state is None
+        seen = torch.zeros(len(x), dtype=torch.int64, device=x.device) if state is None else state.seen
+        position = positions(seen, steps, reset)  # (B, T)
         *qkv, gate = self.qkv(x).split(self.sizes, -1)
         q, k, v = (z.unflatten(-1, (-1, self.key)) for z in qkv)  # (B, T, H, K), (B, T, G, K) twice
-        dtype, high = v.dtype, state.v.dtype
+        dtype, high = v.dtype, wide(self.out.weight.dtype) if state is None else state.v.dtype
         q, k = self._turn(self.q_norm(q).to(high), position), self._turn(self.k_norm(k).to(high), position)
-        k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v.to(high)], 1)  # time t stands at t + W - 1
-        visible = position.clamp(max=past)  # (B, T) how many earlier steps each query sees
+        v = v.to(high)
+        if state is not None:
+            k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)  # time t stands at t + W - 1
+        visible = position.clamp(max=self.window - 1)  # (B, T) how many earlier steps each query sees
         y = self._windows(q.to(dtype), k.to(dtype), v.to(dtype), visible, causal=fresh and reset is None)
         y = y.flatten(-2)
         if self.sizes[3]:
             y = y * gate.sigmoid()
         y = self.out(y).to(x.dtype)
-        return y, self._after(k, v, state.seen, position, lengths)
+        return y, self._after(k, v, seen, position, lengths)
 
     def _turn(self, x: Tensor, position: Tensor) -> Tensor:
         turned, rest = x.split([self.rotary, self.key - self.rotary], -1)
         return torch.cat([rotate(turned, position, base=self.base), rest], -1)
 
     def _windows(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, causal: bool) -> Tensor:
-        """q (B, T, H, K), k, v (B, W-1+T, G, K), visible (B, T) -> (B, T, H, K). causal: nothing is in the cache."""
-        steps, past = q.shape[1], self.window - 1
-        bad = ~(k.isfinite() & v.isfinite()).flatten(2).all(-1)  # (B, W-1+T)
+        """q (B, T, H, K), k, v (B, P+T, G, K), visible (B, T) -> (B, T, H, K). P: steps before the first, W - 1 or 0.
+
+        causal: there are none, and all steps of a window are of one segment.
+        """
+        steps, past = q.shape[1], k.shape[1] - q.shape[1]
+        bad = ~(k.isfinite() & v.isfinite()).flatten(2).all(-1)  # (B, P+T)
         k, v = k.masked_fill(bad[..., None, None], 0), v.masked_fill(bad[..., None, None], 0)
         if self.kv_heads < self.heads:
             k, v = (z.repeat_interleave(self.heads // self.kv_heads, 2) for z in (k, v))
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, K)
         if causal and steps <= self.window:
-            y = F.scaled_dot_product_attention(q, k[:, :, past:], v[:, :, past:], is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             blocks, size = [], max(self.window, QUERIES)
             for start in range(0, steps, size):
                 stop = min(start + size, steps)
                 at = torch.arange(start, stop, device=q.device)[:, None] + past
-                key = torch.arange(start, stop + past, device=q.device)
+                first = max(0, start + past - self.window + 1)
+                key = torch.arange(first, stop + past, device=q.device)
                 see = (key <= at) & (key >= at - visible[:, start:stop, None])  # (B, queries, keys)
-                span = slice(start, stop + past)
+                span = slice(first, stop + past)
                 blocks.append(
                     F.scaled_dot_product_attention(
                         q[:, :, start:stop], k[:, :, span], v[:, :, span], attn_mask=see[:, None]
@@ -180,8 +185,13 @@ class Attention(RecurrentLayer[AttentionState]):
         return y.transpose(1, 2).masked_fill((seen_bad > 0)[..., None, None], torch.nan)
 
     def _after(self, k: Tensor, v: Tensor, seen: Tensor, position: Tensor, lengths: Tensor | None) -> AttentionState:
-        past = self.window - 1
+        past, steps = self.window - 1, position.shape[1]
+        kept = min(past, k.shape[1])
         seen = tail(torch.cat([seen[:, None], position + 1], 1), 1, lengths)[:, 0]
-        gone = torch.arange(past, device=k.device) < past - seen[:, None]  # from before the last reset
-        k, v = (tail(z, past, lengths).masked_fill(gone[..., None, None], 0) for z in (k, v))
+        gone = torch.arange(kept, device=k.device) < kept - seen[:, None]  # from before the start or the last reset
+        if k.shape[1] == steps:
+            k, v = F.pad(k, (0, 0, 0, 0, kept, 0)), F.pad(v, (0, 0, 0, 0, kept, 0))
+        k, v = (tail(z, kept, lengths).masked_fill(gone[..., None, None], 0) for z in (k, v))
+        if kept < past:
+            k, v = F.pad(k, (0, 0, 0, 0, past - kept, 0)), F.pad(v, (0, 0, 0, 0, past - kept, 0))
         return AttentionState(k, v, seen)
