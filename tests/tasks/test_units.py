@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from statewise.core import DataError
-from statewise.tasks import Adding, Forecast, Series, Task
+from statewise.tasks import Adding, Forecast, Reverse, Series, Task
 from statewise.tasks.finite import Finite
 from statewise.tasks.forecast import seasonal
 from statewise.tasks.units import NAME, Units, kept_units, units_of, write_units
@@ -99,6 +99,11 @@ def test_kept_units_are_those_of_the_task(which: str, tmp_path: Path) -> None:
     assert kept_units(tmp_path) is None
     write_units(tmp_path, task)
     assert kept_units(tmp_path) == units_of(task)
+
+
+def test_a_task_of_symbols_names_no_classes(tmp_path: Path) -> None:
+    write_units(tmp_path, Reverse(length=4))
+    assert kept_units(tmp_path) == Units("classification", None, 4, 2, ())
 
 
 @pytest.mark.parametrize("wrong", ["{}", '{"kind": 3}', "[1]", "no"])

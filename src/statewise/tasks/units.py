@@ -80,7 +80,9 @@ class Units:
 
 def units_of(task: Task) -> Units:
     """Reads the task's data where it has some."""
-    found = Units(task.kind, task.x_width, task.x_vocab, task.y_width, tuple(getattr(task, "classes", ())))
+    classes = getattr(task, "classes", ())  # their names; a task of symbols only says how many there are
+    named = classes if isinstance(classes, tuple) else ()
+    found = Units(task.kind, task.x_width, task.x_vocab, task.y_width, named)
     rows: Any = getattr(task, "rows", None)
     if rows is None:
         return found
