@@ -139,7 +139,7 @@ def test_the_path_of_the_data_is_kept_whole(tmp_path, monkeypatch):
 
 def test_every_shipped_task_of_few_steps_has_settings_of_its_own():
     """They set the training alone: a task's own fields are the user's to choose."""
-    own = {"series", "text_file", "mnist_pixels", "fashion_mnist_pixels", "pathfinder"}
+    own = {"series", "text_file", "mnist_pixels", "fashion_mnist_pixels", "pathfinder", "gene_families"}
     assert set(SETTINGS) == {info.name for info in tasks} - own
     assert all(path.startswith("train.") for found in SETTINGS.values() for path in found)
     made = experiment("forecast", "gru", width=8, depth=1, seed=0, settings=["train.lr=0.5"])

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from statewise.core import DataError, leaves
-from statewise.tasks import SPLITS, Forecast, Task, tasks
+from statewise.core import DataError, UsageError, leaves
+from statewise.tasks import SPLITS, Forecast, GeneFamilies, Task, Ucr, tasks
 from statewise.tasks.finite import Classify, Finite, Sequences, stratified
-from statewise.tasks.forecast import _read
+from statewise.tasks.forecast import COUNT, HORIZON, _read
+from statewise.tasks.gene_families import related
 from statewise.tasks.sources import sources
+from statewise.tasks.ucr import CLASSES, read_ts
 
 SIZES: dict[str, tuple[str, tuple[int, int, int], int, tuple[int, int]]] = {  # source, rows, classes, lengths
     "digits": ("digits", (1200, 297, 300), 10, (8, 8)),
@@ -21,7 +23,8 @@ SIZES: dict[str, tuple[str, tuple[int, int, int], int, tuple[int, int]]] = {  # 
     "fashion_mnist_rows": ("fashion_mnist", (55000, 5000, 10000), 10, (28, 28)),
     "fashion_mnist_pixels": ("fashion_mnist", (55000, 5000, 10000), 10, (784, 784)),
     "spoken_digits": ("spoken_digits", (2100, 300, 600), 10, (6, 92)),
-    "japanese_vowels": ("japanese_vowels", (225, 45, 370), 9, (7, 29)),
+    "ucr": ("ucr", (225, 45, 370), 9, (7, 29)),
+    "gene_families": ("gene_families", (2541, 363, 725), 7, (5, 1024)),
 }
 
 
@@ -41,7 +44,7 @@ def made(name: str) -> Any:
 def test_every_labelled_set_is_here() -> None:
     labelled = {info.name for info in tasks if issubclass(info.cls, Classify)}
     assert labelled == set(SIZES)
-    assert len(labelled) == 7
+    assert len(labelled) == 8
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -54,7 +57,7 @@ def test_rows_classes_lengths(name: str) -> None:
         part = task.rows(split)
         assert sorted(part.y.unique().tolist()) == list(range(classes))
         share = part.y.bincount().float() / len(part)
-        assert float((share - 1 / classes).abs().max()) < (0.15 if name == "japanese_vowels" else 0.01)
+        assert float((share - 1 / classes).abs().max()) < {"ucr": 0.15, "gene_families": 0.2}.get(name, 0.01)
     every = torch.cat([task.rows(split).lengths for split in SPLITS])
     assert (int(every.min()), int(every.max())) == (shortest, longest)
 
@@ -77,7 +80,7 @@ def test_batch_form(name: str) -> None:
         assert (batch.y[b] == batch.y[b, 0]).all()
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist_rows", "spoken_digits", "japanese_vowels"])
+@pytest.mark.parametrize("name", ["digits", "mnist_rows", "spoken_digits", "ucr"])
 def test_splits_share_no_row(name: str) -> None:
     task = made(name)
     found = [{row.numpy().tobytes() for batch in task.batches(split) for row in _cut(batch)} for split in SPLITS]
@@ -101,7 +104,7 @@ def test_standardised_or_scaled(name: str) -> None:
         assert (steps.std(0) - 1).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist_rows", "spoken_digits", "japanese_vowels"])
+@pytest.mark.parametrize("name", ["digits", "mnist_rows", "spoken_digits", "ucr"])
 def test_chance_and_a_linear_rule_above_it(name: str) -> None:
     task = made(name)
     assert 0.05 < task.chance() < 0.2
@@ -191,7 +194,7 @@ def test_how_to_get_the_data_is_one_line(name: str) -> None:
         assert any(f"statewise data get {source.name}" in cls.data for source in sources)
 
 
-@pytest.mark.parametrize("name", [*SIZES, "text", "forecast"])
+@pytest.mark.parametrize("name", [*SIZES, "text", "smiles", "voice", "forecast"])
 def test_absent_data_says_what_to_run(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATEWISE_DATA", str(tmp_path))
     monkeypatch.setattr("statewise.tasks.sources._installed", lambda source, member: None)
@@ -201,13 +204,142 @@ def test_absent_data_says_what_to_run(name: str, tmp_path: Any, monkeypatch: pyt
         task.load() if isinstance(task, Finite) else task.read()  # type: ignore[attr-defined]
 
 
-FORECASTS = [Forecast(), Forecast(horizon=1), Forecast(series="sunspots"), Forecast(series="m3_monthly", horizon=18)]
+def test_absent_data_of_a_field(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATEWISE_DATA", str(tmp_path))
+    monkeypatch.setattr("statewise.tasks.sources._installed", lambda source, member: None)
+    for task, source in ((Ucr(problem="PLAID"), "plaid"), (Forecast(series="m1_monthly"), "competitions")):
+        with pytest.raises(DataError, match=f"statewise data get {source}$"):
+            task.load()
+        assert source in task.data
+
+
+PROBLEMS: dict[str, tuple[tuple[int, int, int], int, int, tuple[int, int]]] = {  # rows, channels, classes, lengths
+    "ACSF1": ((84, 16, 100), 1, 10, (1460, 1460)),
+    "ArrowHead": ((30, 6, 175), 1, 3, (251, 251)),
+    "BasicMotions": ((34, 6, 40), 6, 4, (100, 100)),
+    "GunPoint": ((42, 8, 150), 1, 2, (150, 150)),
+    "ItalyPowerDemand": ((56, 11, 1029), 1, 2, (24, 24)),
+    "JapaneseVowels": ((225, 45, 370), 12, 9, (7, 29)),
+    "OSULeaf": ((167, 33, 242), 1, 6, (427, 427)),
+    "PickupGestureWiimoteZ": ((42, 8, 50), 1, 10, (29, 361)),
+    "PLAID": ((444, 88, 537), 1, 11, (100, 1344)),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_ucr(problem: Any) -> None:
+    task, (rows, channels, classes, lengths) = Ucr(problem=problem), PROBLEMS[problem]
+    here("plaid" if problem == "PLAID" else "ucr")
+    assert tuple(len(task.rows(split)) for split in SPLITS) == rows
+    assert (task.x_width, task.y_width) == (task.rows("test").values.shape[1], len(task.rows("test").y.unique()))
+    assert (task.x_width, task.y_width) == (channels, classes)
+    assert len(task.rows("train").y.unique()) == classes
+    every = torch.cat([task.rows(split).lengths for split in SPLITS])
+    assert (int(every.min()), int(every.max())) == lengths
+    found = [{row.numpy().tobytes() for batch in task.batches(split) for row in _cut(batch)} for split in SPLITS]
+    assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
+    steps = torch.cat([step for batch in task.batches("train") for step in _cut(batch)]).double()
+    assert steps.mean(0).abs().max() < 1e-4
+    assert (steps.std(0) - 1).abs().max() < 2e-2
+    assert task.baseline() > task.chance() + 0.1
+    assert f"    {problem} " in (Ucr.__doc__ or "")
+    assert f"{rows[0]} + {rows[1]} / {rows[2]}" in (Ucr.__doc__ or "")
+
+
+def test_another_problem_is_named() -> None:
+    assert set(PROBLEMS) == set(CLASSES)
+    with pytest.raises(UsageError, match="problem is 'Trace'; expected one of ACSF1, ArrowHead"):
+        Ucr(problem="Trace")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("line", ["1,2,x:1", "1,2:3,4,5:1", "1,2,3:7"])
+def test_a_faulty_line_is_told(line: str, tmp_path: Any) -> None:
+    path = tmp_path / "a.ts"
+    path.write_text(f"# said\n@classLabel true 1 2\n@data\n0.5,1:2,3:2\n{line}\n")
+    with pytest.raises(DataError, match=r"a.ts:5: not a line of a .ts file"):
+        read_ts(path)
+
+
+def letters(gene: np.ndarray, size: int) -> list[bytes]:
+    whole = gene.tobytes()
+    return [whole[i : i + size] for i in range(len(whole) - size + 1)]
+
+
+def joined(genes: list[np.ndarray], size: int) -> set[tuple[int, int]]:
+    """The pairs of genes that have `size` letters in a row in common, or are both so joined to a third."""
+    seen: dict[bytes, int] = {}
+    group = list(range(len(genes)))
+    for i, gene in enumerate(genes):
+        for one in letters(gene, size):
+            old, new = group[seen.setdefault(one, i)], group[i]
+            group = [old if g == new else g for g in group]
+    return {(i, j) for i in range(len(genes)) for j in range(i) if group[i] == group[j]}
+
+
+def test_genes_that_share_a_stretch_are_related() -> None:
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(30):
+        genes = [rng.choice(np.frombuffer(b"ACGT", np.uint8), rng.integers(1, 300)) for _ in range(25)]
+        for i in range(1, len(genes)):  # some get a stretch of another, of 50 to 75 letters
+            source = genes[int(rng.integers(0, i))]
+            size = int(rng.integers(50, 76))
+            if rng.random() < 0.6 and len(source) >= size and len(genes[i]) >= size:
+                a, b = int(rng.integers(0, len(source) - size + 1)), int(rng.integers(0, len(genes[i]) - size + 1))
+                genes[i][b : b + size] = source[a : a + size]
+        group = related(genes)
+        pairs = {(i, j) for i in range(len(genes)) for j in range(i) if group[i] == group[j]}
+        assert joined(genes, 63) <= pairs <= joined(genes, 32)
+        found += len(pairs)
+    assert found > 100
+
+
+def test_no_gene_of_a_split_is_known_from_another() -> None:
+    here("gene_families")
+    task = GeneFamilies(length=1 << 20)
+    genes: dict[str, list[np.ndarray]] = {}
+    for split in SPLITS:
+        part = task.rows(split)
+        assert set(part.values.sum(1).tolist()) == {0, 1}
+        code = (part.values * torch.tensor([1, 2, 3, 4], dtype=torch.uint8)).sum(1, dtype=torch.uint8).numpy()
+        genes[split] = [code[start : start + size] for start, size in zip(part.starts.tolist(), part.lengths.tolist())]
+    assert sum(len(part) for part in genes.values()) == len({g.tobytes() for part in genes.values() for g in part})
+    seen: set[int] = set()
+    for split in ("validation", "test", "train"):
+        own = {hash(one) for gene in genes[split] for one in letters(gene, 63)}
+        assert not own & seen
+        if split != "train":
+            seen |= own
+    shares = [task.rows(split).y.bincount() / len(task.rows(split)) for split in SPLITS]
+    assert max(float((share - shares[0]).abs().max()) for share in shares) < 0.02
+
+
+def test_genes_are_cut_from_their_beginning() -> None:
+    here("gene_families")
+    short, long = (next(GeneFamilies(length=n).batches("test")) for n in (50, 400))
+    assert short.x.shape[1] == 50
+    assert torch.equal(short.x, long.x[:, :50])
+    assert 0.25 < GeneFamilies().chance() < 0.35
+    assert GeneFamilies().chance() + 0.05 < GeneFamilies().baseline() < 0.6
+
+
+FORECASTS = [
+    Forecast(),
+    Forecast(horizon=1),
+    Forecast(series="sunspots"),
+    Forecast(series="elnino"),
+    Forecast(series="m3_monthly", horizon=18),
+    Forecast(series="m1_yearly", horizon=6),
+    Forecast(series="m3_other"),
+    Forecast(series="tourism_monthly", horizon=24),
+]
+COMPETING = [Forecast(series=name, horizon=HORIZON[name]) for name in COUNT]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("task", FORECASTS, ids=str)
 def test_forecast_asks_for_the_future(task: Forecast) -> None:
     """Every asked answer, undone, is a value of the series; and the three parts ask for different values."""
-    here("m3" if task.series == "m3_monthly" else "forecast")
+    here("competitions" if task.series in COUNT else "forecast")
     series, ends = _read(task.series)
     whole = np.concatenate(series)
     offsets = np.cumsum([0, *map(len, series)])
@@ -241,6 +373,25 @@ def test_forecast_asks_for_the_future(task: Forecast) -> None:
         assert asked == len(targets[split])  # each once
     covered = sum(float(batch.weight.sum()) for batch in task.batches("train"))
     assert covered >= len(targets["train"])
+
+
+@pytest.mark.parametrize("task", COMPETING, ids=str)
+def test_a_competition_asks_for_its_own_test(task: Forecast) -> None:
+    """From where a series' training part ends, for as long as the competition asks; validation as much before."""
+    here("competitions")
+    series, ends = _read(task.series)
+    assert len(series) == COUNT[task.series]
+    starts = np.cumsum([0, *map(len, series)])[:-1]
+    part = {split: task.rows(split) for split in SPLITS}
+    for split, last in (("validation", 0), ("test", 1)):
+        asked = part[split].asked  # type: ignore[index]
+        assert asked is not None
+        whole = np.array([np.isfinite(s[e[last] - 1 : e[last] + task.horizon]).all() for s, e in zip(series, ends)])
+        origins = starts + np.array([e[last] - 1 for e in ends])
+        assert asked.nonzero()[:, 0].tolist() == origins[whole].tolist()
+        assert whole.mean() > 0.97
+    assert all(len(s) == e[1] + task.horizon and e[1] == e[0] + task.horizon for s, e in zip(series, ends))
+    assert task.chance() > task.baseline() > 0
 
 
 @pytest.mark.parametrize("task", FORECASTS[:3], ids=str)

@@ -276,8 +276,8 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     status, out, _ = run()
     assert status == 0
     assert all(source.name in out for source in sources)
-    status, out, _ = run("where", "m3")
-    assert (status, out.strip()) == (0, f"m3 is not here; it would be in {own_cache / 'm3-0.1.4'}")
+    status, out, _ = run("where", "competitions")
+    assert (status, out.strip()) == (0, f"competitions is not here; it would be in {own_cache / 'competitions-0.1.4'}")
     status, out, err = run("get")
     assert status == 2
     assert "name at least one data set of" in err

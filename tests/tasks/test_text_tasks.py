@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import wave
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from statewise.tasks import SPLITS, Text
+from statewise.core import DataError
+from statewise.tasks import SPLITS, Smiles, Split, Text, Voice
 from statewise.tasks.sources import sources
-from statewise.tasks.text import Bytes
+from statewise.tasks.text import Bytes, by_place
+from statewise.tasks.voice import from_mu_law, mu_law, samples
 
 
 @dataclass(frozen=True)
 class Letters(Bytes):
     name = "letters"
 
-    def read(self) -> np.ndarray:
-        return np.random.default_rng(0).integers(97, 123, 3000, dtype=np.uint8)
+    def read(self) -> dict[Split, np.ndarray]:
+        return by_place(np.random.default_rng(0).integers(97, 123, 3000, dtype=np.uint8))
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def file() -> Letters:
 
 def test_split_by_place(file: Letters) -> None:
     whole = torch.cat([file.text(split) for split in SPLITS])
-    assert bytes(whole.numpy()) == file.read().tobytes()
+    assert torch.equal(whole, torch.from_numpy(np.random.default_rng(0).integers(97, 123, 3000, dtype=np.uint8)))
     assert [len(file.text(split)) for split in SPLITS] == [2700, 150, 150]
 
 
@@ -72,6 +75,19 @@ def test_evaluation_reads_rows_side_by_side(file: Letters, split: Any) -> None:
     assert x.numel() > len(text) - 1 - len(x)
 
 
+def test_the_state_is_reset_at_each_end_of_a_document(file: Letters) -> None:
+    class Lines(Letters):
+        end = ord("e")
+
+    plain, lines = ([task.batch(i, 3, seed=1) for i in range(500)] for task in (file, Lines(length=7)))
+    for a, b in zip(plain, lines):
+        assert torch.equal(a.x, b.x)
+        begins = torch.zeros_like(a.x, dtype=torch.bool) if a.reset is None else a.reset
+        found = torch.zeros_like(b.x, dtype=torch.bool) if b.reset is None else b.reset
+        assert torch.equal(found, begins | (b.x == ord("e")))
+    assert any(batch.reset is not None for batch in plain)  # the text begins anew
+
+
 def test_bits(file: Letters) -> None:
     batch = file.batch(0, 2, seed=0)
     found = file.metrics(torch.zeros(2, 7, 256), batch)
@@ -88,3 +104,72 @@ def test_the_bible() -> None:
     assert bytes(task.text("test")[-5:].numpy()) == b"Amen."
     assert sum(len(task.text(split)) for split in SPLITS) == 4185991
     assert 3 < task.baseline() < 3.6
+
+
+def here(source: str) -> None:
+    if not sources[source].here():
+        pytest.skip(f"data set {source} is not in the cache: statewise data get {source}")
+
+
+def test_molecules_are_each_there_once() -> None:
+    here("smiles")
+    parts = [bytes(Smiles().text(split).numpy()) for split in SPLITS]
+    parts.append(bytes(Smiles(scaffolds=True).text("test").numpy()))
+    assert all(part[:1] == part[-1:] == b"\n" for part in parts)
+    molecules = [part[1:-1].split(b"\n") for part in parts]
+    assert [len(part) for part in molecules] == [1579663, 5000, 5000, 5000]
+    assert len({molecule for part in molecules for molecule in part}) == 1579663 + 15000
+    for molecule in (molecule.decode("ascii") for part in molecules[1:] for molecule in part):
+        assert molecule.count("(") == molecule.count(")")
+        assert molecule.count("[") == molecule.count("]")
+        assert all(molecule.count(ring) % 2 == 0 for ring in "123456")
+
+
+def test_scores_of_molecules() -> None:
+    here("smiles")
+    task = Smiles()
+    batch = task.batch(5, 8, seed=0)
+    assert batch.reset is not None
+    assert torch.equal(batch.reset, batch.x == ord("\n"))
+    assert 10 <= int(batch.reset.sum()) <= 100  # 8 x 256 characters, 36 a molecule
+    assert 2 < task.baseline() < 2.6
+    assert task.readable(batch.x[0].tolist()).isascii()
+
+
+def test_levels_of_sound() -> None:
+    sound = np.arange(-32768, 32768).astype(np.int16)
+    levels = mu_law(sound)
+    assert (np.diff(levels.astype(int)) >= 0).all()
+    assert levels[[0, 32768, -1]].tolist() == [0, 128, 255]
+    assert np.array_equal(mu_law(from_mu_law(np.arange(256))), np.arange(256))
+    error = np.abs(sound.astype(float) - from_mu_law(levels))
+    assert (error <= 3 + 0.025 * np.abs(sound.astype(float))).all()  # steps of equal ratio: log(256) / 255 = 0.022
+
+
+def test_a_voice() -> None:
+    here("voice")
+    task = Voice()
+    assert [len(task.text(split)) for split in SPLITS] == [1960512, 117834, 117115]
+    assert 5 < task.baseline() < 6
+    heard = []
+    for split in SPLITS:
+        stretches = np.lib.stride_tricks.sliding_window_view(task.text(split).numpy(), 64)
+        loud = stretches[np.ptp(stretches, 1) > 64]
+        assert len(loud) > len(stretches) / 2
+        heard.append({hash(one.tobytes()) for one in loud})
+    assert not heard[0] & heard[1]
+    assert not heard[0] & heard[2]
+    assert not heard[1] & heard[2]
+
+
+@pytest.mark.parametrize("form", [(2, 2, 8000), (1, 1, 8000), (1, 2, 16000), None])
+def test_another_sound_is_refused(form: Any, tmp_path: Any) -> None:
+    path = tmp_path / "a.wav"
+    if form is None:
+        path.write_bytes(b"RIFF")
+    else:
+        with wave.open(str(path), "wb") as file:
+            file.setparams((*form, 0, "NONE", ""))
+            file.writeframes(bytes(64))
+    with pytest.raises(DataError, match=r"a.wav: (not a WAV file|channels, bytes and rate are .* expected 1, 2, 8000)"):
+        samples(path)

@@ -3,8 +3,8 @@ that a comparison of five layers with three seeds takes some five minutes on two
 above the baseline where the task allows it.
 
 parity is hardly begun in this time by a GRU; give it more: --set train.steps=5000. The formal tasks have settings of
-the same size, by which no scores were measured yet. The pixel tasks, of a thousand steps
-each, and the user's own data have no settings here: they take the defaults of `Train`, and pixels take hours.
+the same size, by which no scores were measured yet. The pixel tasks and the genes, of a thousand steps each, and the
+user's own data have no settings here: they take the defaults of `Train`, and pixels take hours.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ SETTINGS: dict[str, dict[str, Any]] = {  # beside each: a test score found with 
     "parity": quick(600, evaluations=5),  # gru 0.53 (0.50)
     "digits": quick(600),  # lru 0.99 (0.94)
     "spoken_digits": quick(300),
-    "japanese_vowels": quick(200),  # gru 0.976 (0.973)
+    "ucr": quick(200),  # gru 0.962 (0.986)
     "mnist_rows": quick(500, evaluations=5),  # lru 0.955 (0.84)
     "fashion_mnist_rows": quick(500, evaluations=2),  # lru 0.84 (0.81)
     "forecast": quick(120, batch=16, lr=2e-3),  # gru 0.27 (0.59)
+    "smiles": quick(150, batch=16, evaluations=3),  # gru 1.33 (2.35)
+    "voice": quick(150, batch=16, evaluations=3),  # gru 4.86 (5.42)
     "text": quick(150, batch=16, evaluations=3),  # lru, 200 steps: 2.5 (3.4)
     **{name: quick(600, evaluations=5) for name in FORMAL},
     **{name: quick(600, evaluations=5) for name in ("delay", "events", "recall", "word_problem")},  # not measured yet

