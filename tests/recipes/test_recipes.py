@@ -25,7 +25,7 @@ from statewise.training import Experiment, Train, fit
 
 ROOT = Path(__file__).parents[2]
 NAMES = names()
-COUNT = 13
+COUNT = 15
 
 
 def test_recipes_were_found() -> None:
