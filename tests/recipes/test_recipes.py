@@ -25,7 +25,7 @@ from statewise.training import Experiment, Train, fit
 
 ROOT = Path(__file__).parents[2]
 NAMES = names()
-COUNT = 15
+COUNT = 19
 
 
 def test_recipes_were_found() -> None:
