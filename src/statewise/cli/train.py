@@ -48,6 +48,8 @@ class Options:
     """Threads that torch may use; 0 leaves it to torch."""
     fresh: bool = False
     """Start anew: an earlier run in the same place is moved aside, not deleted."""
+    shard: bool = False
+    """With torchrun: each process holds a part of the weights, gradients and moments (FSDP)."""
     lengths: str = ""
     """Also test examples of these lengths, with commas: 40,80,160. For generated tasks; of a finished run as well."""
     replay: Path | None = None
@@ -68,9 +70,9 @@ def run(options: Options) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if rank == 0:
-        with joined(device) as ranks:
+        with joined(device, shard=options.shard) as ranks:
             return train(options, ranks)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), joined(device) as ranks:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), joined(device, shard=options.shard) as ranks:
         try:
             return train(options, ranks)
         except (UsageError, NumericError, Stopped) as error:  # which rank 0 meets too, and says

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..core import ResourceError, UsageError, leaves, select, tree_map
 from ..tasks.base import Batch
+from .experiment import Train
 
+EXCHANGES = ("gloo", "Gloo", "NCCL", "Connection ")  # words in the errors of those that carry them
 PATIENCE = datetime.timedelta(minutes=30)  # for the slowest rank
 
 
@@ -27,12 +29,14 @@ class RankLost(ResourceError):
 class Ranks:
     """The processes that train one model, and which of them this one is. Ranks() is the only one.
 
-    Rank r works on rows r, r + size, r + 2 size ... of every batch.
+    Rank r works on rows r, r + size, r + 2 size ... of every batch. shard: it holds a part of the weights, of their
+    gradients and moments, and not all of them (`shards`).
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    shard: bool = False
 
     @property
     def several(self) -> bool:
@@ -50,22 +54,29 @@ class Ranks:
         asked = float(batch.weight.sum())
         return own, float(own.weight.sum()) / asked if asked else 0.0
 
-    def check(self, rows: int) -> None:
-        """Raise UsageError for a batch with fewer rows than there are ranks."""
-        if rows < self.size:
-            raise UsageError(f"train.batch is {rows}, for {self.size} ranks; each needs one row at least")
+    def check(self, train: Train) -> None:
+        """Raise UsageError for a batch with fewer rows than there are ranks, and for shards that cannot be had."""
+        if train.batch < self.size:
+            raise UsageError(f"train.batch is {train.batch}, for {self.size} ranks; each needs one row at least")
+        if self.shard and not self.several:
+            raise UsageError(
+                "--shard parts the weights among ranks, and this is the only one; start several with torchrun "
+                "--nproc-per-node 2, or leave it out"
+            )
+        if self.shard and train.compile:
+            raise UsageError("train.compile together with --shard is not built; leave out one of the two")
 
     def total(self, t: Tensor) -> Tensor:
         """The sum over ranks."""
         if self.several:
             t = t.clone()
-            with _loss_named(self.rank):
+            with loss_of_a_rank_named(self.rank):
                 dist.all_reduce(t)
         return t
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.several:
-            with _loss_named(self.rank):
+            with loss_of_a_rank_named(self.rank):
                 sum_gradients(parameters)
 
     def largest(self, number: int) -> int:
@@ -73,7 +84,7 @@ class Ranks:
         if not self.several:
             return number
         t = torch.tensor(number, device=self.device)
-        with _loss_named(self.rank):
+        with loss_of_a_rank_named(self.rank):
             dist.all_reduce(t, op=dist.ReduceOp.MAX)
         return int(t)
 
@@ -91,7 +102,7 @@ class Ranks:
         if not self.several:
             return numbers
         t = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
-        with _loss_named(self.rank):
+        with loss_of_a_rank_named(self.rank):
             dist.broadcast(t, 0)
         return dict(zip(numbers, t.tolist(), strict=True))
 
@@ -101,7 +112,7 @@ class Ranks:
             return [t]
         here = t.to(self.device).contiguous()
         found = [torch.empty_like(here) for _ in range(self.size)]
-        with _loss_named(self.rank):
+        with loss_of_a_rank_named(self.rank):
             dist.all_gather([_real(f) for f in found], _real(here))
         return [f.to(t.device) for f in found]
 
@@ -131,22 +142,23 @@ def from_torchrun() -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device | None = None) -> Iterator[Ranks]:
+def joined(device: torch.device | None = None, *, shard: bool = False) -> Iterator[Ranks]:
     """Join the other processes that torchrun started: gloo on a CPU, nccl on GPUs. One process alone joins nothing.
 
+    shard: each is to hold a part of the weights.
     Raises RankLost where the others cannot be reached.
     """
     device = torch.device("cpu") if device is None else device
     rank, size, _ = from_torchrun()
     if size == 1:
-        yield Ranks(device=device)
+        yield Ranks(device=device, shard=shard)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with _loss_named(rank):
+    with loss_of_a_rank_named(rank):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield Ranks(rank, size, device)
+        yield Ranks(rank, size, device, shard)
     finally:
         dist.destroy_process_group()
 
@@ -171,11 +183,16 @@ def _real(t: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _loss_named(rank: int) -> Iterator[None]:
-    """An exchange that fails because another process is gone, as one clear line."""
+def loss_of_a_rank_named(rank: int, *, among_others: bool = False) -> Iterator[None]:
+    """An exchange that fails because another process is gone, as one clear line.
+
+    among_others: the block does other things too, whose errors are left as they are.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as error:  # torch's DistError and DistBackendError are RuntimeErrors
+        if among_others and not isinstance(error, dist.DistError) and not any(w in str(error) for w in EXCHANGES):
+            raise
         text = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise RankLost(
             f"rank {rank}: another rank has ended or cannot be reached ({text}); start all of them again to go on from "

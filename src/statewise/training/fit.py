@@ -45,11 +45,13 @@ from .distributed import Ranks
 from .evaluate import MEASURED, evaluate, sound
 from .experiment import Experiment, differences
 from .log import Log, TensorBoard
-from .optimise import Average, Optimizer, gradient_norm, learning_rate, refuse_nonfinite
+from .optimise import Average, Optimizer, learning_rate, refuse_nonfinite
+from .shards import Replicas, Shards
 from .signals import Stop, Stopped
 
 Event = dict[str, Any]
 
+WEIGHT = "parameter."  # before the names of the raw weights in a checkpoint
 WARM_UP = 5  # first steps of a process that its pace leaves out: kernels are compiled or loaded there
 
 
@@ -101,7 +103,7 @@ def fit(
     lost), NumericError (a loss or gradient that is not finite; the last checkpoint stays), Stopped.
     """
     place, ranks = choose_device(device), ranks or Ranks()
-    ranks.check(experiment.train.batch)
+    ranks.check(experiment.train)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([place] if place.type == "cuda" else [], device_type="cuda"))
         folder = None if run is None else Path(run)
@@ -182,15 +184,19 @@ class Training:
             if isinstance(part, Residual):
                 part.recompute = train.recompute_blocks
         self.compiled: Any = torch.compile(self.model) if train.compile else self.model
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = Optimizer(self.model, train)
-        self.average = Average(self.model, train.ema) if train.ema else None
         found, skipped = checkpoint.newest(self.run, allow_nonfinite=True) if self.run else (None, [])
         self.data = data_hash(self.experiment.task) if self.run else ""
         if found is not None:
             if not self.force:
                 _refuse_other_data(self.run, self.experiment, found.state, self.data)
-            self._restore(found)
+            weights = {name.removeprefix(WEIGHT): t for name, t in found.optim.items() if name.startswith(WEIGHT)}
+            checkpoint.load_weights(self.model, weights, shown(found.path or "checkpoint"))
+        like = None if found is None else self.model.initial_state(0)
+        self.held = (Shards if self.ranks.shard else Replicas)(self.model, self.ranks)
+        self.optimizer = Optimizer(self.held, train)
+        self.average = Average(self.held, train.ema) if train.ema else None
+        if found is not None:
+            self._restore(found, like)
         elif self.ranks.rank:
             torch.manual_seed(self._own_seed())
         self.clock, self.first = Clock(self), self.step
@@ -241,15 +247,14 @@ class Training:
         self.model.zero_grad(set_to_none=True)
         parts = [self._backward(self.step * train.accumulate + i) for i in range(train.accumulate)]
         loss = self.ranks.total(torch.stack(parts).sum())
-        self.ranks.sum_gradients(self.trained)
-        norm = gradient_norm(self.trained, train.clip)
+        norm = self.held.exchange(train.clip)
         loss_now, norm_now = torch.stack([loss.float(), norm.float()]).tolist()  # the one wait for the device
         kept = f"step-{self.saved[0]} is kept" if self.saved[0] >= 0 else "no checkpoint yet"
         advice = f"checkpoint: {kept}; try a lower train.lr, a smaller train.clip or a longer train.warmup"
-        refuse_nonfinite(loss_now, norm_now, self.model, self.step, advice)
+        refuse_nonfinite(loss_now, norm_now, self.held, self.step, advice)
         self.optimizer.step(rate)
         if self.average:
-            self.average.update(self.model, self.step)
+            self.average.update(self.held, self.step)
         self.step += 1
         took = time.perf_counter() - began
         self.seconds += took
@@ -271,7 +276,8 @@ class Training:
         for total in costs(state):
             loss = loss + total.sum() / max(tokens, 1)
         loss = loss / train.accumulate
-        loss.backward()
+        with self.held.running():
+            loss.backward()
         if task.carries:
             self.carried = detach(settled(state))  # truncated back-propagation: the state goes on, its past does not
         return loss.detach()
@@ -279,7 +285,7 @@ class Training:
     def _run(self, batch: Batch, state: Any) -> tuple[Tensor, Any]:
         model = self.compiled if self.model.training else self.model
         half = self.experiment.train.precision == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half), self.held.running():
             found: tuple[Tensor, Any] = model(batch.x, state, reset=batch.reset, lengths=batch.lengths)
         return found
 
@@ -337,12 +343,12 @@ class Training:
         return found
 
     def _weights(self) -> dict[str, Tensor]:
-        return self.average.tensors if self.average else self.model.state_dict()
+        return self.average.tensors if self.average else self.held.state_dict()
 
     @contextlib.contextmanager
     def _using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """The model with other weights and in evaluation mode; after it, as it was."""
-        own = self.model.state_dict()
+        own = self.held.state_dict()
         raw = {name: t.clone() for name, t in own.items() if weights[name].data_ptr() != t.data_ptr()}
         self.model.eval()
         try:
@@ -364,10 +370,11 @@ class Training:
         self.events.send("checkpoint", self.step, path=str(path.relative_to(self.run)), sync=True)
 
     def _content(self) -> Checkpoint:
-        optim = {f"parameter.{name}": t for name, t in self.model.state_dict().items()}
-        optim |= {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
+        whole = self.held.whole
+        optim = {WEIGHT + name: t for name, t in whole(self.held.state_dict()).items()}
+        optim |= {f"optimizer.{name}": t for name, t in whole(self.optimizer.tensors()).items()}
         if self.average:
-            optim |= {f"average.{name}": t for name, t in self.average.tensors.items()}
+            optim |= {f"average.{name}": t for name, t in whole(self.average.tensors).items()}
         if self.carried is not None:
             carried = self.ranks.join_rows(self.carried, self.experiment.train.batch)
             optim |= {f"carried.{n}": t for n, t in zip(names(carried), leaves(carried), strict=True)}
@@ -378,9 +385,10 @@ class Training:
                 optim[_rng("cuda", rank)] = state_of_rank
         state = {name: getattr(self, name) for name in (*_COUNTERS, *_PACE)}
         state["threads"], state["data"] = torch.get_num_threads(), self.data
-        return Checkpoint(self.best or self._weights(), optim, state)
+        return Checkpoint(whole(self.best or self._weights()), optim, state)
 
-    def _restore(self, found: Checkpoint) -> None:
+    def _restore(self, found: Checkpoint, like: Any) -> None:
+        """All but the weights. like: a state of the model, for the names of its leaves."""
         where = shown(found.path or "checkpoint")
         missing = [name for name in _COUNTERS if name not in found.state]
         if missing:
@@ -390,7 +398,6 @@ class Training:
         for name in _PACE:  # which the first versions did not keep
             setattr(self, name, found.state.get(name, 0))
         parts: dict[str, dict[str, Tensor]] = {
-            "parameter": {},
             "optimizer": {},
             "average": {},
             "carried": {},
@@ -400,14 +407,12 @@ class Training:
             part, _, name = full.partition(".")
             if part in parts:
                 parts[part][name] = t
-        checkpoint.load_weights(self.model, parts["parameter"], where)
-        self.optimizer.restore(parts["optimizer"], where)
+        self.optimizer.restore(self.held.own(parts["optimizer"]), where)
         if self.best_score is not None:
-            self.best = {name: t.to(self.device) for name, t in found.model.items()}
+            self.best = {name: t.to(self.device) for name, t in self.held.own(found.model).items()}
         if self.average and parts["average"]:
-            _copy(self.average.tensors, parts["average"])
+            _copy(self.average.tensors, self.held.own(parts["average"]))
         if parts["carried"]:
-            like = self.model.initial_state(0)
             saved = iter([parts["carried"][name] for name in names(like)])
             self.carried = self.ranks.own_rows(tree_map(lambda leaf: next(saved).to(self.device), like))
         cpu, cuda = (_rng(kind, self.ranks.rank).removeprefix("rng.") for kind in ("cpu", "cuda"))

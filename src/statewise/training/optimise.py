@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,14 @@ from ..core import DataError, NumericError
 from .experiment import Train
 
 
+class Weights(Protocol):
+    """What a module knows of its weights, and what `shards` know of those that are here."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
 class Optimizer:
     """AdamW, Adam or SGD with momentum 0.9, on torch's own kernels; weight decay only where `decays` says so.
 
@@ -22,7 +31,7 @@ class Optimizer:
     used: 4 s and 100 MB for every process of a comparison, and they know parameters by number, not by name.
     """
 
-    def __init__(self, model: nn.Module, train: Train):
+    def __init__(self, model: Weights, train: Train):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.kind = train.optimizer
         self.groups = [
@@ -41,7 +50,7 @@ class Optimizer:
                 update = self._momentum if self.kind == "sgd" else self._adam
                 update(live, [p.grad for p in live.values() if p.grad is not None], rate, decay)
 
-    def _adam(self, live: dict[str, nn.Parameter], grads: list[Tensor], rate: float, decay: float) -> None:
+    def _adam(self, live: dict[str, Tensor], grads: list[Tensor], rate: float, decay: float) -> None:
         for name, p in live.items():
             if name not in self.state:
                 count = torch.zeros((), device=p.device if self.fused else "cpu")
@@ -67,7 +76,7 @@ class Optimizer:
             maximize=False,
         )
 
-    def _momentum(self, live: dict[str, nn.Parameter], grads: list[Tensor], rate: float, decay: float) -> None:
+    def _momentum(self, live: dict[str, Tensor], grads: list[Tensor], rate: float, decay: float) -> None:
         buffers = [self.state[name]["momentum"] if name in self.state else None for name in live]
         sgd(
             list(live.values()),  # type: ignore[arg-type]
@@ -104,7 +113,7 @@ class Optimizer:
             self.state.setdefault(name, {})[key] = t.to("cpu" if key == "step" and not self.fused else p.device)
 
 
-def decays(parameter: nn.Parameter) -> bool:
+def decays(parameter: Tensor) -> bool:
     """Matrices decay; biases, norms and other vectors do not, nor what a layer marks `_no_weight_decay = True`."""
     return parameter.ndim > 1 and not getattr(parameter, "_no_weight_decay", False)
 
@@ -122,12 +131,12 @@ def learning_rate(train: Train, step: int) -> float:
 class Average:
     """avg <- avg + (1 - d) (w - avg) with d = min(decay, (1 + n) / (10 + n)) at update n, so that it starts quickly."""
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: Weights, decay: float):
         self.decay = decay
         self.tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, count: int) -> None:
+    def update(self, model: Weights, count: int) -> None:
         keep = min(self.decay, (1 + count) / (10 + count))
         for name, t in model.state_dict().items():
             if t.is_floating_point() or t.is_complex():
@@ -136,7 +145,7 @@ class Average:
                 self.tensors[name].copy_(t)
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], clip: float) -> Tensor:
+def gradient_norm(parameters: Iterable[Tensor], clip: float) -> Tensor:
     """The norm over all gradients; where clip > 0 they are scaled down to it."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
@@ -145,7 +154,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], clip: float) -> Tensor:
     return norm
 
 
-def refuse_nonfinite(loss: float, norm: float, model: nn.Module, step: int, advice: str) -> None:
+def refuse_nonfinite(loss: float, norm: float, model: Weights, step: int, advice: str) -> None:
     """Raise NumericError, naming the step and the parameter with the largest gradient, unless both are finite."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
