@@ -20,8 +20,8 @@ Name = Literal[
     "m3_other", "tourism_yearly", "tourism_quarterly", "tourism_monthly",
 ]  # fmt: skip
 SEASON = {"co2": 52, "sunspots": 132, "elnino": 12, "yearly": 1, "quarterly": 4, "monthly": 12, "other": 1}
-COUNT = dict(zip(get_args(Name)[3:], (181, 203, 617, 645, 756, 1428, 174, 518, 427, 366)))
-HORIZON = dict(zip(COUNT, (6, 8, 18, 6, 8, 18, 8, 4, 8, 24)))  # of the competitions' own tests
+COUNT: dict[str, int] = dict(zip(get_args(Name)[3:], (181, 203, 617, 645, 756, 1428, 174, 518, 427, 366)))
+HORIZON: dict[str, int] = dict(zip(COUNT, (6, 8, 18, 6, 8, 18, 8, 4, 8, 24)))  # of the competitions' own tests
 
 
 @register_task
@@ -84,7 +84,7 @@ class Forecast(Regress):
         rules = [seasonal(track.y, self.season) for track in tracks]
         validation, test = (
             np.concatenate([np.square(t.y - rule)[t.asked[split]] for t, rule in zip(tracks, rules)]).mean()
-            for split in ("validation", "test")  # type: ignore[index]
+            for split in ("validation", "test")
         )
         return best_rule([*constants(self), (float(validation), float(test))])
 
@@ -105,11 +105,11 @@ def _read(name: str) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
         competition, period = name.split("_")
         path = COMPETITIONS.paths()[f"{'tcomp' if competition == 'tourism' else competition}_data.json"]
         found = [entry for entry in json.loads(path.read_bytes()).values() if entry["period"] == [period.upper()]]
-        if len(found) != COUNT[name]:  # type: ignore[index]
-            raise DataError(f"{path}: {len(found)} {period} series; expected {COUNT[name]}")  # type: ignore[index]
+        if len(found) != COUNT[name]:
+            raise DataError(f"{path}: {len(found)} {period} series; expected {COUNT[name]}")
         fitted = [len(entry["x"]) for entry in found]
-        values = [np.array(entry["x"] + entry["xx"], np.float64) for entry in found]
-        return [np.log(np.where(v > 0, v, np.nan)) for v in values], [(n - HORIZON[name], n) for n in fitted]  # type: ignore[index]
+        whole = [np.array(entry["x"] + entry["xx"], np.float64) for entry in found]
+        return [np.log(np.where(v > 0, v, np.nan)) for v in whole], [(n - HORIZON[name], n) for n in fitted]
     if name == "co2":
         with STATSMODELS.paths()["co2.csv"].open(encoding="ascii", newline="") as file:
             values = np.array([float(row["co2"] or "nan") for row in csv.DictReader(file)])
