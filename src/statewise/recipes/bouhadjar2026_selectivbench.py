@@ -59,15 +59,18 @@ def runs(scale: Scale) -> dict[str, Run]:
     plain: one blank after each symbol. gaps: irregular ones, and noise. wrong: symbols that cannot follow.
     """
     smoke, paper = scale == "smoke", scale == "paper"
-    grammar = {"ambiguous": 40, "depth": 40, "length": 200} if paper else {"ambiguous": 6, "depth": 6, "length": 24}
-    grammar = {"ambiguous": 3, "depth": 3, "length": 6} if smoke else grammar
+    grammar: dict[str, Any] = {
+        "smoke": {"ambiguous": 3, "depth": 3, "length": 6},
+        "small": {"ambiguous": 6, "depth": 6, "length": 24},
+        "paper": {"ambiguous": 40, "depth": 40, "length": 200},
+    }[scale]
     plain = grammar if smoke or paper else {**grammar, "ambiguous": 8, "depth": 8}
     irregular = {**grammar, "longest_gap": 10 if paper else 3, "noise": 0.2}
     wrong = {**grammar, "violating": True, "gap": 0.2, "gap_start": 6, "longest_gap": 3}
     if paper:
         wrong |= {"gap": 0.1, "gap_start": 50, "longest_gap": 10}
     longer, longest = {"smoke": (4, 5), "small": (5, 10), "paper": (20, 100)}[scale]
-    train: Plain = {
+    train: dict[str, Any] = {
         "smoke": {"steps": 2, "batch": 4},
         "small": {"steps": 200, "batch": 32, "lr": 1e-2, "warmup": 20},
         "paper": {"steps": 3125, "batch": 64, "lr": 1e-3, "warmup": 476},
