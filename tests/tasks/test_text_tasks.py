@@ -146,6 +146,14 @@ def test_levels_of_sound() -> None:
     assert (error <= 3 + 0.025 * np.abs(sound.astype(float))).all()  # steps of equal ratio: log(256) / 255 = 0.022
 
 
+def test_a_voice_is_no_text(tmp_path: Any) -> None:
+    Voice().keep(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert Voice().readable([10, 200]) == "10 200"
+    Smiles().keep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
 def test_a_voice() -> None:
     here("voice")
     task = Voice()
