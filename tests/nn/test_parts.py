@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statewise.nn import GLU, GatedMLP, RMSNorm, positions, rotate, tail
+from statewise.core import UsageError
+from statewise.nn import GLU, Experts, GatedMLP, RMSNorm, positions, rotate, tail
 
 
 def test_rms_norm_is_torchs():
@@ -26,6 +27,48 @@ def test_gated_maps_act_on_each_time_alone():
         x = torch.randn(2, 5, 4)
         torch.testing.assert_close(part(x)[:, 3], part(x[:, 3]))
         assert part(torch.zeros(0, 4)).shape == (0, 4)
+
+
+def experts(**options) -> Experts:
+    return Experts(4, 6, **{"experts": 5, "active": 2, **options}).double()
+
+
+@pytest.mark.parametrize("options", [{}, dict(normed=True), dict(shared=3), dict(active=5, normed=True)])
+def test_experts_are_their_sum(options):
+    part, x = experts(**options), torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    p = part.router(x).softmax(-1)
+    best = p.topk(part.active).indices
+    want = torch.zeros_like(x)
+    for e in range(5):
+        gate, value = F.linear(x, part.up[e]).chunk(2, -1)
+        share = p[..., e] / (p.gather(-1, best).sum(-1) if part.normed else 1)
+        taken = (best == e).any(-1)
+        want = want + (taken * share)[..., None] * F.linear(F.silu(gate) * value, part.out[e])
+    if part.shared is not None:
+        want = want + part.shared_gate(x).sigmoid() * part.shared(x)
+    torch.testing.assert_close(part(x), want)
+    wrt = [x, *part.parameters()]
+    for got, wanted in zip(*(torch.autograd.grad(y.sin().sum(), wrt) for y in (part(x), want)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_traced_experts_are_those_that_are_not(monkeypatch):
+    part, x = experts(shared=3), torch.randn(2, 7, 4, dtype=torch.float64)
+    want = part(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(part(x), want)
+
+
+def test_experts_keep_what_is_not_finite_in_its_place_and_take_nothing():
+    part, x = experts(), torch.randn(2, 5, 4, dtype=torch.float64)
+    want = part(x)
+    x[1, 3, 0] = torch.nan
+    y = part(x)
+    assert y[1, 3].isnan().all() and y.isnan().sum() == 4
+    torch.testing.assert_close(y[0], want[0])
+    assert part(x[:, :0]).shape == (2, 0, 4)
+    with pytest.raises(UsageError, match="active 6; expected at most the number of experts, 5"):
+        experts(active=6)
 
 
 @pytest.mark.parametrize("size", [2, 5, 8])

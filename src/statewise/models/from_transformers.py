@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core import DataError, RecurrentLayer, Unknown, UsageError, near, read_json, read_tensors, wide
 from ..core.files import shown
 from ..layers import Attention, GatedDeltaNet, Mamba, Mamba2, MLSTMLarge
-from ..nn import GatedMLP, RMSNorm
+from ..nn import Experts, GatedMLP, RMSNorm
 from .stack import Block, Residual
 from .token_model import TokenModel
 
@@ -30,10 +30,10 @@ def from_transformers(model_or_path: nn.Module | str | os.PathLike[str], *, cont
 
     model_or_path: such a model, or the directory that its `save_pretrained` wrote (config.json and safetensors, in one
     file or several), which is read without transformers. Architectures: falcon_mamba, mamba, mamba2, xlstm, and the
-    hybrids with attention bamba, jamba, qwen3_next, unless their MLPs are mixtures of experts. context: how many ids
-    attention sees, and so the size of its state, in place of the configuration's max_position_embeddings. Nothing is
-    fetched and no pickle is read. Weights of half precision are held in float32, those of float64 in float64; the
-    model is on the device of the given one.
+    hybrids with attention bamba, jamba, qwen3_next, mixtures of experts among them. context: how many ids attention
+    sees, and so the size of its state, in place of the configuration's max_position_embeddings. Nothing is fetched and
+    no pickle is read. Weights of half precision are held in float32, those of float64 in float64; the model is on the
+    device of the given one.
 
     Raises Unknown for another architecture, UsageError for a configuration that our layers do not have, DataError for
     a file that is missing or broken and for a tensor that is missing, unknown or of another shape.
@@ -393,7 +393,7 @@ def _xlstm(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
 
 def _read_xlstm_block(block: Block, weights: _Weights, name: str, *, fused: bool) -> None:
     layer, mlp = block.layer, block.mlp
-    assert isinstance(layer, MLSTMLarge) and mlp is not None
+    assert isinstance(layer, MLSTMLarge) and isinstance(mlp, GatedMLP)
 
     def together(parameters: list[Tensor], theirs: list[str], one: str) -> None:
         """Parameters stacked in this order; theirs are stacked likewise, or all in `one` tensor."""
@@ -453,13 +453,27 @@ class _Names(NamedTuple):
     norm: str
     mlp: str
     last: str
+    router: str = ""
+
+
+class _Mixture(NamedTuple):
+    """Which MLPs are mixtures of experts, and what makes one."""
+
+    at: list[int]
+    make: Callable[[], Experts]
 
 
 Mixer = tuple[RecurrentLayer[Any], Callable[[Any, _Weights, str], None], str]  # layer, what fills it, its name
 
 
 def _hybrid(
-    config: _HybridConfig, weights: _Weights, mixers: list[Mixer], names: _Names, *, offset: float = 0.0
+    config: _HybridConfig,
+    weights: _Weights,
+    mixers: list[Mixer],
+    names: _Names,
+    *,
+    offset: float = 0.0,
+    mixture: _Mixture | None = None,
 ) -> TokenModel:
     """x + mixer(norm(x)), then x + mlp(norm(x)), again and again. offset: added to the weights of the norms."""
     _require(config, hidden_act="silu")
@@ -472,13 +486,16 @@ def _hybrid(
     blocks = []
     for i, (layer, read, name) in enumerate(mixers):
         prefix = f"model.layers.{i}"
-        mlp = GatedMLP(width, config.intermediate_size, bias=config.mlp_bias)
+        mixed = mixture is not None and i in mixture.at
+        mlp = mixture.make() if mixed else GatedMLP(width, config.intermediate_size, bias=config.mlp_bias)
         block = Block(layer, [norm(), norm()], mlp, back=nn.Identity()).to(weights.dtype)
         read_norm(block.norms[0], f"{prefix}.input_layernorm")
         read_norm(block.norms[1], f"{prefix}.{names.norm}")
         read(layer, weights, f"{prefix}.{name}")
-        weights.stacked(mlp.up, [f"{prefix}.{names.mlp}.gate_proj", f"{prefix}.{names.mlp}.up_proj"])
-        weights.linear(mlp.out, f"{prefix}.{names.mlp}.down_proj")
+        if isinstance(mlp, Experts):
+            _read_experts(mlp, weights, f"{prefix}.{names.mlp}", names.router)
+        else:
+            _read_mlp(mlp, weights, f"{prefix}.{names.mlp}")
         blocks.append(block)
     head = None if config.tie_word_embeddings else nn.Linear(width, vocab, bias=False)
     model = _token_model(weights, nn.Embedding(vocab, width), blocks, norm(), head)
@@ -486,6 +503,29 @@ def _hybrid(
     read_norm(model.body.norm, f"model.{names.last}")
     weights.head(head)
     return model
+
+
+def _read_mlp(mlp: GatedMLP, weights: _Weights, prefix: str) -> None:
+    weights.stacked(mlp.up, [f"{prefix}.gate_proj", f"{prefix}.up_proj"])
+    weights.linear(mlp.out, f"{prefix}.down_proj")
+
+
+def _read_experts(mlp: Experts, weights: _Weights, prefix: str, router: str) -> None:
+    """Theirs has the experts' maps in one tensor each, as ours, or, in a file, one by one."""
+    weights.linear(mlp.router, f"{prefix}.{router}")
+    experts, rows, width = mlp.up.shape
+    if f"{prefix}.experts.gate_up_proj" in weights.left:
+        fill(mlp.up, weights.take(f"{prefix}.experts.gate_up_proj", *mlp.up.shape))
+        fill(mlp.out, weights.take(f"{prefix}.experts.down_proj", *mlp.out.shape))
+    else:
+        for e in range(experts):
+            one = f"{prefix}.experts.{e}"
+            up = [weights.take(f"{one}.{name}_proj.weight", rows // 2, width) for name in ("gate", "up")]
+            fill(mlp.up[e], torch.cat(up))
+            fill(mlp.out[e], weights.take(f"{one}.down_proj.weight", width, rows // 2))
+    if mlp.shared is not None and mlp.shared_gate is not None:
+        _read_mlp(mlp.shared, weights, f"{prefix}.shared_expert")
+        weights.linear(mlp.shared_gate, f"{prefix}.shared_expert_gate")
 
 
 def _attention(config: _HybridConfig, *, turned: bool = True, **options: Any) -> Attention:
@@ -524,11 +564,6 @@ def _read_attention(layer: Attention, weights: _Weights, prefix: str) -> None:
         for norm, name in ((layer.q_norm, "q_norm"), (layer.k_norm, "k_norm")):
             around_zero = weights.take(f"{prefix}.{name}.weight", layer.key).to(weights.dtype)
             fill(norm.weight, 1 + around_zero)  # type: ignore[arg-type]
-
-
-def _refuse_experts(at: list[int]) -> None:
-    if at:
-        raise UsageError(f"config.json: the MLP of layer {at[0]} is a mixture of experts; only dense ones are built")
 
 
 @dataclass(frozen=True)
@@ -583,6 +618,7 @@ def _bamba(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
 class _JambaConfig(_HybridConfig):
     num_key_value_heads: Any = 8
     num_experts: int = 16
+    num_experts_per_tok: int = 2
     expert_layer_period: int = 2
     expert_layer_offset: int = 1
     attn_layer_period: int = 8
@@ -598,7 +634,12 @@ class _JambaConfig(_HybridConfig):
 def _jamba(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
     config = _config(_JambaConfig, found)
     depths, experts = range(config.num_hidden_layers), config.num_experts > 1
-    _refuse_experts([i for i in depths if experts and i % config.expert_layer_period == config.expert_layer_offset])
+    sparse = [i for i in depths if experts and i % config.expert_layer_period == config.expert_layer_offset]
+
+    def experts_of_a_layer() -> Experts:
+        return Experts(
+            config.hidden_size, config.intermediate_size, experts=config.num_experts, active=config.num_experts_per_tok
+        )
 
     def mamba() -> Mamba:
         return Mamba(
@@ -624,7 +665,8 @@ def _jamba(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
         else (mamba(), read, "mamba")
         for i in depths
     ]
-    return _hybrid(config, weights, mixers, _Names("pre_ff_layernorm", "feed_forward", "final_layernorm"))
+    names = _Names("pre_ff_layernorm", "feed_forward", "final_layernorm", "router")
+    return _hybrid(config, weights, mixers, names, mixture=_Mixture(sparse, experts_of_a_layer))
 
 
 @dataclass(frozen=True)
@@ -645,6 +687,10 @@ class _Qwen3NextConfig(_HybridConfig):
     linear_num_value_heads: int = 32
     decoder_sparse_step: int = 1
     num_experts: int = 512
+    num_experts_per_tok: int = 10
+    norm_topk_prob: bool = True
+    moe_intermediate_size: int = 512
+    shared_expert_intermediate_size: int = 512
     mlp_only_layers: Any = None
     full_attention_interval: int = 4
     layer_types: Any = None
@@ -654,7 +700,17 @@ def _qwen3_next(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
     config = _config(_Qwen3NextConfig, found)
     depths, dense = range(config.num_hidden_layers), config.mlp_only_layers or ()
     sparse = [i for i in depths if i not in dense and (i + 1) % config.decoder_sparse_step == 0]
-    _refuse_experts(sparse if config.num_experts > 0 else [])
+
+    def experts_of_a_layer() -> Experts:
+        return Experts(
+            config.hidden_size,
+            config.moe_intermediate_size,
+            experts=config.num_experts,
+            active=config.num_experts_per_tok,
+            normed=config.norm_topk_prob,
+            shared=config.shared_expert_intermediate_size,
+        )
+
     heads, values = config.linear_num_key_heads, config.linear_num_value_heads
     if heads < 1 or values % heads:
         raise UsageError(f"config.json: linear_num_value_heads is {values}; expected a multiple of {heads} key heads")
@@ -684,7 +740,9 @@ def _qwen3_next(found: Mapping[str, Any], weights: _Weights) -> TokenModel:
     ]
     for name in [name for name in weights.left if name.startswith("mtp.")]:
         del weights.left[name]  # a head that guesses several ids at once, which transformers leaves out as well
-    return _hybrid(config, weights, mixers, _Names("post_attention_layernorm", "mlp", "norm"), offset=1.0)
+    names = _Names("post_attention_layernorm", "mlp", "norm", "gate")
+    mixture = _Mixture(sparse if config.num_experts > 0 else [], experts_of_a_layer)
+    return _hybrid(config, weights, mixers, names, offset=1.0, mixture=mixture)
 
 
 def _read_gated_delta(layer: GatedDeltaNet, weights: _Weights, prefix: str) -> None:

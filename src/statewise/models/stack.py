@@ -27,7 +27,7 @@ from ..core import (
     wide,
 )
 from ..core.vary import LATER
-from ..nn import GLU, GatedMLP, RMSNorm
+from ..nn import GLU, Experts, GatedMLP, RMSNorm
 from .classifier import Classifier
 from .halting import Halting
 from .pattern import Place, places
@@ -186,7 +186,7 @@ class Block(RecurrentLayer[Any]):
         self,
         layer: RecurrentLayer[Any],
         norms: list[nn.Module],
-        mlp: GatedMLP | None,
+        mlp: GatedMLP | Experts | None,
         *,
         dropout: float = 0.0,
         back: nn.Module | None = None,
