@@ -26,7 +26,7 @@ BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
     "interpret": [*STACK, "tasks", "training"],
     "decoding": ["core", "models"],
     "serving": ["core", "models"],
-    "hf": [*STACK, "text", "training"],
+    "hf": [*STACK, "text", "training", "decoding"],
     "bench": [*STACK, "tasks", "training", "testing", "decoding", "serving"],
     "cli": [
         *STACK,
@@ -47,13 +47,14 @@ BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
 
 # Optional or slow to import: only inside functions, or in the one file that is for them.
 HEAVY = {
-    "beartype", "huggingface_hub", "jaxtyping", "jinja2", "matplotlib", "numba", "onnx", "onnxruntime",
+    "beartype", "huggingface_hub", "jaxtyping", "jinja2", "lm_eval", "matplotlib", "numba", "onnx", "onnxruntime",
     "onnxscript", "pandas", "pyarrow", "pytest", "ray", "rich", "safetensors", "scipy", "sklearn",
     "tensorboard", "transformers", "triton", "tyro",
 }  # fmt: skip
 AT_HOME = {
     "numba": ["in_numba.py"], "triton": ["in_triton.py"], "tyro": ["cli/"], "rich": ["cli/"],
     "jinja2": ["report/"], "transformers": ["hf/in_transformers.py"], "huggingface_hub": ["hf/on_hub.py"],
+    "lm_eval": ["hf/in_lm_eval.py"],
 }  # fmt: skip
 
 
