@@ -29,6 +29,7 @@ from .para_gru import ParaGRU
 from .para_lstm import ParaLSTM, ParaLSTMState
 from .reservoir import Reservoir
 from .retnet import RetNet, RetNetState
+from .routing_attention import RoutingAttention, RoutingState
 from .rwkv7 import RWKV7, RWKV7State
 from .s4 import S4
 from .s4d import S4D
@@ -83,6 +84,8 @@ __all__ = [
     "Reservoir",
     "RetNet",
     "RetNetState",
+    "RoutingAttention",
+    "RoutingState",
     "S4",
     "S4D",
     "S5",

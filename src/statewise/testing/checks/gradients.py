@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-from ...core import chunked, leaves, names, unroll
+from ...core import chunked, costs, leaves, names, unroll
 from ..check import Skipped, check, no_numbers, no_resets
 from ..sample import STEPS, Layer, close, close_gradients, inputs, mask, trainable, warm
 
@@ -119,13 +119,15 @@ def check_gradcheck(layer: Layer) -> None:
 
 @check("gradients")
 def check_every_parameter_learns(layer: Layer) -> None:
-    """A gradient that is not all zero reaches every parameter."""
+    """A gradient that is not all zero reaches every parameter, from the answers or from the costs."""
     y, last = layer(inputs(layer), warm(layer))
     again = layer(inputs(layer, seed=1), last)[0]
     named = {n: p for n, p in layer.named_parameters() if p.requires_grad}
     if not named:
         raise Skipped("the layer has no parameters to train")
     loss = (y.sin() * torch.linspace(1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum() + again.cos().sum()
+    for total in costs(last):
+        loss = loss + total.sum()
     assert loss.requires_grad, "no gradient reaches any parameter"
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     dead = [n for n, g in zip(named, grads, strict=True) if g is None or not g.abs().any()]
