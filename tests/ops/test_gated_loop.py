@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -25,22 +27,13 @@ from statewise.ops.gated_loop import (
 OPS = {"elman": elman_loop, "gru": gru_loop, "jordan": jordan_loop, "lstm": lstm_loop, "slstm": slstm_loop}
 COMPILED = {name: op for name, op in OPS.items() if "numba" in op.backends and name != "jordan"}
 RUNS = [(name, backend) for name, op in OPS.items() for backend in op.backends if backend != "triton"]
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}  # beside four times the loop's own error
-CASES = [
-    (op, backend, dtype, i)
-    for op in OPS.values()
-    for backend in op.backends
-    if backend != "triton"
-    for dtype in FLOOR
-    for i, call in enumerate(op.samples("cpu", torch.float64))
-    if op.explain(**call)[backend] == "ok"
-]
+FLOOR = 1e-6  # beside four times the loop's own error
 MASKS = ("reset", "lengths")
 STATE = ("h0", "s0", "c0", "n0", "m0")
 
 
 def test_something_was_found() -> None:
-    assert len(CASES) >= 330 and len(COMPILED) == 4 and len(RUNS) == 9
+    assert len(COMPILED) == 4 and len(RUNS) == 9
 
 
 def answers(op: Op, call: dict[str, Any], backend: str) -> list[Tensor]:
@@ -65,17 +58,22 @@ def sample(op: Op, dtype: torch.dtype, index: int) -> dict[str, Any]:
     return list(op.samples("cpu", dtype))[index]
 
 
-@pytest.mark.parametrize(("op", "backend", "dtype", "index"), CASES, ids=lambda v: getattr(v, "name", str(v)))
-def test_backend_equals_reference(op: Op, backend: str, dtype: torch.dtype, index: int) -> None:
-    call = sample(op, dtype, index)
-    got, same = answers(op, call, backend), answers(op, call, "reference")
-    wide = {k: v.double() if _differentiable(v) else v for k, v in call.items()}
-    exact = answers(op, wide, "reference")
-    for a, b, true in zip(got, same, exact, strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        own = (b.double() - true).abs().max().item() if b.numel() else 0.0
-        scale = max(1.0, true.abs().max().item()) if true.numel() else 1.0
-        torch.testing.assert_close(a.double(), true, rtol=0, atol=4 * own + FLOOR[dtype] * scale)
+@pytest.mark.parametrize(("name", "backend"), RUNS)
+def test_backend_equals_reference(name: str, backend: str) -> None:
+    """In single precision closer than test_backends.py asks for; the other types are tried there."""
+    op, tried = OPS[name], 0
+    for number, call in enumerate(op.samples("cpu", torch.float32)):
+        if op.explain(**call)[backend] != "ok":
+            continue
+        got, same = answers(op, call, backend), answers(op, call, "reference")
+        exact = answers(op, {k: v.double() if _differentiable(v) else v for k, v in call.items()}, "reference")
+        for k, (a, b, true) in enumerate(zip(got, same, exact, strict=True)):
+            own = (b.double() - true).abs().max().item() if b.numel() else 0.0
+            scale = max(1.0, true.abs().max().item()) if true.numel() else 1.0
+            error = (a.double() - true).abs().max().item() if a.numel() else 0.0
+            assert error <= 4 * own + FLOOR * scale, f"sample {number}, result {k}: error {error:.3g}"
+        tried += 1
+    assert tried >= 12
 
 
 @pytest.mark.parametrize(("name", "backend"), [*RUNS, *((name, "reference") for name in OPS)])
@@ -123,8 +121,9 @@ def test_gradcheck_with_resets_and_lengths(name: str, backend: str) -> None:
     torch.autograd.gradcheck(run, [call[k].clone().requires_grad_() for k in names], atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize(("name", "backend"), RUNS)
+@pytest.mark.parametrize(
+    ("name", "backend", "masked"), [*((*run, True) for run in RUNS), ("lstm", "numba", False), ("lstm", "aten", False)]
+)
 def test_compiles_whole_with_gradients(name: str, backend: str, masked: bool) -> None:
     op = OPS[name]
     call = next(c for c in op.samples("cpu", torch.float64) if ("reset" in c and "lengths" in c) == masked)
@@ -144,19 +143,18 @@ def test_compiles_whole_with_gradients(name: str, backend: str, masked: bool) ->
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["elman", "gru", "lstm"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])  # of one state and of two
 def test_the_opaque_op_keeps_its_promises(name: str) -> None:
     op = OPS[name]
     call = next(c for c in op.samples("cpu", torch.float64) if "reset" in c and "lengths" in c)
     state = [call[k].requires_grad_() for k in ("h0", "c0") if k in call]
     weights = [call[k].requires_grad_() for k in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr") if k in call]
-    kernel = {"elman": "rnn_tanh", "gru": "gru", "lstm": "lstm"}[name]
     x = call["x"].requires_grad_()
     for masks in ((None, None), (call["reset"], call["lengths"])):
-        torch.library.opcheck(torch.ops.statewise.gated_loop, (kernel, x, state, weights, *masks))
+        torch.library.opcheck(torch.ops.statewise.gated_loop, (name, x, state, weights, *masks))
 
 
-@pytest.mark.parametrize("kind", in_numba.CELLS)
+@pytest.mark.parametrize("kind", {cell[1:5]: kind for kind, cell in in_numba.CELLS.items()}.values())  # by shapes
 def test_the_compiled_op_keeps_its_promises(kind: str) -> None:
     gates, parts = in_numba.CELLS[kind].gates, in_numba.CELLS[kind].parts
     random = lambda *shape: torch.randn(*shape, dtype=torch.float64).requires_grad_()
@@ -303,6 +301,50 @@ def test_slstm_is_its_unstabilised_form_in_any_scale(backend: str) -> None:
     other = slstm_loop(u[:, 3:], h, c * 8, n * 8, m - math.log(8), None, r, forget="exp", backend=backend)
     torch.testing.assert_close(other[0], got[0][:, 3:], atol=1e-12, rtol=1e-12)
     assert slstm_step(u[:, 0], *fresh, None, r).n.min() >= 1
+
+
+FAILS = """
+import torch
+from statewise.ops import gru_loop
+from statewise.ops.gated_loop import in_numba
+
+torch.set_num_threads(2)
+in_numba._plan = lambda *_: in_numba._Plan(1, 2, 1)
+work, openmp = in_numba._forward_work, in_numba._openmp
+call = (torch.randn(1, 9, 96), torch.zeros(1, 32), None, torch.randn(96, 32) / 9)
+want = gru_loop(*call, backend="numba")[0]
+for threads in (openmp, lambda: None):  # torch's, and a pool of our own
+    for bad in (0, 1):
+        def fails(number, q, thread):
+            if thread == bad:
+                raise MemoryError
+            work(number, q, thread)
+
+        in_numba._openmp, in_numba._forward_work = threads, fails
+        try:
+            gru_loop(*call, backend="numba")
+        except MemoryError:
+            in_numba._forward_work = work
+            print(torch.equal(gru_loop(*call, backend="numba")[0], want))
+"""
+
+
+def test_a_thread_that_fails_leaves_nobody_waiting() -> None:
+    """In a process of its own: threads that wait for ever cannot be stopped."""
+    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True"] * 4, done.stderr[-2000:]
+
+
+def test_a_row_that_ends_large_leaves_gradients_their_digits() -> None:
+    """What stands before a row in memory is the end of another, whose size is none of its business."""
+    call = sample(elman_loop, torch.float32, 0) | {"nonlinearity": "relu"}
+    call |= {name: value.abs() for name, value in call.items() if _differentiable(value)}  # every unit is active
+    call["x"][0, -1] = 1e30
+    got, want = (answers(elman_loop, call, backend) for backend in ("numba", "reference"))
+    assert want[0][0].max() > 1e29
+    at = 2 + [name for name, value in call.items() if _differentiable(value)].index("w_hh")
+    assert want[at].abs().max() < 1e3
+    torch.testing.assert_close(got[at], want[at])
 
 
 @pytest.mark.parametrize("name", COMPILED)

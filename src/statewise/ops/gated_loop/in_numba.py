@@ -729,8 +729,11 @@ def _openmp() -> ctypes.CDLL | None:
     return ctypes.CDLL(ours[0]) if len(ours) == 1 else None
 
 
-def _on_threads_of_torch(work: Callable[[int], None], workers: int) -> bool:
-    """work(thread) on each of so many threads at once; False, and nothing done, where there are not as many."""
+def _on_threads_of_torch(work: Callable[[int], None], workers: int, release: Callable[[], None]) -> bool:
+    """work(thread) on each of so many threads at once; False, and nothing done, where there are not as many.
+
+    release: called where one fails, before the others can be waited for.
+    """
     openmp = _openmp()
     if openmp is None or openmp.omp_in_parallel():
         return False
@@ -743,6 +746,7 @@ def _on_threads_of_torch(work: Callable[[int], None], workers: int) -> bool:
                 work(thread)
                 done.append(thread)
         except BaseException as error:  # none can pass through OpenMP
+            release()
             errors.append(error)
 
     openmp.GOMP_parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(one), None, ctypes.c_uint(workers), ctypes.c_uint(0))
@@ -764,20 +768,37 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _run(work: Callable[..., None], q: _Problem, like: Tensor) -> None:
+def _run(work: Callable[..., None], q: _Problem, like: Tensor, meeting: Tensor, held: list[Tensor | None]) -> None:
+    """work(zero, q, thread) by every thread. held: whatever q holds addresses of."""
     global _pool
     number = np.float64(0) if like.dtype == torch.float64 else np.float32(0)
-    each, workers = functools.partial(work, number, q), q.members * q.teams
+    workers = q.members * q.teams
+
+    def release() -> None:
+        """All are taken to have come to every meeting: nobody waits any more, and what comes out is thrown away."""
+        meeting.numpy().fill(1 << 62)
+
+    def each(thread: int, held: list[Tensor | None] = held) -> None:  # a thread may outlive the call that failed
+        try:
+            work(number, q, thread)
+        except BaseException:
+            release()
+            raise
+
     if workers == 1:
         each(0)
         return
-    if _on_threads_of_torch(each, workers):
+    if _on_threads_of_torch(each, workers, release):
         return
     with _lock:
-        if _pool is None or _pool[0] < workers - 1:
-            _pool = workers - 1, ThreadPoolExecutor(workers - 1)
-        jobs = [_pool[1].submit(each, thread) for thread in range(1, workers)]
-        each(0)
+        try:
+            if _pool is None or _pool[0] < workers - 1:
+                _pool = workers - 1, ThreadPoolExecutor(workers - 1)
+            jobs = [_pool[1].submit(each, thread) for thread in range(1, workers)]
+            each(0)
+        except BaseException:  # of starting a thread, or from outside
+            release()
+            raise
         for job in jobs:
             job.result()
 
@@ -829,7 +850,7 @@ def _solve(
         more_gap=batch * more.shape[2] * width * item, near_row=near_row, near_size=rows * near_row,
         sums_row=sums_row, sums_size=rows * sums_row, side_row=side_row, side_size=rows * side_row,
     )  # fmt: skip
-    _run(_forward_work if back is None else _backward_work, q, h)
+    _run(_forward_work if back is None else _backward_work, q, h, meeting, [*at.values()])
 
 
 def _room(like: Tensor, *shape: int) -> Tensor:
@@ -889,16 +910,12 @@ def _backward(
 
 def _by_recurrent(grads: list[Tensor], h: Tensor, first: Tensor, reset: Tensor | None, heads: int) -> Tensor:
     """The gradient of R, (H, G N/H, N/H), from those (B T, * N) of what it is added to."""
-    steps, flat = h.shape[1], h.flatten(0, 1)
+    before = _room(h, *h.shape)
+    if h.numel():
+        torch.cat([first[:, None], h[:, :-1]], 1, out=before)
     if reset is not None:
-        before = torch.cat([first[:, None], h[:, :-1]], 1).masked_fill(reset[..., None], 0)
-        return _outer(grads, before.flatten(0, 1), heads)
-    if not len(flat):
-        return _outer(grads, flat, heads)
-    # what stands before a row is the last of another; to put that right costs less than a copy of h
-    wrong = torch.cat([torch.zeros_like(first[:1]), h[:-1, -1]])
-    right = _outer([g[::steps] for g in grads], first - wrong, heads)
-    return _outer([g[1:] for g in grads], flat[:-1], heads) + right
+        before.masked_fill_(reset[..., None], 0)
+    return _outer(grads, before.flatten(0, 1), heads)
 
 
 def _outer(grads: list[Tensor], h: Tensor, heads: int) -> Tensor:
