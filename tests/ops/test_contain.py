@@ -1,4 +1,4 @@
-"""Finite numbers whose product overflows: an answer is spoilt where the loop's is, and nowhere else."""
+"""What is not finite, or overflows in a product, spoils what it spoils in the loop, and nothing else."""
 
 from __future__ import annotations
 
@@ -38,3 +38,29 @@ def test_a_product_that_overflows_reaches_no_earlier_answer(op: str, decay: str,
     assert torch.equal(got.isfinite(), want.isfinite())
     torch.testing.assert_close(got[:, :7], want[:, :7], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("decay", LOG_DECAYS)
+@pytest.mark.parametrize("op", ["outer", "delta", "dplr"])
+def test_a_gradient_that_is_not_finite_reaches_no_later_step(op: str, decay: str, backend: str):
+    """Neither does it pass a reset, nor leave its row."""
+    run = {"outer": outer_scan, "delta": delta_scan, "dplr": dplr_scan}[op]
+    given, named = call(op, decay)
+    given = [t.clamp(-1, 1).requires_grad_() for t in given]
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[0, 5] = True
+    ways = []
+    for name in (backend, "reference"):
+        out, last = run(*given, **named, reset=reset, backend=name)
+        g, g_last = torch.ones_like(out), torch.ones_like(last)
+        g[0, 9, 0, 1], g_last[1, 1] = torch.nan, torch.inf
+        ways.append(torch.autograd.grad((out, last), given, (g, g_last)))
+    for got, want in zip(*ways, strict=True):
+        if want.shape[1] == T:
+            assert want[0, 10:].isfinite().all() and want[0, :5].isfinite().all()
+            torch.testing.assert_close(got[0, 10:], want[0, 10:])
+            torch.testing.assert_close(got[0, :5], want[0, :5])
+        else:  # of the state
+            torch.testing.assert_close(got[0], want[0])
+    assert not all(want[0].isfinite().all() and want[1].isfinite().all() for want in ways[1])

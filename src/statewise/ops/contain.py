@@ -4,6 +4,9 @@ A product of matrices with a mask carries them to every step of a chunk, since 0
 leave the state. Neither does a mask keep back a product of two finite numbers that overflows. So where the state at the
 end or an answer is not finite, all is done again: the kernels see zeros in each row from its first bad step on, which
 leaves the bits of other rows and of earlier steps as they are, and a loop does the rest.
+
+Backwards the same holds of gradients of answers: what is not finite in them is in the gradient of the first state too.
+The kernels give what comes before it; what comes after it they give with zeros in its place.
 """
 
 from __future__ import annotations
@@ -46,14 +49,27 @@ def contained(arguments: str, forward: Kernel, backward: Kernel, loop: Kernel) -
     def adjoint(d_out: Tensor, d_last: Tensor, *more: Any) -> tuple[Tensor, ...]:
         inputs, spoilt, kept = more[: len(names)], more[len(names)], more[len(names) + 1 :]
         if not bool(spoilt.any()):
-            return backward(d_out, d_last, *inputs, *kept)
-        grads = backward(d_out, d_last, *_cleared(inputs, state_at, spoilt), *kept)
+            return back(d_out, d_last, inputs, kept)
+        grads = back(d_out, d_last, _cleared(inputs, state_at, spoilt), kept)
         at = spoilt.any(1).nonzero()[:, 0]
         with torch.enable_grad():
             rows = [x.requires_grad_() if _floating(x) else x for x in _rows(inputs, at)]
             wanted = [x for x in rows if _floating(x)]
             found = torch.autograd.grad(loop(*rows), wanted, (d_out[at], d_last[at]), materialize_grads=True)
         return tuple(grad.index_copy(0, at, mine) for grad, mine in zip(grads, found, strict=True))
+
+    def back(d_out: Tensor, d_last: Tensor, inputs: Any, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        grads, which = backward(d_out, d_last, *inputs, *kept), [i for i, x in enumerate(inputs) if _floating(x)]
+        if not d_out.shape[1] or _finite(grads[which.index(state_at)]):
+            return grads
+        past, first, last = _leading(d_out, d_last, dict(zip(names, inputs)).get("reset"))
+        if not bool(past.any()):
+            return grads
+        others = backward(
+            d_out.masked_fill(_beside(past, d_out), 0), d_last.masked_fill(_beside(last, d_last), 0), *inputs, *kept
+        )
+        reached = [first if i == state_at else past for i in which]
+        return tuple(torch.where(_beside(r, x), x, y) for r, x, y in zip(reached, grads, others, strict=True))
 
     return lambda *inputs: once(*inputs, keep=True), adjoint, lambda *inputs: once(*inputs, keep=False)
 
@@ -74,13 +90,30 @@ def _spoilt(names: list[str], inputs: tuple[Any, ...], steps: int) -> Tensor:
     return spoilt.cummax(1).values
 
 
+def _leading(d_out: Tensor, d_last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What leads, no reset between, to a gradient that is not finite: steps (B, T), first and last states (B) bool."""
+    times, last = torch.arange(d_out.shape[1], device=d_out.device), ~d_last.isfinite().flatten(1).all(1)
+    bad = torch.where(d_out.isfinite().flatten(2).all(2), -1, times)
+    bad[:, -1].masked_fill_(last, len(times))
+    part = torch.zeros_like(bad) if reset is None else reset.cumsum(1)
+    latest = bad.new_full((len(bad), len(times) + 1), -1).scatter_reduce(1, part, bad, "amax")
+    past = times <= latest.gather(1, part)
+    return past, past[:, 0] & (part[:, 0] == 0), last
+
+
+def _beside(flags: Tensor, x: Tensor) -> Tensor:
+    """Flags (B) as they broadcast to x (B, ...), flags (B, T) to x (B, n T, ...)."""
+    if flags.ndim == 2:
+        flags = flags.repeat_interleave(x.shape[1] // flags.shape[1], 1)
+    return flags.view(*flags.shape, *[1] * (x.ndim - flags.ndim))
+
+
 def _cleared(inputs: tuple[Any, ...], state_at: int, spoilt: Tensor) -> list[Any]:
     """Zeros where spoilt; a state that the first step spoils is one."""
     cleared = list(inputs)
     for i, x in enumerate(inputs):
         if _floating(x):
-            here = spoilt[:, :1] if i == state_at else spoilt.repeat_interleave(x.shape[1] // spoilt.shape[1], 1)
-            cleared[i] = x.masked_fill(here.view(*here.shape, *[1] * (x.ndim - 2)), 0)
+            cleared[i] = x.masked_fill(_beside(spoilt[:, 0] if i == state_at else spoilt, x), 0)
     return cleared
 
 
