@@ -256,22 +256,15 @@ def _backward_work(
 
 
 @functools.partial(_compile, parallel=True)
-def _forward_together(like, q, k, v, beta, g, state, tokens, each, o, last, states, missed, workers):
+def _forward_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _forward_work(
-            like, q, k, v, beta, g, state, tokens, each, o, last, states, missed, np.int64(worker), workers
-        )  # fmt: skip
+        _forward_work(like, *arrays, np.int64(worker), workers)
 
 
 @functools.partial(_compile, parallel=True)
-def _backward_together(
-    like, d_o, d_last, q, k, v, beta, g, states, missed, tokens, each, d_q, d_k, d_v, d_beta, d_g, d_state, workers
-):  # fmt: skip
+def _backward_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _backward_work(
-            like, d_o, d_last, q, k, v, beta, g, states, missed, tokens, each, d_q, d_k, d_v, d_beta, d_g, d_state,
-            np.int64(worker), workers,
-        )  # fmt: skip
+        _backward_work(like, *arrays, np.int64(worker), workers)
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, tuple[int, ...]]:
@@ -385,20 +378,41 @@ def _read_back(like, given, y, weights):
 
 
 @_compile
+def _prepare(like, t, of_k, of_b, w, total, whole, turned, q, k, a, b, g, reset, n, start, steps, h):
+    """A chunk's rows as they come and as they are scaled, in t, the weights (4, C, C) of q and a against k and b, and
+    the decays of all of it; turned: scratch."""
+    threads._apart()
+    qs, ks, as_, bs, q_, k_, a_, b_, power, rest, logs = (
+        t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]
+    )  # fmt: skip
+    row = turned.shape[0] * turned.itemsize
+    tiles.load(qs, q, n, start, steps, h)
+    tiles.load(ks, k, n, start, steps, h)
+    tiles.load(bs, b, n, start, steps, h)
+    _load_next(as_, a, n, start, steps, h)
+    key.key_factors(like, power, rest, total, logs, g, reset, n, start, steps, h)
+    key.key_scales(like, q_, k_, of_k, qs, ks, power, rest)
+    key.key_scales(like, a_, b_, of_b, as_, bs, power, rest)
+    key.key_weights(like, w[0], qs, ks, power, rest, of_k, of_k, turned)
+    key.key_weights(like, w[1], qs, bs, power, rest, of_k, of_b, turned)
+    key.key_weights(like, w[2], as_, ks, power, rest, of_b, of_k, turned)
+    key.key_weights(like, w[3], as_, bs, power, rest, of_b, of_b, turned)
+    tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
+
+
+@_compile
 def _dplr_forward_work(like, q, k, v, a, b, g, reset, state, size, o, last, states, read, worker, workers):
     """Units are rows of the batch by heads; read: what a reads, (B, T, H, V), or nothing."""
     threads._apart()
     steps, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
     wide, high, count = tiles.up(keys), tiles.up(values), key.key_levels(size)
     t = np.zeros((11, size, wide), v.dtype)
-    qs, ks, as_, bs, q_, k_, a_, b_, power, rest, logs = (
-        t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]
-    )  # fmt: skip
+    q_, k_, a_, b_ = t[4], t[5], t[6], t[7]
     of_k, of_b = np.zeros((count, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
     turned, w = np.zeros((wide, size), v.dtype), np.zeros((4, size, size), v.dtype)
     vs, os, ps = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype)
     base, s = np.zeros((size, high), v.dtype), np.zeros((wide, high), v.dtype)
-    total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
+    total, whole = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype)
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         n, h = u // heads, u % heads
@@ -407,19 +421,8 @@ def _dplr_forward_work(like, q, k, v, a, b, g, reset, state, size, o, last, stat
         for c in range(-(-steps // size)):
             start = c * size
             here = min(size, steps - start)
-            tiles.load(qs, q, n, start, here, h)
-            tiles.load(ks, k, n, start, here, h)
-            tiles.load(bs, b, n, start, here, h)
+            _prepare(like, t, of_k, of_b, w, total, whole, turned, q, k, a, b, g, reset, n, start, here, h)
             tiles.load(vs, v, n, start, here, h)
-            _load_next(as_, a, n, start, here, h)
-            key.key_factors(like, power, rest, total, logs, g, reset, n, start, here, h)
-            key.key_scales(like, q_, k_, of_k, qs, ks, power, rest)
-            key.key_scales(like, a_, b_, of_b, as_, bs, power, rest)
-            key.key_weights(like, w[0], qs, ks, power, rest, of_k, of_k, turned)
-            key.key_weights(like, w[1], qs, bs, power, rest, of_k, of_b, turned)
-            key.key_weights(like, w[2], as_, ks, power, rest, of_b, of_k, turned)
-            key.key_weights(like, w[3], as_, bs, power, rest, of_b, of_b, turned)
-            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
             tiles.product(like, 0, base, a_, s)
             tiles.lower_product(like, 1, base, w[2], vs)
             _first(ps[0], a, n, start, h, s)
@@ -446,9 +449,7 @@ def _dplr_backward_work(
     steps, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
     wide, high, count = tiles.up(keys), tiles.up(values), key.key_levels(size)
     t = np.zeros((20, size, wide), v.dtype)
-    qs, ks, as_, bs, q_, k_, a_, b_, power, rest, logs = (
-        t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]
-    )  # fmt: skip
+    qs, ks, as_, bs, q_, k_, a_, b_, power, rest = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9]
     dq_, dk_, da_, db_, dqs, dks, das, dbs, dgs = (
         t[11], t[12], t[13], t[14], t[15], t[16], t[17], t[18], t[19]
     )  # fmt: skip
@@ -462,7 +463,7 @@ def _dplr_backward_work(
         np.zeros((high, wide), v.dtype),
         np.zeros((wide, high), v.dtype),
     )
-    total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
+    total, whole = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype)
     zero = np.zeros(wide, v.dtype)
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
@@ -472,21 +473,10 @@ def _dplr_backward_work(
         for c in range(-(-steps // size) - 1, -1, -1):
             start, s = c * size, states[n, h, c]
             here = min(size, steps - start)
-            tiles.load(qs, q, n, start, here, h)
-            tiles.load(ks, k, n, start, here, h)
-            tiles.load(bs, b, n, start, here, h)
+            _prepare(like, t, of_k, of_b, w, total, whole, turned, q, k, a, b, g, reset, n, start, here, h)
             tiles.load(vs, v, n, start, here, h)
             tiles.load(do, d_o, n, start, here, h)
             tiles.load(ps, read, n, start, here, h)
-            _load_next(as_, a, n, start, here, h)
-            key.key_factors(like, power, rest, total, logs, g, reset, n, start, here, h)
-            key.key_scales(like, q_, k_, of_k, qs, ks, power, rest)
-            key.key_scales(like, a_, b_, of_b, as_, bs, power, rest)
-            key.key_weights(like, w[0], qs, ks, power, rest, of_k, of_k, turned)
-            key.key_weights(like, w[1], qs, bs, power, rest, of_k, of_b, turned)
-            key.key_weights(like, w[2], as_, ks, power, rest, of_b, of_k, turned)
-            key.key_weights(like, w[3], as_, bs, power, rest, of_b, of_b, turned)
-            tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
             tiles.turned_lower_product(like, 0, dp, w[1], do)
             tiles.product(like, 1, dp, b_, end)
             _read_back(like, dp, y, w[3])
@@ -536,22 +526,15 @@ def _dplr_backward_work(
 
 
 @functools.partial(_compile, parallel=True)
-def _dplr_forward_together(like, q, k, v, a, b, g, reset, state, size, o, last, states, read, workers):
+def _dplr_forward_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _dplr_forward_work(
-            like, q, k, v, a, b, g, reset, state, size, o, last, states, read, np.int64(worker), workers
-        )  # fmt: skip
+        _dplr_forward_work(like, *arrays, np.int64(worker), workers)
 
 
 @functools.partial(_compile, parallel=True)
-def _dplr_backward_together(
-    like, d_o, d_last, q, k, v, a, b, g, reset, states, read, size, d_q, d_k, d_v, d_a, d_b, d_g, d_state, workers
-):  # fmt: skip
+def _dplr_backward_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _dplr_backward_work(
-            like, d_o, d_last, q, k, v, a, b, g, reset, states, read, size, d_q, d_k, d_v, d_a, d_b, d_g, d_state,
-            np.int64(worker), workers,
-        )  # fmt: skip
+        _dplr_backward_work(like, *arrays, np.int64(worker), workers)
 
 
 def _dplr_forward(

@@ -25,6 +25,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numba
@@ -335,11 +336,30 @@ class _Problem(NamedTuple):
 
 
 def _compile(function: Callable[..., Any], **options: Any) -> Any:
-    """numba.njit, cached beside this file, else in the user's cache directory, else not at all."""
+    """numba.njit, cached beside its file, else in the user's cache directory, else not at all.
+
+    Numba takes a cache for fresh as long as the file of the function is what it was. Code of other files is compiled
+    into it: here they count too.
+    """
     try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        compiled = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
     except RuntimeError:  # no directory can be written
         return numba.njit(nogil=True, error_model="numpy", **options)(function)
+    cache = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if cache is not None:
+        cache._source_stamp = _stamp(function.__module__)
+    return compiled
+
+
+@functools.cache
+def _stamp(module: str) -> tuple[tuple[int, int], ...]:
+    """Times and sizes of the module's file and of those of compiled code that it imports, and so on."""
+    found = [sys.modules[module]]
+    for one in found:  # grows
+        names = (n for n in vars(one).values() if isinstance(n, ModuleType) and n.__name__.endswith("in_numba"))
+        found += [n for n in dict.fromkeys(names) if n not in found]
+    files = [os.stat(one.__file__) for one in found if one.__file__]
+    return tuple((f.st_mtime_ns, f.st_size) for f in files)
 
 
 @_compile
@@ -590,7 +610,11 @@ def _run(like: Any, q: _Problem, backward: bool, workers: int) -> None:
     if workers == 1:
         (_backward_work if backward else _forward_work)(like, q, 0, 1)
         return
-    together = _backward_together if backward else _forward_together
+    on_threads(_backward_together if backward else _forward_together, like, q, workers)
+
+
+def on_threads(together: Callable[..., None], like: Any, q: Any, workers: int) -> None:
+    """together(like, q, workers), a loop that numba shares out; q: a tuple of what the workers get."""
     numba.set_num_threads(workers)  # of this Python thread
     with contextlib.nullcontext() if _many_callers() else _one_at_a_time:
         together(like, q, workers)

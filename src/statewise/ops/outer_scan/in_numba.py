@@ -606,31 +606,27 @@ def _backward_keys(
 
 
 @functools.partial(_compile, parallel=True)
-def _forward_units_together(like, q, k, v, g, reset, state, size, o, last, states, workers):
+def _forward_units_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _forward_units(like, q, k, v, g, reset, state, size, o, last, states, np.int64(worker), workers)
+        _forward_units(like, *arrays, np.int64(worker), workers)
 
 
 @functools.partial(_compile, parallel=True)
-def _backward_units_together(like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, workers):
+def _forward_keys_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _backward_units(
-            like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, np.int64(worker), workers
-        )
+        _forward_keys(like, *arrays, np.int64(worker), workers)
 
 
 @functools.partial(_compile, parallel=True)
-def _forward_keys_together(like, q, k, v, g, reset, state, size, o, last, states, workers):
+def _backward_units_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, np.int64(worker), workers)
+        _backward_units(like, *arrays, np.int64(worker), workers)
 
 
 @functools.partial(_compile, parallel=True)
-def _backward_keys_together(like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, workers):
+def _backward_keys_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _backward_keys(
-            like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, np.int64(worker), workers
-        )
+        _backward_keys(like, *arrays, np.int64(worker), workers)
 
 
 _FORWARD = {"scalar": (_forward_units, _forward_units_together), "key": (_forward_keys, _forward_keys_together)}

@@ -18,7 +18,6 @@ and 2^n (2^f - 1) h are added. For decays near 1 that keeps what rounding to 1 -
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import Any
@@ -489,31 +488,29 @@ def _backward_work(
 
 
 @functools.partial(_compile, parallel=True)
-def _forward_together(like, x, dt, a, b, c, h0, reset, ends, y, last, carries, workers):
+def _forward_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _forward_work(like, x, dt, a, b, c, h0, reset, ends, y, last, carries, np.int64(worker), workers)
+        _forward_work(like, *arrays, np.int64(worker), workers)
 
 
 @functools.partial(_compile, parallel=True)
-def _backward_together(
-    like, dy, d_last, x, dt, a, b, c, reset, ends, carries, dx, ddt, da, db, dc, dh0, workers
-):  # fmt: skip
+def _backward_together(like, arrays, workers):
     for worker in numba.prange(workers):
-        _backward_work(
-            like, dy, d_last, x, dt, a, b, c, reset, ends, carries, dx, ddt, da, db, dc, dh0,
-            np.int64(worker), workers,
-        )  # fmt: skip
+        _backward_work(like, *arrays, np.int64(worker), workers)
 
 
-def _run(alone: Any, together: Any, x: Tensor, states: int, units: int, *arrays: Any) -> None:
+def _run(alone: Any, together: Any, x: Tensor, states: int, units: int, *arrays: Any, like: Any = None) -> None:
+    """alone(like, *arrays, 0, 1), or together(like, arrays, workers) where the work is worth it.
+
+    like: a number that has the dtype of x; 0 where it is None.
+    """
     workers = max(1, min(threads._workers(x.numel() * states), units))
-    like = np.float64(0) if x.dtype == torch.float64 else np.float32(0)
+    if like is None:
+        like = np.float64(0) if x.dtype == torch.float64 else np.float32(0)
     if workers == 1:
         alone(like, *arrays, 0, 1)
-        return
-    numba.set_num_threads(workers)  # of this Python thread
-    with contextlib.nullcontext() if threads._many_callers() else threads._one_at_a_time:
-        together(like, *arrays, workers)
+    else:
+        threads.on_threads(together, like, arrays, workers)
 
 
 def _arrays(*tensors: Tensor | None) -> list[Any]:

@@ -8,7 +8,6 @@ Backward, from the end, with W and U the gradients that reach w_t and u_t in the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import Any
@@ -18,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core import clear_past_end
+from ...core import clear_past_end, tree_map
 from ..linear_scan import in_numba as threads
 from ..opaque import opaque
+from ..selective_scan import in_numba as vectors
 from . import SoftmaxState
 
 _compile = threads._compile
@@ -102,37 +102,20 @@ def _backward_work(
 
 
 @functools.partial(_compile, parallel=True)
-def _forward_together(lowest, score, v, m0, u0, w0, reset, ends, o, m1, u1, w1, ms, us, workers):
+def _forward_together(lowest, arrays, workers):
     for worker in numba.prange(workers):
-        _forward_work(
-            lowest, score, v, m0, u0, w0, reset, ends, o, m1, u1, w1, ms, us, np.int64(worker), workers
-        )  # fmt: skip
+        _forward_work(lowest, *arrays, np.int64(worker), workers)
 
 
 @functools.partial(_compile, parallel=True)
-def _backward_together(
-    lowest, do, dm1, du1, dw1, score, v, m0, u0, w0, reset, ends, o, ms, us, dscore, dv, dm0, du0, dw0, workers
-):  # fmt: skip
+def _backward_together(lowest, arrays, workers):
     for worker in numba.prange(workers):
-        _backward_work(
-            lowest, do, dm1, du1, dw1, score, v, m0, u0, w0, reset, ends, o, ms, us, dscore, dv, dm0, du0, dw0,
-            np.int64(worker), workers,
-        )  # fmt: skip
+        _backward_work(lowest, *arrays, np.int64(worker), workers)
 
 
 def _run(alone: Any, together: Any, v: Tensor, *tensors: Tensor | None) -> None:
-    arrays = [
-        np.empty((0, 0), np.uint8) if t is None else (t.view(torch.uint8) if t.dtype == torch.bool else t).numpy()
-        for t in (None if t is None else t.detach().contiguous() for t in tensors)
-    ]
-    kind = np.float64 if v.dtype == torch.float64 else np.float32
-    lowest, workers = np.finfo(kind).min, max(1, min(threads._workers(v.numel()), len(v) * v.shape[2]))
-    if workers == 1:
-        alone(lowest, *arrays, 0, 1)
-        return
-    numba.set_num_threads(workers)  # of this Python thread
-    with contextlib.nullcontext() if threads._many_callers() else threads._one_at_a_time:
-        together(lowest, *arrays, workers)
+    lowest = np.finfo(np.float64 if v.dtype == torch.float64 else np.float32).min
+    vectors._run(alone, together, v, 1, len(v) * v.shape[2], *vectors._arrays(*tensors), like=lowest)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
@@ -176,7 +159,7 @@ def softmax_scan(
 ) -> tuple[Tensor, SoftmaxState]:
     dtype = state.u.dtype
     if v.shape[1] == 0:
-        return v, state
+        return v, tree_map(Tensor.clone, state)
     ends = torch.full((len(v),), v.shape[1]) if lengths is None else lengths.to(v.device, torch.int64)
     wide = v.to(dtype) if lengths is None else clear_past_end(v.to(dtype), ends)
     o, m, u, w = _scan(score.to(dtype), wide, *state, reset, ends)

@@ -6,8 +6,6 @@ registers while its depth runs, and what a triangle leaves out is not computed. 
 (AVX-512) products of 64 x 64 run at 1.45 times the speed at which MKL multiplies large matrices.
 
 A tile is a 2-D array with contiguous rows, filled up with zeros to whole vectors in both directions.
-
-Numba's cache looks at the file of the caller alone: whoever changes this file must touch those that call it.
 """
 
 from __future__ import annotations
