@@ -263,8 +263,7 @@ def test_lengths_are_each_row_alone(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("decay", ["full", "channels", "one"])
-@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize(("decay", "steps"), [("full", 1), ("full", 2), ("full", 7), ("channels", 5), ("one", 5)])
 def test_first_and_second_derivatives(backend, dtype, decay, steps):
     a, x, h0 = (t.requires_grad_() for t in _inputs(2, steps, 3, dtype=dtype))
     a = {"full": a, "channels": a[0, 0], "one": a[:, :1, :1]}[decay].detach().requires_grad_()

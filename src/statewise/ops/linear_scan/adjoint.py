@@ -34,14 +34,14 @@ def differentiable(name: str, devices: str | tuple[str, ...], forward: Forward, 
 
 
 def _functions(forward: Forward, backward: Backward) -> Forward:
+    # by forward(ctx, ...): with a setup_context of its own, each call would look up the signature of forward
+
     class Run(torch.autograd.Function):
         @staticmethod
-        def forward(a, x, h0, reset):
-            return forward(a, x, h0, reset)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
+        def forward(ctx, *inputs):
+            output = forward(*inputs)
             _keep_for_run(ctx, inputs, output)
+            return output
 
         @staticmethod
         def backward(ctx, g, g_last):
@@ -49,12 +49,10 @@ def _functions(forward: Forward, backward: Backward) -> Forward:
 
     class Adjoint(torch.autograd.Function):
         @staticmethod
-        def forward(g, g_last, a, h, h0, reset):
-            return backward(g, g_last, a, h, h0, reset)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
+        def forward(ctx, *inputs):
+            output = backward(*inputs)
             _keep_for_adjoint(ctx, inputs, output)
+            return output
 
         @staticmethod
         def backward(ctx, q, p, r):
