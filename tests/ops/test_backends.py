@@ -90,6 +90,26 @@ def check(op: Op, backend: str, dtype: torch.dtype, keep: Callable[[dict[str, An
 
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in ops.values()])
+def test_no_result_is_an_input(op: Op):
+    """What is done to one in place would change the other. Where there are no steps the state is a copy."""
+    empty = 0
+    for number, call in enumerate(op.samples("cpu", torch.float32)):
+        given = {t.untyped_storage().data_ptr() for v in call.values() if v is not None for t in _tensors(v)}
+        given.discard(0)
+        empty += any(0 in t.shape[:2] for v in call.values() if v is not None for t in _tensors(v))
+        for name in ("reference", *op.backends):
+            if name == "reference" or op.backends[name].why_not((), call) is None:
+                for k, out in enumerate(leaves(op(**call, backend=name))):
+                    shared = out.numel() and out.untyped_storage().data_ptr() in given
+                    assert not shared, f"sample {number}, {name}, result {k}"
+    assert empty >= 2
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return leaves(value) if isinstance(value, Tensor | tuple) else []
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in ops.values()])
 def test_doctest(op: Op):
     import doctest
     import sys

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import clear_past_end, leaves, where
+from ..core import clear_past_end, leaves, tree_map, where
 
 
 def loop(
@@ -37,5 +37,7 @@ def loop(
         o, new = step(*(None if i is None else i[:, t] for i in inputs), before)
         state = new if lengths is None else where(t < lengths, new, state)
         outs.append(o.to(like.dtype))
-    out = torch.stack(outs, 1) if outs else like
+    if not outs:
+        return like, tree_map(Tensor.clone, state)
+    out = torch.stack(outs, 1)
     return (out if lengths is None else clear_past_end(out, lengths)), state

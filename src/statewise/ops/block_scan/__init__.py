@@ -73,4 +73,4 @@ def block_scan(a: Tensor, x: Tensor, h0: Tensor, *, reset: Tensor | None = None)
         new = torch.einsum("bgij,bgj->bgi", a[:, t], h) + x[:, t]
         h = new if reset is None else torch.where(reset[:, t, None, None], x[:, t], new)
         hs.append(h)
-    return torch.stack(hs, 1) if hs else x, h
+    return (torch.stack(hs, 1), h) if hs else (x, h0.clone())

@@ -14,7 +14,7 @@ LARGEST = 8  # block on a CPU, where a round costs as much as a step
 
 def scan(a: Tensor, x: Tensor, h0: Tensor, *, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if x.shape[1] == 0:
-        return x, h0
+        return x, h0.clone()
     if reset is not None:
         reset = reset[..., None, None]
         a = torch.where(reset[..., None], 0, a)

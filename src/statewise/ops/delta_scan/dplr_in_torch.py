@@ -271,7 +271,7 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """The op, by run."""
     if not v.shape[0] or not v.shape[1]:
-        return v, state
+        return v, state.clone()
     g, reset = by_row(q, state, log_decay, reset, lengths)
     g = None if g is None else g.expand(q.shape)
     if reset is not None:  # a reads what was there before the decay, so that no decay can hide it

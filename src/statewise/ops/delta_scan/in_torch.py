@@ -222,7 +222,7 @@ def solve(
     """The op, by run where the decay is one per head, else by run_dplr."""
     like = v if v.ndim == 4 else v[:, :, 0]
     if not like.shape[0] or not like.shape[1]:
-        return like, state
+        return like, state.clone()
     g, reset = by_row(q, state, log_decay, reset, lengths)
     q, k, v, beta = (cleared(x, lengths) for x in (q, k, v, beta))
     if k.ndim == 5:

@@ -55,7 +55,7 @@ def jordan_by(elman: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[T
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if x.shape[1] == 0:
-            return x.new_zeros(x.shape[0], 0, len(w_hy)), s0
+            return x.new_zeros(x.shape[0], 0, len(w_hy)), s0.clone()
         wide = s0.dtype
         with no_autocast(x):
             b = torch.zeros_like(w_hy[:, 0]) if b_hy is None else b_hy
@@ -189,7 +189,7 @@ def _run(
     reset = None if reset is None or not reset.any() else reset
     lengths = None if lengths is None or bool((lengths == x.shape[1]).all()) else lengths
     if x.shape[0] * x.shape[1] == 0 or (lengths is not None and not lengths.any()):
-        return [x.new_zeros(*x.shape[:2], state[0].shape[-1]), *state]
+        return [x.new_zeros(*x.shape[:2], state[0].shape[-1]), *(s.clone() for s in state)]
     with no_autocast(x):
         wide = [w.to(dtype) for w in weights]
         if reset is None and lengths is None:

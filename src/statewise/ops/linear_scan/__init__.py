@@ -135,5 +135,7 @@ def linear_scan(
             a_t, h = a_t.masked_fill(cut, 0), h.masked_fill(cut, 0)
         h = a_t * h + x[:, t]
         hs.append(h.to(x.dtype))
-    out = torch.stack(hs, 1) if hs else x
+    if not hs:
+        return x, h0.clone()
+    out = torch.stack(hs, 1)
     return (out if lengths is None else clear_past_end(out, lengths)), h

@@ -17,7 +17,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     a, x, reset = normal(a, x, h0, reset, lengths)
     if x.shape[1] == 0:
-        return x, h0
+        return x, h0.clone()
     if reset is not None:
         reset = reset.view(*reset.shape, *[1] * (x.ndim - 2))
         a = a.masked_fill(reset, 0)

@@ -71,7 +71,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     steps, a = x.shape[1], a.to(state.dtype)
     if steps == 0:
-        return x, state
+        return x, state.clone()
     if lengths is not None:  # from its end on a row rests: steps of size 0
         lengths = lengths.to(x.device)
         x, dt, b, c = (clear_past_end(t, lengths) for t in (x, dt, b, c))

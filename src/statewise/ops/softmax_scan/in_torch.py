@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core import clear_past_end, past_end, where
+from ...core import clear_past_end, past_end, tree_map, where
 from ..linear_scan import linear_scan
 from . import SoftmaxState
 
@@ -20,7 +20,7 @@ def softmax_scan(
     score: Tensor, v: Tensor, state: SoftmaxState, *, reset: Tensor | None = None, lengths: Tensor | None = None
 ) -> tuple[Tensor, SoftmaxState]:
     if v.shape[1] == 0:
-        return v, state
+        return v, tree_map(Tensor.clone, state)
     score, like = score.to(state.u.dtype), v
     score, reset = _until_end(score, reset, lengths)
     if lengths is not None:
@@ -44,7 +44,7 @@ def log_sum_exp_scan(
 ) -> tuple[Tensor, Tensor]:
     x = x.to(z0.dtype)
     if x.shape[1] == 0:
-        return x, z0
+        return x, z0.clone()
     x, reset = _until_end(x, reset, lengths)
     m, decay, push, first = _weights(x, z0, reset)
     u, _ = linear_scan(decay, push, first, reset=reset)

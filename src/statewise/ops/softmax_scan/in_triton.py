@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core import tree_map
 from ..opaque import opaque
 from . import SoftmaxState
 
@@ -253,7 +254,7 @@ def softmax_scan(
 ) -> tuple[Tensor, SoftmaxState]:
     dtype = state.u.dtype
     if v.shape[1] == 0:
-        return v, state
+        return v, tree_map(Tensor.clone, state)
     o, m, u, w = _scan(score.to(dtype), v.to(dtype), *state, reset, _ends(v, lengths))
     if lengths is None:
         m = m.detach()
