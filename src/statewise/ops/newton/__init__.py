@@ -136,20 +136,13 @@ def newton(
     if steps > 0 and is_traced(leaves(u)[0]):  # a tracer cannot follow the iterations: it sees the loop
         return *_loop(step, u, state, fresh, reset, lengths), _nothing(batch, steps, 0.0)
     layout = Layout.of(state)
-    if tolerance is None:
-        tolerance = default_tolerance(layout.dtype)
-    if not tolerance >= 4 * torch.finfo(layout.dtype).eps:
-        raise UsageError(f"newton: tolerance {tolerance}; expected at least 4 eps of {layout.dtype}")
-    if not 0 <= damping <= 1 or max_iterations < 1:
-        raise UsageError(f"newton: damping {damping}, max_iterations {max_iterations}; expected 0 to 1, at least 1")
-    first = layout.rows(state)
-    if structure.numbers != first.shape[1]:
-        raise UsageError(f"newton: the structure is of {structure.numbers} numbers, the state of {first.shape[1]}")
+    first, tolerance = layout.rows(state), default_tolerance(layout.dtype) if tolerance is None else tolerance
+    _check(layout, structure, first.shape[1], tolerance, damping, max_iterations)
     if batch * steps == 0:
         rows = batch * steps
         o, _ = step(tree_map(lambda leaf: leaf.flatten(0, 1), u), layout.tree(first.new_zeros(rows, first.shape[1])))
-        return tree_map(lambda leaf: leaf.unflatten(0, (batch, steps)), o), state, _nothing(batch, steps, tolerance)
-
+        o = tree_map(lambda leaf: leaf.unflatten(0, (batch, steps)), o)
+        return o, tree_map(Tensor.clone, state), _nothing(batch, steps, tolerance)
     if steps == 1:
         return *_loop(step, u, state, fresh, reset, lengths), _nothing(batch, steps, tolerance)
 
@@ -160,49 +153,34 @@ def newton(
     start = None if cut is None else layout.rows(fresh) if fresh is not None else torch.zeros_like(first)
     if segment is None:
         segment = min(LONGEST, max(SHORTEST, SEGMENT // (batch * structure.numbers * structure.size)))
-    linearise = linearise or by_tangents(step, layout, structure)
     run = _Run(
-        step,
-        linearise,
-        layout,
-        structure,
-        u,
-        first,
-        start,
-        cut,
-        ended,
-        tolerance,
-        max_iterations,
-        damping,
-        affine,
-        segment,
-    )
-    train = torch.is_grad_enabled()
-    with torch.no_grad():
-        h, jacobian, begin = run.solve(keep=train)
-    o, z, residual, begin = run.evaluate(h, begin)
-    if begin.min() < steps:
-        with torch.no_grad():
-            h, jacobian, begin = run.finish(h, begin)
-        o, z, _, _ = run.evaluate(h, None)
-    told = run.told(residual, begin)
+        step, linearise or by_tangents(step, layout, structure), layout, structure, u, first, start, cut, ended,
+        tolerance, max_iterations, damping, affine, segment,
+    )  # fmt: skip
+    o, s, told = run.answer()
     for watcher in _watchers:
         watcher.append(told)
-
-    if z.requires_grad:
-        with torch.no_grad():
-            jacobian = run.jacobian(h) if jacobian is None and structure.exact else jacobian
-        s = _Implicit.apply(z, h, jacobian if structure.exact else None, run)
-    else:
-        s = h
-    o = run.outputs(o, s)
-    run.new = None  # its graph leads back to run
-    if lengths is None:
-        last = s[:, -1].clone()  # a view would keep all of time in memory
-    else:
-        last = s[torch.arange(batch, device=s.device), (lengths - 1).clamp(min=0)]
-        last = torch.where((lengths == 0)[:, None], first, last)
+    last = _last(s, first, lengths)
     return tree_map(lambda leaf: leaf.unflatten(0, (batch, steps)), o), _separate(layout.tree(last)), told
+
+
+def _check(
+    layout: Layout, structure: Structure, numbers: int, tolerance: float, damping: float, max_iterations: int
+) -> None:
+    if not tolerance >= 4 * torch.finfo(layout.dtype).eps:
+        raise UsageError(f"newton: tolerance {tolerance}; expected at least 4 eps of {layout.dtype}")
+    if not 0 <= damping <= 1 or max_iterations < 1:
+        raise UsageError(f"newton: damping {damping}, max_iterations {max_iterations}; expected 0 to 1, at least 1")
+    if structure.numbers != numbers:
+        raise UsageError(f"newton: the structure is of {structure.numbers} numbers, the state of {numbers}")
+
+
+def _last(s: Tensor, first: Tensor, lengths: Tensor | None) -> Tensor:
+    """Of the states s (B, T, N), those at the rows' ends; the first one where a row is empty."""
+    if lengths is None:
+        return s[:, -1].clone()  # a view would keep all of time in memory
+    last = s[torch.arange(len(s), device=s.device), (lengths - 1).clamp(min=0)]
+    return torch.where((lengths == 0)[:, None], first, last)
 
 
 def _separate(state: Any) -> Any:
@@ -253,6 +231,21 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.batch, self.steps = leaves(self.u)[0].shape[:2]
+
+    def answer(self) -> tuple[Any, Tensor, Diagnostics]:
+        """o and the states (B, T, N), both with their gradients, and what was done."""
+        train = torch.is_grad_enabled()
+        with torch.no_grad():
+            h, jacobian, begin = self.solve(keep=train)
+        o, z, residual, begin = self.evaluate(h, begin)
+        if begin.min() < self.steps:
+            with torch.no_grad():
+                h, jacobian, begin = self.finish(h, begin)
+            o, z, _, _ = self.evaluate(h, None)
+        s = self.with_gradients(z, h, jacobian) if z.requires_grad else h
+        o = self.outputs(o, s)
+        self.new = None  # its graph leads back to self
+        return o, s, self.told(residual, begin)
 
     # solving
 
@@ -437,6 +430,12 @@ class _Run:
         )
 
     # gradients
+
+    def with_gradients(self, z: Tensor, h: Tensor, jacobian: Tensor | None) -> Tensor:
+        """h as the solution of h = f; z: f at h. The Jacobians are made where they are wanted and not kept."""
+        with torch.no_grad():
+            jacobian = self.jacobian(h) if jacobian is None and self.structure.exact else jacobian
+        return _Implicit.apply(z, h, jacobian if self.structure.exact else None, self)
 
     def adjoint(self, g: Tensor, h: Tensor, jacobian: Tensor | None) -> Tensor:
         """lam_t = g_t + J_{t+1}^T lam_{t+1}, a recurrence in reversed time.
