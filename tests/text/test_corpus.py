@@ -164,33 +164,26 @@ def test_made_once_until_the_files_change(tmp_path):
 # ---- faults
 
 
+LINES = {  # of a JSON Lines file, and what is said of them
+    "utf8 line": (b'{"text": "ab\xff\xfecd"}', "byte 13 of the line is not UTF-8"),
+    "not json": (b'{"text": "ab', "not JSON"),
+    "no field": (b'{"body": "ab"}', "field 'text' is not there; expected text; the line has body"),
+    "number": (b'{"text": 3}', "field 'text' is a int"),
+    "list": (b"[1]", "a JSON list"),
+    "surrogate": (b'{"text": "\\ud83d"}', "the text holds half of a surrogate pair"),
+    "deep": (b'{"text": ' + b"[" * 50_000, "n"),
+}
+
+
 def faults(folder: Path, kind: str) -> tuple[Path, str, list[str]]:
     """A path, the words of the one line that it earns, and the documents that are left without what cannot be read."""
     found = texts(60)
     lines = [json.dumps({"text": t}).encode() for t in found]
     folder.mkdir()
     path = folder / "some.jsonl"
-    if kind == "utf8 line":
-        lines[30] = b'{"text": "ab\xff\xfecd"}'
-        words = r"some\.jsonl:31: byte 13 of the line is not UTF-8"
-    elif kind == "not json":
-        lines[30] = b'{"text": "ab'
-        words = r"some\.jsonl:31: not JSON"
-    elif kind == "no field":
-        lines[30] = b'{"body": "ab"}'
-        words = r"some\.jsonl:31: field 'text' is not there; expected text; the line has body"
-    elif kind == "number":
-        lines[30] = b'{"text": 3}'
-        words = r"some\.jsonl:31: field 'text' is a int"
-    elif kind == "list":
-        lines[30] = b"[1]"
-        words = r"some\.jsonl:31: a JSON list"
-    elif kind == "surrogate":
-        lines[30] = b'{"text": "\\ud83d"}'
-        words = r"some\.jsonl:31: the text holds half of a surrogate pair"
-    elif kind == "deep":
-        lines[30] = b'{"text": ' + b"[" * 50_000
-        words = r"some\.jsonl:31: n"
+    if kind in LINES:
+        lines[30], said = LINES[kind]
+        words = rf"some\.jsonl:31: {said}"
     elif kind == "gz":
         whole = gzip.compress(b"\n".join(lines), mtime=0)
         path = folder / "some.jsonl.gz"
@@ -232,8 +225,7 @@ def faults(folder: Path, kind: str) -> tuple[Path, str, list[str]]:
     return path, words, [*found[:30], *found[31:]]
 
 
-FAULTS = ["utf8 line", "not json", "no field", "number", "list", "surrogate", "deep", "gz", "text", "binary",
-          "parquet null", "parquet column", "parquet cut", "parquet damaged"]  # fmt: skip
+FAULTS = [*LINES, "gz", "text", "binary", "parquet null", "parquet column", "parquet cut", "parquet damaged"]
 
 
 @pytest.mark.parametrize("kind", FAULTS)
