@@ -124,13 +124,13 @@ class RoutingAttention(RecurrentLayer[RoutingState]):
         last = start.gather(2, goes) + arrived.gather(3, goes[..., None])[..., 0]
         seen = _pick(order, last[..., None] + ranks)  # (B, H, T, W) places among the M
         visible = _pick(time, seen) >= begin[:, None, :, None]
-        o = _attend(q, _rows(keys, seen), _rows(values, seen), visible)
+        o = _attend(q, *_rows(keys, values, seen, visible), visible)
         y = self.out(o.transpose(1, 2).flatten(2).to(self.out.weight.dtype)).to(x.dtype)
 
         latest = _pick(order, (start + gained)[..., None] + ranks)  # (B, H, C, W)
         stays = _pick(time, latest) >= begin[:, -1, None, None, None]
-        k, v = (_rows(z, latest).masked_fill(~stays[..., None], 0) for z in (keys, values))
-        after = RoutingState(k, v, stays.sum(-1), Cost(state.cost.total + paid.sum(1)))
+        k, v = _rows(keys, values, latest, stays)
+        after = RoutingState(k.clone(), v.clone(), stays.sum(-1), Cost(state.cost.total + paid.sum(1)))
         return (y if lengths is None else clear_past_end(y, lengths.to(x.device))), after
 
     def step(self, x: Tensor, state: RoutingState) -> tuple[Tensor, RoutingState]:
@@ -173,11 +173,10 @@ class RoutingAttention(RecurrentLayer[RoutingState]):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """q (..., K), k and v (..., W, K), visible (..., W) -> (..., K); 0 where nothing is visible."""
-    hidden = ~visible
-    k, v = k.masked_fill(hidden[..., None], 0), v.masked_fill(hidden[..., None], 0)  # 0 times NaN is NaN
-    logits = (k * q[..., None, :]).sum(-1).masked_fill(hidden, torch.finfo(q.dtype).min)
-    return (logits.softmax(-1).masked_fill(hidden, 0)[..., None] * v).sum(-2)
+    """q (..., K), k and v (..., W, K), zero where not visible (..., W) -> (..., K); 0 where nothing is visible."""
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (k @ q[..., None])[..., 0].masked_fill(~visible, torch.finfo(q.dtype).min)
+        return (logits.softmax(-1).masked_fill(~visible, 0)[..., None, :] @ v)[..., 0, :]
 
 
 def _pick(among: Tensor, at: Tensor) -> Tensor:
@@ -185,8 +184,11 @@ def _pick(among: Tensor, at: Tensor) -> Tensor:
     return among.gather(2, at.flatten(2)).view(at.shape)
 
 
-def _rows(among: Tensor, at: Tensor) -> Tensor:
-    """among (B, H, M, K), at (B, H, *S) -> (B, H, *S, K)."""
-    batch, heads, count, _ = among.shape
+def _rows(k: Tensor, v: Tensor, at: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v (B, H, M, K), at and visible (B, H, *S) -> their rows (B, H, *S, K), zero where not visible."""
+    batch, heads, count, key = k.shape
+    nothing = batch * heads * count  # the row of zeros behind all others
+    rows = F.pad(torch.cat([k, v], -1).flatten(0, 2), (0, 0, 0, 1))
     first = torch.arange(batch * heads, device=at.device).view(batch, heads, *[1] * (at.ndim - 2)) * count
-    return F.embedding(first + at, among.flatten(0, 2))  # which copies whole rows, forward and back
+    found = F.embedding(torch.where(visible, first + at, nothing), rows, padding_idx=nothing).split(key, -1)
+    return found[0], found[1]
