@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
+from triton_here import MARKS, interpreted, without_interpreter
 
-import pytest
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
+pytestmark = MARKS
 
 CROSS = """
 import torch
@@ -45,20 +36,13 @@ print("done")
 """
 
 
-def _interpreted(code: str) -> str:
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def test_equals_the_reference():
-    lines = _interpreted(CROSS).splitlines()
+    lines = interpreted(CROSS).splitlines()
     assert len(lines) == 4 and all(int(line.split()[-1]) >= 20 for line in lines)
 
 
 def test_several_blocks_of_values():
-    assert "done" in _interpreted(SHAPES)
+    assert "done" in interpreted(SHAPES)
 
 
 def test_without_a_gpu_it_says_so():
@@ -68,6 +52,4 @@ from statewise.ops import delta_scan
 x = torch.ones(1, 2, 1, 1)
 print(delta_scan.explain(x, x, x, x[..., 0], x[:, 0, :, None])["triton"])
 """
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "takes cuda" in done.stdout, done.stderr
+    assert "takes cuda" in without_interpreter(code)

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
+from triton_here import MARKS, compiled, interpreted, without_interpreter
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
+pytestmark = MARKS
 
 CROSS = """
 import torch
@@ -118,65 +110,47 @@ for op, gates, parts in CELLS:
 COMPILED = """
 import importlib
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_here import compiles
 
 loops = importlib.import_module("statewise.ops.gated_loop.in_triton")
-KINDS = {"reset": "*u8", "ends": "*i64"} | dict.fromkeys(("batch", "steps", "width", "size"), "i32")
 for cell, kind, dtype in (
     ("elman", "relu", torch.float32), ("elman", "tanh", torch.float64), ("gru", "", torch.float32),
     ("lstm", "", torch.float64), ("slstm", "sigmoid", torch.float32), ("slstm", "exp", torch.float32),
 ):
     state, r = torch.zeros(1, 1, 16, dtype=dtype), torch.zeros(1, 1, 16)
     _, fixed = loops._launch(state, r, torch.zeros(1), cell, kind, 0.5)
-    options = {"num_warps": fixed.pop("num_warps")}
+    warps, number = fixed.pop("num_warps"), "*fp64" if dtype == torch.float64 else "*fp32"
     for kernel, more in (
         (loops._forward_kernel, {"KEEP": True}), (loops._backward_kernel, {"SLOPES": loops.CELLS[cell].slopes})
     ):
-        given = fixed | more
-        number = "*fp64" if dtype == torch.float64 else "*fp32"
-        signature = {n: "constexpr" if n in given else KINDS.get(n, number) for n in kernel.arg_names}
-        constants = {(i,): given[n] for i, n in enumerate(kernel.arg_names) if n in given}
-        source = ASTSource(kernel, signature, constants)
-        print("cubin" in triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm)
+        print(compiles(kernel, number, fixed | more, num_warps=warps))
 """
-
-
-def _interpreted(code: str) -> str:
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize("name, least", [("elman", 18), ("gru", 16), ("lstm", 16), ("slstm", 20)])
 def test_equals_the_reference(name: str, least: int):
-    counts = [int(line) for line in _interpreted(CROSS.replace("NAME", name)).split()]
+    counts = [int(line) for line in interpreted(CROSS.replace("NAME", name)).split()]
     assert len(counts) == 3 and min(counts) >= least
 
 
 def test_equals_the_reference_over_blocks_of_rows_of_uneven_lengths():
-    assert "done" in _interpreted(START + BLOCKS)
+    assert "done" in interpreted(START + BLOCKS)
 
 
 def test_what_is_not_finite_stays_in_its_row_and_head():
-    assert "done" in _interpreted(START + BOUNDS)
+    assert "done" in interpreted(START + BOUNDS)
 
 
 def test_tanh_and_log_sigmoid_are_right_where_they_are_tiny():
-    assert "done" in _interpreted(START + SMALL)
+    assert "done" in interpreted(START + SMALL)
 
 
 def test_traced():
-    assert _interpreted(START + TRACED).split() == ["True"] * 4
+    assert interpreted(START + TRACED).split() == ["True"] * 4
 
 
 def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
-    """The interpreter takes more than the compiler does: types that change in a loop, for one."""
-    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, timeout=290)
-    assert done.stdout.split() == ["True"] * 12, done.stderr[-2000:]
+    assert compiled(COMPILED, tmp_path) == ["True"] * 12
 
 
 def test_it_says_what_it_does_not_take():
@@ -191,7 +165,6 @@ one = torch.ones(1, 1)
 print(lstm_loop.explain(one[None], one, one, torch.ones(4, 1), torch.ones(4, 1), w_hr=one)["triton"])
 print(lstm_loop.explain(one[None], one, one, torch.ones(4, 1), torch.ones(4, 1), None, None, one)["triton"])
 """
-    taken = ["takes" not in line for line in _interpreted(code).splitlines()]
+    taken = ["takes" not in line for line in interpreted(code).splitlines()]
     assert taken == [True, True, True, True, False, False, False, False]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.count("takes cuda") == 8
+    assert without_interpreter(code).count("takes cuda") == 8

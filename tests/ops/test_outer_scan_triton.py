@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
+from triton_here import MARKS, interpreted, without_interpreter
 
-import pytest
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
+pytestmark = MARKS
 
 CROSS = """
 import torch
@@ -66,19 +57,12 @@ print("done")
 """
 
 
-def _interpreted(code: str) -> str:
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def test_equals_the_reference():
-    assert int(_interpreted(CROSS)) >= 25
+    assert int(interpreted(CROSS)) >= 25
 
 
 def test_several_chunks_and_blocks_of_values():
-    assert "done" in _interpreted(CHUNKS)
+    assert "done" in interpreted(CHUNKS)
 
 
 def test_it_says_what_it_does_not_take():
@@ -89,6 +73,5 @@ one = torch.ones(1, 2, 1, 2)
 for g in (None, torch.zeros(2), torch.zeros(2, 2)):
     print(outer_scan.explain(one, one, one, torch.zeros(1, 1, 2, 2), log_decay=g)["triton"])
 """
-    assert ["takes" in line for line in _interpreted(code).splitlines()] == [False, True, True]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.count("takes cuda") == 3
+    assert ["takes" in line for line in interpreted(code).splitlines()] == [False, True, True]
+    assert without_interpreter(code).count("takes cuda") == 3

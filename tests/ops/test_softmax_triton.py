@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
+from triton_here import MARKS, compiled, interpreted, without_interpreter
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
+pytestmark = MARKS
 
 CROSS = """
 import torch
@@ -103,52 +95,36 @@ for function, inputs in ((averages, inputs), (logs, (normal(2, 3, 4), normal(2, 
 
 COMPILED = """
 import importlib
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_here import compiles
 
 scans = importlib.import_module("statewise.ops.softmax_scan.in_triton")
-KINDS = {"reset": "*u8", "ends": "*i64"} | dict.fromkeys(("steps", "heads", "values", "blocks", "width"), "i32")
 for number, low in (("*fp32", -3.4028234663852886e38), ("*fp64", -1.7976931348623157e308)):
     fixed = {"LOWEST": low, "HIGHEST": -low, "HAS_RESET": True, "V": 64}
     for name in ("_forward_kernel", "_backward_kernel", "_log_forward_kernel", "_log_backward_kernel"):
-        kernel = getattr(scans, name)
-        signature = {n: "constexpr" if n in fixed else KINDS.get(n, number) for n in kernel.arg_names}
-        constants = {(i,): fixed[n] for i, n in enumerate(kernel.arg_names) if n in fixed}
-        print("cubin" in triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32)).asm)
+        print(compiles(getattr(scans, name), number, fixed))
 """
-
-
-def _interpreted(code: str) -> str:
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize("name, least", [("softmax_scan", 20), ("log_sum_exp_scan", 18)])
 def test_equals_the_reference(name: str, least: int):
-    counts = [int(line) for line in _interpreted(CROSS.replace("NAME", name)).split()]
+    counts = [int(line) for line in interpreted(CROSS.replace("NAME", name)).split()]
     assert len(counts) == 3 and min(counts) >= least
 
 
 def test_equals_the_reference_over_several_blocks():
-    assert "done" in _interpreted(START + BLOCKS)
+    assert "done" in interpreted(START + BLOCKS)
 
 
 def test_large_sums_and_what_is_not_finite():
-    assert "done" in _interpreted(START + BOUNDS)
+    assert "done" in interpreted(START + BOUNDS)
 
 
 def test_traced():
-    assert _interpreted(START + TRACED).split() == ["True"] * 2
+    assert interpreted(START + TRACED).split() == ["True"] * 2
 
 
 def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
-    """The interpreter takes more than the compiler does: types that change in a loop, for one."""
-    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, timeout=290)
-    assert done.stdout.split() == ["True"] * 8, done.stderr[-2000:]
+    assert compiled(COMPILED, tmp_path) == ["True"] * 8
 
 
 def test_without_a_gpu_it_says_so():
@@ -157,6 +133,5 @@ import torch
 from statewise.ops import log_sum_exp_scan
 print(log_sum_exp_scan.explain(torch.ones(1, 2), torch.ones(1))["triton"])
 """
-    assert _interpreted(code).strip() == "ok"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "takes cuda" in done.stdout
+    assert interpreted(code).strip() == "ok"
+    assert "takes cuda" in without_interpreter(code)

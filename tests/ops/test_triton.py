@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
+from triton_here import MARKS, interpreted, without_interpreter
 
-import pytest
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
+pytestmark = MARKS
 
 CROSS = """
 import torch
@@ -41,19 +32,12 @@ print("done")
 """
 
 
-def _interpreted(code: str) -> str:
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def test_equals_the_reference():
-    assert len(_interpreted(CROSS).splitlines()) == 3
+    assert len(interpreted(CROSS).splitlines()) == 3
 
 
 def test_derivatives():
-    assert "done" in _interpreted(DERIVATIVES)
+    assert "done" in interpreted(DERIVATIVES)
 
 
 def test_without_a_gpu_it_says_so():
@@ -63,5 +47,4 @@ from statewise.ops import linear_scan
 x = torch.ones(1, 2, 1)
 print(linear_scan.explain(x, x, x[0])["triton"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "takes cuda" in done.stdout
+    assert "takes cuda" in without_interpreter(code)

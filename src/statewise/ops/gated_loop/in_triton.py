@@ -71,6 +71,53 @@ def _tanh(x):
 
 
 @triton.jit
+def _places(batch, size, B: tl.constexpr, D: tl.constexpr):
+    """Of a program: its rows, its head, the columns of its units, and what of rows by units there is."""
+    row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    head, unit = tl.program_id(1).to(tl.int64), tl.arange(0, D)
+    return row, head, (head * size + unit)[None, :], (row < batch)[:, None] & (unit < size)[None, :]
+
+
+@triton.jit
+def _matrices(r, size, row_stride, column_stride, GATES: tl.constexpr, D: tl.constexpr):
+    """R of a head, gate by gate. What a cell has none of is a copy here and in _load."""
+    unit = tl.arange(0, D)
+    at = r + unit[:, None] * row_stride + unit[None, :] * column_stride
+    square = (unit < size)[:, None] & (unit < size)[None, :]
+    r0 = tl.load(at, mask=square, other=0.0)
+    r1, r2, r3 = r0, r0, r0
+    if GATES > 1:
+        r1 = tl.load(at + size * size, mask=square, other=0.0)
+        r2 = tl.load(at + 2 * size * size, mask=square, other=0.0)
+    if GATES > 3:
+        r3 = tl.load(at + 3 * size * size, mask=square, other=0.0)
+    return r0, r1, r2, r3
+
+
+@triton.jit
+def _load(at, width, mask, COUNT: tl.constexpr):
+    """COUNT numbers, `width` apart: 1, 2 or 4."""
+    a = tl.load(at, mask=mask, other=0.0)
+    b, c, d = a, a, a
+    if COUNT > 1:
+        b = tl.load(at + width, mask=mask, other=0.0)
+    if COUNT > 2:
+        c = tl.load(at + 2 * width, mask=mask, other=0.0)
+        d = tl.load(at + 3 * width, mask=mask, other=0.0)
+    return a, b, c, d
+
+
+@triton.jit
+def _store(at, width, mask, a, b, c, d, COUNT: tl.constexpr):
+    tl.store(at, a, mask=mask)
+    if COUNT > 1:
+        tl.store(at + width, b, mask=mask)
+    if COUNT > 2:
+        tl.store(at + 2 * width, c, mask=mask)
+        tl.store(at + 3 * width, d, mask=mask)
+
+
+@triton.jit
 def _gate(u, h, r, live):
     return tl.load(u, mask=live, other=0.0) + tl.dot(h, r, input_precision="ieee")
 
@@ -89,26 +136,12 @@ def _forward_kernel(
     KEEP: tl.constexpr, GATES: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, B: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    head, unit = tl.program_id(1).to(tl.int64), tl.arange(0, D)
-    square = (unit < size)[:, None] & (unit < size)[None, :]
-    inside, column = (row < batch)[:, None] & (unit < size)[None, :], (head * size + unit)[None, :]
-    turned = r + head * GATES * size * size + unit[None, :] * size + unit[:, None]
-    r0 = tl.load(turned, mask=square, other=0.0)
-    if GATES > 1:
-        r1 = tl.load(turned + size * size, mask=square, other=0.0)
-        r2 = tl.load(turned + 2 * size * size, mask=square, other=0.0)
-    if GATES > 3:
-        r3 = tl.load(turned + 3 * size * size, mask=square, other=0.0)
+    row, head, column, inside = _places(batch, size, B, D)
+    r0, r1, r2, r3 = _matrices(r + head * GATES * size * size, size, 1, size, GATES, D)  # turned
     if CELL == "gru":
-        bias = tl.load(c_n + column, mask=(unit < size)[None, :], other=0.0)
+        bias = tl.load(c_n + column, mask=(tl.arange(0, D) < size)[None, :], other=0.0)
     at = row[:, None] * (PARTS * width) + column
-    h = tl.load(state + at, mask=inside, other=0.0)
-    if PARTS > 1:
-        c = tl.load(state + at + width, mask=inside, other=0.0)
-    if PARTS > 2:
-        n = tl.load(state + at + 2 * width, mask=inside, other=0.0)
-        m = tl.load(state + at + 3 * width, mask=inside, other=0.0)
+    h, c, n, m = _load(state + at, width, inside, PARTS)
     end = tl.load(ends + row, mask=row < batch, other=0)
     longest = tl.max(end, 0)
     t = head * 0
@@ -139,10 +172,7 @@ def _forward_kernel(
             y = _tanh(tl.load(x + 2 * width, mask=live, other=0.0) + i * q)
             new = y + z * (h - y)
             if KEEP:
-                tl.store(keep, i, mask=live)
-                tl.store(keep + width, z, mask=live)
-                tl.store(keep + 2 * width, y, mask=live)
-                tl.store(keep + 3 * width, q, mask=live)
+                _store(keep, width, live, i, z, y, q, 4)
         else:
             i, f = _gate(x, h, r0, live), _gate(x + width, h, r1, live)
             z, o = _gate(x + 2 * width, h, r2, live), _gate(x + 3 * width, h, r3, live)
@@ -162,10 +192,7 @@ def _forward_kernel(
                 n, m = tl.where(live, n_new, n), tl.where(live, m_new, m)
             c = tl.where(live, c_new, c)
             if KEEP:
-                tl.store(keep, i, mask=live)
-                tl.store(keep + width, f, mask=live)
-                tl.store(keep + 2 * width, z, mask=live)
-                tl.store(keep + 3 * width, o, mask=live)
+                _store(keep, width, live, i, f, z, o, 4)
                 tl.store(keep + 4 * width, c, mask=live)
                 if PARTS > 2:
                     tl.store(keep + 5 * width, n, mask=live)
@@ -173,12 +200,7 @@ def _forward_kernel(
         tl.store(out + place[:, None] * width + column, new, mask=live)
         h = tl.where(live, new, h)
         t += 1
-    tl.store(last + at, h, mask=inside)
-    if PARTS > 1:
-        tl.store(last + at + width, c, mask=inside)
-    if PARTS > 2:
-        tl.store(last + at + 2 * width, n, mask=inside)
-        tl.store(last + at + 3 * width, m, mask=inside)
+    _store(last + at, width, inside, h, c, n, m, PARTS)
 
 
 @triton.jit
@@ -188,25 +210,11 @@ def _backward_kernel(
     GATES: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SLOPES: tl.constexpr, B: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    head, unit = tl.program_id(1).to(tl.int64), tl.arange(0, D)
-    square = (unit < size)[:, None] & (unit < size)[None, :]
-    inside, column = (row < batch)[:, None] & (unit < size)[None, :], (head * size + unit)[None, :]
-    matrix = r + head * GATES * size * size + unit[:, None] * size + unit[None, :]
-    r0 = tl.load(matrix, mask=square, other=0.0)
-    if GATES > 1:
-        r1 = tl.load(matrix + size * size, mask=square, other=0.0)
-        r2 = tl.load(matrix + 2 * size * size, mask=square, other=0.0)
-    if GATES > 3:
-        r3 = tl.load(matrix + 3 * size * size, mask=square, other=0.0)
+    row, head, column, inside = _places(batch, size, B, D)
+    r0, r1, r2, r3 = _matrices(r + head * GATES * size * size, size, size, 1, GATES, D)
     at = row[:, None] * (PARTS * width) + column
     first = state + at
-    dh = tl.load(g_last + at, mask=inside, other=0.0)
-    if PARTS > 1:
-        dc = tl.load(g_last + at + width, mask=inside, other=0.0)
-    if PARTS > 2:
-        dn = tl.load(g_last + at + 2 * width, mask=inside, other=0.0)
-        dm = tl.load(g_last + at + 3 * width, mask=inside, other=0.0)
+    dh, dc, dn, dm = _load(g_last + at, width, inside, PARTS)
     end = tl.load(ends + row, mask=row < batch, other=0)
     t = tl.max(end, 0) - 1
     while t >= 0:
@@ -227,20 +235,14 @@ def _backward_kernel(
             if LEAK != 1:
                 back += (1 - LEAK) * e
         elif CELL == "gru":
-            i = tl.load(keep, mask=live, other=0.0)
-            z = tl.load(keep + width, mask=live, other=0.0)
-            y = tl.load(keep + 2 * width, mask=live, other=0.0)
-            q = tl.load(keep + 3 * width, mask=live, other=0.0)
+            i, z, y, q = _load(keep, width, live, 4)
             h = _past(out + place[:, None] * width + column, width, first, later, live, cut, 0.0)
             df, dz = e * (h - y) * z * (1.0 - z), e * (1.0 - z) * (1.0 - y * y)
             di, do = dz * q * i * (1.0 - i), dz * i  # the last of q
             back = tl.dot(di, r0, input_precision="ieee") + tl.dot(df, r1, input_precision="ieee")
             back += tl.dot(do, r2, input_precision="ieee") + e * z
         else:
-            i = tl.load(keep, mask=live, other=0.0)
-            f = tl.load(keep + width, mask=live, other=0.0)
-            z = tl.load(keep + 2 * width, mask=live, other=0.0)
-            o = tl.load(keep + 3 * width, mask=live, other=0.0)
+            i, f, z, o = _load(keep, width, live, 4)
             c = tl.load(keep + 4 * width, mask=live, other=0.0)
             c_old = _past(keep + 4 * width, SLOTS * width, first + width, later, live, cut, 0.0)
             if CELL == "lstm":
@@ -273,19 +275,13 @@ def _backward_kernel(
             dc = tl.where(live, tl.where(cut, 0.0, dc_old), dc)
             back = tl.dot(di, r0, input_precision="ieee") + tl.dot(df, r1, input_precision="ieee")
             back += tl.dot(dz, r2, input_precision="ieee") + tl.dot(do, r3, input_precision="ieee")
-        tl.store(slope, di, mask=live)
         if SLOPES > 1:
-            tl.store(slope + width, df, mask=live)
-            tl.store(slope + 2 * width, dz, mask=live)
-            tl.store(slope + 3 * width, do, mask=live)
+            _store(slope, width, live, di, df, dz, do, 4)
+        else:
+            tl.store(slope, di, mask=live)
         dh = tl.where(live, tl.where(cut, 0.0, back), dh)
         t -= 1
-    tl.store(d_state + at, dh, mask=inside)
-    if PARTS > 1:
-        tl.store(d_state + at + width, dc, mask=inside)
-    if PARTS > 2:
-        tl.store(d_state + at + 2 * width, dn, mask=inside)
-        tl.store(d_state + at + 3 * width, dm, mask=inside)
+    _store(d_state + at, width, inside, dh, dc, dn, dm, PARTS)
 
 
 def _launch(
