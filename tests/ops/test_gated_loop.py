@@ -73,7 +73,7 @@ def test_backend_equals_reference(name: str, backend: str) -> None:
             error = (a.double() - true).abs().max().item() if a.numel() else 0.0
             assert error <= 4 * own + FLOOR * scale, f"sample {number}, result {k}: error {error:.3g}"
         tried += 1
-    assert tried >= 12
+    assert tried >= 11
 
 
 @pytest.mark.parametrize(("name", "backend"), [*RUNS, *((name, "reference") for name in OPS)])
