@@ -35,7 +35,12 @@ class RoutingState(NamedTuple):
         dict(width=4, heads=2, clusters=2, window=3),
         dict(width=6, heads=1, clusters=3, window=1, commitment=0.1),
     ],
-    sized=lambda width: dict(width=width, heads=next(h for h in (4, 2, 1) if width % h == 0), clusters=8, window=32),
+    sized=lambda width: dict(
+        width=width,
+        heads=next(h for h in (8, 4, 2, 1) if h == 1 or (width % h == 0 and width // h >= 16)),
+        clusters=8,
+        window=32,
+    ),
 )
 class RoutingAttention(RecurrentLayer[RoutingState]):
     """y_t = W_o sum_s softmax_s(q_t . k_s) v_s over the latest W steps s <= t with c(k_s) = c(q_t).
