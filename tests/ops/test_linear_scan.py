@@ -52,7 +52,7 @@ def _outcome(inputs: tuple[Tensor, ...], **options) -> tuple[Tensor, ...]:
 def test_every_length(backend):
     a, x, h0 = _inputs(2, 130, 5, dtype=torch.float64)
     h = linear_scan.reference(a, x, h0)[0]
-    for steps in range(1, 131):
+    for steps in (*range(1, 40), 63, 64, 65, 127, 128, 129, 130):
         got, last = linear_scan(a[:, :steps], x[:, :steps], h0, backend=backend)
         torch.testing.assert_close(got, h[:, :steps], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(last, h[:, steps - 1], rtol=1e-12, atol=1e-12)
@@ -261,8 +261,9 @@ def test_lengths_are_each_row_alone(backend):
         torch.testing.assert_close(last[b : b + 1], end)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(  # torch differentiates its own: what it makes of complex numbers is its business
+    ("backend", "dtype"), [("numba", torch.float64), ("numba", torch.complex128), ("torch", torch.float64)]
+)
 @pytest.mark.parametrize(("decay", "steps"), [("full", 1), ("full", 2), ("full", 7), ("channels", 5), ("one", 5)])
 def test_first_and_second_derivatives(backend, dtype, decay, steps):
     a, x, h0 = (t.requires_grad_() for t in _inputs(2, steps, 3, dtype=dtype))
