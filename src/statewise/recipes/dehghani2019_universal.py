@@ -73,9 +73,13 @@ def by_place(model: RecurrentLayer[tuple[object, ...]], batch: Batch) -> Tensor:
 
 
 def runs(scale: Scale) -> dict[str, Run]:
-    """Train on strings up to a length, test on twice that; the paper: on up to 40, test on 400."""
+    """Train on strings up to a length, test on twice that; the paper: on up to 40, test on 400.
+
+    What so few steps teach holds for the lengths trained on: at small scale, beyond them, no model is far from the
+    simplest rule. (The paper's absolute positions begin at random numbers; here attention sees distances.)
+    """
     sizes = {
-        "smoke": dict(length=3, beyond=6, width=8, depth=2),
+        "smoke": dict(length=6, beyond=12, width=8, depth=2),
         "small": dict(length=8, beyond=16, width=32, depth=4),
         "paper": dict(length=40, beyond=400, width=512, depth=6),
     }[scale]
