@@ -19,7 +19,7 @@ from several import free_port, in_ranks
 from statewise import models
 from statewise.core import UsageError
 from statewise.tasks.base import Batch, TaskInfo, tasks
-from statewise.training import RankLost, Ranks, Stopped, fit, read_log
+from statewise.training import Experiment, RankLost, Ranks, Stopped, Train, fit, read_log
 from statewise.training.log import TensorBoard
 
 # rows that do not divide evenly, a carried state, resets, accumulation, averaged weights and a norm that clips
@@ -83,6 +83,22 @@ def test_losses_are_those_of_one_process(tmp_path):
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["score"] == pytest.approx(result.score, rel=1e-6) and two["tokens"] == result.tokens
     assert not litter(tmp_path / "two")
+
+
+def pays() -> Experiment:
+    """Rows whose lengths differ, so that a rank's share of the costs is not its share of what is asked."""
+    model = models.Stack("min_gru@one", width=8, depth=3, ponder=0.3)
+    return Experiment(tasks["reverse"].cls(length=6), model, Train(steps=12, batch=5, evaluate_every=4))
+
+
+def pay(run: Path) -> None:
+    fit(pays(), run, ranks=here())
+
+
+def test_costs_are_those_of_one_process(tmp_path):
+    in_ranks(2, pay, tmp_path / "two")
+    fit(pays(), tmp_path / "one")
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
