@@ -98,7 +98,7 @@ def runs(scale: Scale) -> dict[str, Run]:
     sizes = {
         "smoke": {"width": 8, "length": 512, "batch": 2, "steps": 2, "prompts": 4, "before": 8, "after": 6, "beams": 4},
         "small": {
-            "width": 128, "length": 128, "batch": 16, "steps": 600, "prompts": 256, "before": 64, "after": 24,
+            "width": 96, "length": 128, "batch": 16, "steps": 400, "prompts": 256, "before": 64, "after": 24,
             "beams": 12,
         },
         "paper": {
