@@ -19,7 +19,7 @@ from toys import litter, toy
 from several import free_port, in_ranks
 from statewise.core import UsageError, read_tensors
 from statewise.models import LanguageModel, Stack
-from statewise.tasks import Adding, Recall
+from statewise.tasks import Adding, Reber
 from statewise.training import Experiment, RankLost, Ranks, Stopped, Train, fit, load
 from statewise.training.shards import Shards
 
@@ -38,9 +38,11 @@ def sharded() -> Ranks:
     return replace(here(), shard=True)
 
 
-def until_step_13(run: Path, ranks: Ranks) -> None:
+def until_step_20(run: Path, ranks: Ranks) -> None:
+    """The signal reaches one rank alone, when an evaluation is due."""
+
     def on_event(event: dict[str, Any]) -> None:
-        if ranks.rank == ranks.size - 1 and event["event"] == "train" and event["step"] >= 13:
+        if ranks.rank == ranks.size - 1 and event["event"] == "train" and event["step"] >= 20:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped):
@@ -52,7 +54,7 @@ def train_in_parts(place: Path) -> None:
     fit(toy(**HARD), place / "toy", ranks=ranks)
     for name, experiment in (("deep", DEEP), ("shared", SHARED)):
         fit(experiment, place / name, ranks=ranks)
-    until_step_13(place / "stopped", ranks)
+    until_step_20(place / "stopped", ranks)
     parts_are_parts(ranks)
 
 
@@ -108,7 +110,7 @@ def test_losses_and_checkpoints_are_those_of_one_process(tmp_path):
         assert fit(experiment, tmp_path / "two" / name).score == pytest.approx(result.score, rel=1e-5)
         assert load(tmp_path / "two" / name)[0] is not None
     fit(toy(**HARD), tmp_path / "two" / "stopped")  # by one process
-    assert max(events(tmp_path / "two" / "stopped", "start")) >= 13
+    assert max(events(tmp_path / "two" / "stopped", "start")) >= 20
     assert_same_losses(tmp_path / "toy", tmp_path / "two" / "stopped")
     assert not litter(tmp_path / "two")
 
@@ -116,9 +118,9 @@ def test_losses_and_checkpoints_are_those_of_one_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_one_process_began_goes_on_in_parts(tmp_path, ranks):
-    until_step_13(tmp_path / "run", Ranks())
+    until_step_20(tmp_path / "run", Ranks())
     in_ranks(ranks, go_on_in_parts, tmp_path / "run")
-    assert max(events(tmp_path / "run", "start")) >= 13
+    assert max(events(tmp_path / "run", "start")) >= 20
     fit(toy(**HARD), tmp_path / "one")
     assert_same_losses(tmp_path / "one", tmp_path / "run")
     assert_same_files(tmp_path / "one", tmp_path / "run")
@@ -134,7 +136,7 @@ def language(run: Path, *, one: bool = False) -> None:
     """A hybrid with attention and a tied embedding, as a checkpoint in bfloat16 arithmetic is trained."""
     model = LanguageModel("mamba2,gated_delta_net,window_attention(window=8,heads=2)", width=8, depth=3)
     train = Train(steps=10, batch=4, evaluate_every=5, precision="bfloat16")
-    fit(Experiment(Recall(), model, train), run, ranks=Ranks() if one else sharded())
+    fit(Experiment(Reber(), model, train), run, ranks=Ranks() if one else sharded())
 
 
 @pytest.mark.slow

@@ -192,7 +192,8 @@ class Training:
             weights = {name.removeprefix(WEIGHT): t for name, t in found.optim.items() if name.startswith(WEIGHT)}
             checkpoint.load_weights(self.model, weights, shown(found.path or "checkpoint"))
         like = None if found is None else self.model.initial_state(0)
-        self.held = (Shards if self.ranks.shard else Replicas)(self.model, self.ranks)
+        own = (self.model, self.ranks)
+        self.held: Replicas | Shards = Shards(*own) if self.ranks.shard else Replicas(*own)
         self.optimizer = Optimizer(self.held, train)
         self.average = Average(self.held, train.ema) if train.ema else None
         if found is not None:
@@ -333,7 +334,8 @@ class Training:
         weights = self.best if best and self.best is not None else self._weights()
         generators = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(generators, device_type="cuda"), self._using(weights):
-            batches = takewhile(lambda _: self.stop.received is None, task.batches(split))
+            # ranks that hold parts of the weights go through every batch together
+            batches = takewhile(lambda _: self.ranks.shard or self.stop.received is None, task.batches(split))
             found = evaluate(task, batches, self._run, self.device)
         found = self.ranks.first_says(found)  # or machines that differ in a last bit could disagree on the best
         self._stop_if_asked()  # out here, where the model has its own weights and generators again

@@ -97,7 +97,7 @@ class Shards:
             grad = self.sharded[name].grad
             part.grad = None if grad is None else _local(grad)
         trained = [part for part in self.parts.values() if part.requires_grad and part.numel()]
-        norm = self.ranks.total(gradient_norm(trained, 0).square()).sqrt()
+        norm = self.ranks.total(gradient_norm(trained, 0).double().square()).sqrt().float()
         if clip > 0:
             nn.utils.clip_grads_with_norm_(trained, clip, norm, foreach=True)
         return norm
