@@ -13,7 +13,7 @@ from torch import Tensor
 from ...core import leaves, names, tree_map, unroll
 from ...ops import Op, observe, use_backend
 from ..check import Skipped, check, no_numbers
-from ..sample import BATCH, STEPS, Layer, close, inputs, same_bits, trainable, warm
+from ..sample import BATCH, STEPS, Layer, close, dtype_of, inputs, same_bits, trainable, warm
 
 
 @check("numbers")
@@ -60,7 +60,8 @@ def check_bfloat16_dtypes(layer: Layer) -> None:
 
 @check("numbers")
 def check_bfloat16_near_float64(layer: Layer) -> None:
-    """With bfloat16 parameters the output is within 5 % of float64's with the same parameters."""
+    """With bfloat16 parameters the output is within 5 % of float64's with the same parameters, or as near as the layer
+    allows: within twice what float64's moves by when its parameters are moved within half a step of bfloat16."""
     _near(_half(layer, torch.bfloat16), 0.05)
 
 
@@ -72,7 +73,8 @@ def check_float16_dtypes(layer: Layer) -> None:
 
 @check("numbers")
 def check_float16_near_float64(layer: Layer) -> None:
-    """With float16 parameters the output is within 2 % of float64's with the same parameters."""
+    """With float16 parameters the output is within 2 % of float64's with the same parameters, or as near as the layer
+    allows: as for bfloat16."""
     _near(_half(layer, torch.float16), 0.02)
 
 
@@ -250,12 +252,27 @@ def _half(layer: Layer, dtype: torch.dtype) -> Layer:
 
 
 def _near(low: Layer, bound: float) -> None:
+    low_dtype = dtype_of(low)
     high, x = copy.deepcopy(low).double(), inputs(low)
     with torch.no_grad():
         want = unroll(high, _to(x, torch.float64))[0]
         for name, y in (("forward", low(x)[0]), ("step repeated", unroll(low, x)[0])):
             error = _error(y, want)
-            assert error <= bound, f"{name} is {error:.2g} (relative rms) from float64; allowed {bound}"
+            if error > bound:  # rarely: what is asked costs eight more runs
+                bound = max(bound, 2 * _moved(high, _to(x, torch.float64), want, torch.finfo(low_dtype).eps / 2))
+            assert error <= bound, f"{name} is {error:.2g} (relative rms) from float64; allowed {bound:.2g}"
+
+
+def _moved(layer: Layer, x: Tensor, y: Tensor, step: float, draws: int = 8) -> float:
+    """How far the output moves from y, on average, when every parameter is moved by up to `step` of its size."""
+    rng, moved = torch.Generator().manual_seed(0), 0.0
+    for _ in range(draws):
+        other = copy.deepcopy(layer)
+        for p in other.parameters():
+            if p.is_floating_point():
+                p.mul_(1 + step * (2 * torch.rand(p.shape, generator=rng, dtype=torch.float64).to(p.device) - 1))
+        moved += _error(unroll(other, x)[0], y) / draws
+    return moved
 
 
 def _has_dtypes(layer: Layer, dtype: torch.dtype) -> None:
