@@ -8,6 +8,7 @@ UNFINISHED = "\ufffd"  # what decoders put for bytes that are not a character (y
 
 
 LINE = 512  # ids kept at most while all of them can be shown
+FEW = 16  # ids among which a place to cut is looked for
 
 
 class TextStream:
@@ -55,7 +56,7 @@ class TextStream:
         if self.shown == len(text):
             self.ids, self.shown = [], 0
             return
-        for kept in range(1, len(self.ids)):
+        for kept in range(1, min(len(self.ids), FEW)):
             before, after = self.decode(self.ids[:-kept]), self.decode(self.ids[-kept:])
             if len(before) <= self.shown and before + after == text:  # a character cut in two would read otherwise
                 self.ids, self.shown = self.ids[-kept:], self.shown - len(before)
