@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
         if not (Path(run) / NAME).is_file():
             raise UsageError(f"{shown(run)} has no tokenizer; expected a run of `statewise train text` or `text_file`")
         size = int(batch_size) if str(batch_size).isdecimal() else 16  # "auto"
-        return cls(load(run)[0].to(device), load_tokenizer(run), batch_size=size, seed=seed)
+        return cls(load(run)[0].to(device), load_tokenizer(Path(run)), batch_size=size, seed=seed)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: Any, additional_config: Any = None) -> Any:
@@ -84,13 +84,13 @@ class HarnessModel(TemplateLM):
         return self.ids.encode(string).tolist()  # type: ignore[no-any-return]
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **unused: Any
     ) -> list[tuple[float, bool]]:
         """Of each (texts, context, continuation): log p(continuation | context), and whether greedy writes it."""
         after: dict[tuple[int, ...], list[int]] = {}
-        for i, (_, context, _) in enumerate(requests):
-            begin = [] if context[:1] == self.begin else self.begin
-            after.setdefault((*begin, *context), []).append(i)
+        for i, (_, ids_before, _) in enumerate(requests):
+            begin = [] if ids_before[:1] == self.begin else self.begin
+            after.setdefault((*begin, *ids_before), []).append(i)
         answers: dict[int, tuple[float, bool]] = {}
         for contexts in _parts(sorted(after, key=len), self.batch_size):
             ids, lengths = self._padded(contexts)

@@ -486,8 +486,10 @@ def _hybrid(
     blocks = []
     for i, (layer, read, name) in enumerate(mixers):
         prefix = f"model.layers.{i}"
-        mixed = mixture is not None and i in mixture.at
-        mlp = mixture.make() if mixed else GatedMLP(width, config.intermediate_size, bias=config.mlp_bias)
+        if mixture is not None and i in mixture.at:
+            mlp: GatedMLP | Experts = mixture.make()
+        else:
+            mlp = GatedMLP(width, config.intermediate_size, bias=config.mlp_bias)
         block = Block(layer, [norm(), norm()], mlp, back=nn.Identity()).to(weights.dtype)
         read_norm(block.norms[0], f"{prefix}.input_layernorm")
         read_norm(block.norms[1], f"{prefix}.{names.norm}")

@@ -18,6 +18,7 @@ class Experts(nn.Module):
     is added; 0 for none. The shares are computed in float32 or wider. up (E, 2 hidden, D) holds G over U.
 
     Only experts that some x takes are computed, or all of them where the graph is traced, which must not depend on x.
+    Steps that share an expert go through it together, so the last bit of one may depend on which others do.
     Maps have no bias and start as in torch.nn.Linear. Raises UsageError for sizes below 1 and unless k <= E.
     """
 
