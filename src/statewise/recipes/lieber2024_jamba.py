@@ -33,15 +33,15 @@ def runs(scale: Scale) -> dict[str, Run]:
     smoke, paper = scale == "smoke", scale == "paper"
     text = {
         "smoke": Train(steps=2, batch=2),
-        "small": Train(steps=120, batch=16, lr=4e-3, warmup=10, evaluate_every=0),
+        "small": Train(steps=100, batch=8, lr=4e-3, warmup=10, evaluate_every=0),
         "paper": Train(steps=250_000, batch=256, lr=3e-4, warmup=2000, evaluate_every=5000),
     }[scale]
     recall = {
         "smoke": Train(steps=2, batch=4),
-        "small": Train(steps=300, batch=32, lr=4e-3, warmup=20, evaluate_every=0),
+        "small": Train(steps=200, batch=32, lr=4e-3, warmup=20, evaluate_every=0),
         "paper": Train(steps=50_000, batch=256, lr=1e-3, warmup=500, evaluate_every=1000),
     }[scale]
-    length, window = {"smoke": (512, 16), "small": (128, 256), "paper": (4096, 4096)}[scale]
+    length, window = {"smoke": (512, 16), "small": (256, 256), "paper": (4096, 4096)}[scale]
     pairs = {"smoke": 2, "small": 16, "paper": 64}[scale]
     made: dict[str, Run] = {}
     for model, width in TEXT.items():
