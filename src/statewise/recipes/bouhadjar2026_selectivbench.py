@@ -70,11 +70,12 @@ def runs(scale: Scale) -> dict[str, Run]:
     if paper:
         wrong |= {"gap": 0.1, "gap_start": 50, "longest_gap": 10}
     longer, longest = {"smoke": (4, 5), "small": (5, 10), "paper": (20, 100)}[scale]
-    train: dict[str, Any] = {
+    trains: dict[Scale, dict[str, Any]] = {
         "smoke": {"steps": 2, "batch": 4},
         "small": {"steps": 200, "batch": 32, "lr": 1e-2, "warmup": 20},
         "paper": {"steps": 3125, "batch": 64, "lr": 1e-3, "warmup": 476},
-    }[scale]
+    }
+    train = trains[scale]
     made: dict[str, Run] = {}
     for layer in LAYERS:
         model = stack(scale, layer, grammar["length"] * (1 + longest))
