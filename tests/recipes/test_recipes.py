@@ -30,7 +30,7 @@ COUNT = 20
 
 def test_recipes_were_found() -> None:
     assert len(NAMES) == COUNT
-    assert all(re.fullmatch(r"[a-z]+\d{4}_[a-z0-9]+", name) for name in NAMES)
+    assert all(re.fullmatch(r"[a-z]+\d{4}_[a-z0-9_]+", name) for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
