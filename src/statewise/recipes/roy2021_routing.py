@@ -15,8 +15,8 @@ def runs(scale: Scale) -> dict[str, Run]:
     """Pairs at the start of a row, asked for anywhere behind them; blocks of local attention and a routed one on top.
 
     local: two windows so wide that a step compares its query with as many keys and centroids as in `routed`; full: two
-    windows over all. At small scale the steps are too few for full attention to learn the task, so that the claims, which
-    do not hold there, say nothing of routing yet.
+    windows over all. At small scale the steps are too few for full attention to learn the task, so that the
+    claims, which do not hold there, say nothing of routing yet.
     """
     sizes = {"smoke": (12, 2, 3, 2), "small": (96, 8, 16, 8), "paper": (4096, 64, 64, 64)}
     length, pairs, window, clusters = sizes[scale]
