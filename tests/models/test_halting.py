@@ -127,7 +127,7 @@ def test_the_loss_of_training_is_the_tasks_and_the_mean_cost_of_a_step() -> None
     with torch.no_grad():
         y, state = model(batch.x)
     assert losses == [pytest.approx((task.loss(y, batch) + state[-1].total.sum() / batch.x.numel()).item(), rel=1e-5)]
-        found = evaluate(task, [batch, batch], lambda batch, state: model(batch.x, state), torch.device("cpu"))
+    found = evaluate(task, [batch, batch], lambda batch, state: model(batch.x, state), torch.device("cpu"))
     assert found["cost"] == pytest.approx(state[-1].total.mean().item() / batch.x.shape[1], rel=1e-5)
 
 
