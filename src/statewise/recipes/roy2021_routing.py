@@ -15,15 +15,15 @@ def runs(scale: Scale) -> dict[str, Run]:
     """Pairs at the start of a row, asked for anywhere behind them; blocks of local attention and a routed one on top.
 
     local: two windows so wide that a step compares its query with as many keys and centroids as in `routed`; full: two
-    windows over all. At small scale the steps are too few for full attention to learn the task, so that the
-    claims, which do not hold there, say nothing of routing yet.
+    windows over all. At small scale the rows are ones that full attention learns in the time: with eight pairs in 96
+    steps it had not begun to, and the three were alike.
     """
-    sizes = {"smoke": (12, 2, 3, 2), "small": (96, 8, 16, 8), "paper": (4096, 64, 64, 64)}
+    sizes = {"smoke": (12, 2, 3, 2), "small": (32, 4, 5, 6), "paper": (4096, 64, 64, 64)}
     length, pairs, window, clusters = sizes[scale]
-    width, heads = {"smoke": (8, 1), "small": (32, 2), "paper": (256, 8)}[scale]
+    width, heads = {"smoke": (8, 1), "small": (64, 4), "paper": (256, 8)}[scale]
     train = {
         "smoke": Train(steps=2, batch=4),
-        "small": Train(steps=800, batch=32, lr=5e-3, warmup=50, evaluate_every=200),
+        "small": Train(steps=600, batch=64, lr=4e-3, warmup=20, evaluate_every=0),
         "paper": Train(steps=50_000, batch=32, lr=1e-3, warmup=1000, evaluate_every=1000),
     }[scale]
     task = Recall(length=length, pairs=pairs, symbols={"smoke": 4, "small": 16, "paper": 256}[scale])
