@@ -6,7 +6,7 @@
              ...@LABEL                one block for all places with this label: its weights are shared, its states not
              ...*COUNT                that many in a row
 
-The whole repeats to the depth of the stack. Known hybrids: Jamba (arXiv:2403.19887) is "mamba*3,attention,mamba*4";
+The whole repeats to the depth of the stack. Known hybrids: Jamba (arXiv:2403.19887) is "mamba*4,attention,mamba*3";
 Zamba (arXiv:2405.16712) "mamba2(mlp=0)*6,attention@shared"; Griffin-like "min_gru*2,window_attention"; "gru@one" runs
 the same block at every depth.
 """

@@ -38,7 +38,7 @@ def runs(scale: Scale) -> dict[str, Run]:
     }[scale]
     recall = {
         "smoke": Train(steps=2, batch=4),
-        "small": Train(steps=600, batch=32, lr=4e-3, warmup=20, evaluate_every=0),  # after 200 none has begun to recall
+        "small": Train(steps=600, batch=32, lr=4e-3, warmup=20, evaluate_every=0),  # after 200 one hybrid had begun
         "paper": Train(steps=50_000, batch=256, lr=1e-3, warmup=500, evaluate_every=1000),
     }[scale]
     length, window = {"smoke": (512, 16), "small": (256, 256), "paper": (4096, 4096)}[scale]
