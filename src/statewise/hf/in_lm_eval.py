@@ -58,6 +58,8 @@ class HarnessModel(TemplateLM):
         if not (Path(run) / NAME).is_file():
             raise UsageError(f"{shown(run)} has no tokenizer; expected a run of `statewise train text` or `text_file`")
         size = int(batch_size) if str(batch_size).isdecimal() else 16  # "auto"
+        if not torch.cuda.is_available() and device.startswith("cuda"):
+            device = "cpu"  # the harness asks for cuda where nothing was said
         return cls(load(run)[0].to(device), load_tokenizer(Path(run)), batch_size=size, seed=seed)
 
     @classmethod
