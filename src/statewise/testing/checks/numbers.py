@@ -60,8 +60,10 @@ def check_bfloat16_dtypes(layer: Layer) -> None:
 
 @check("numbers")
 def check_bfloat16_near_float64(layer: Layer) -> None:
-    """With bfloat16 parameters the output is within 5 % of float64's with the same parameters, or as near as the layer
-    allows: within twice what float64's moves by when its parameters are moved within half a step of bfloat16."""
+    """With bfloat16 parameters the output is within 5 % of float64's, or as near as the layer's conditioning allows.
+
+    That is within twice what float64's moves by when its parameters are moved within half a step of bfloat16.
+    """
     _near(_half(layer, torch.bfloat16), 0.05)
 
 
@@ -73,8 +75,7 @@ def check_float16_dtypes(layer: Layer) -> None:
 
 @check("numbers")
 def check_float16_near_float64(layer: Layer) -> None:
-    """With float16 parameters the output is within 2 % of float64's with the same parameters, or as near as the layer
-    allows: as for bfloat16."""
+    """With float16 parameters the output is within 2 % of float64's, or as near as the layer's conditioning allows."""
     _near(_half(layer, torch.float16), 0.02)
 
 
