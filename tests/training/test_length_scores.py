@@ -95,8 +95,8 @@ def test_what_was_found_is_not_computed_again(tmp_path, monkeypatch):
     real = evaluate.score_lengths
     monkeypatch.setattr(evaluate, "score_lengths", lambda *a, **k: asked.append(a[2]) or real(*a, **k))
     first = add_lengths(run, [10, 20])
-    assert add_lengths(run, [20, 10]) == first and asked == [[10, 20]]
-    assert [s.length for s in add_lengths(run, [30, 10])] == [10, 30] and asked[1:] == [[30]]
+    assert add_lengths(run, [20, 10]) == first and asked == [[10], [20]]
+    assert [s.length for s in add_lengths(run, [30, 10])] == [10, 30] and asked[2:] == [[30]]
     kept = read_json(run / evaluate.MEASURED)
     assert kept["latency"] == 1.0 and [e["length"] for e in kept["scores_by_length"]] == [10, 20, 30]
     fit(Experiment(Parity(longest=8), Stack("gru", width=4, depth=1), Train(steps=1, batch=2)), run, resume=False)
