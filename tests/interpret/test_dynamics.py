@@ -14,7 +14,7 @@ from statewise.testing import build
 
 NONLINEAR = {
     "elman", "jordan", "lstm", "gru", "reservoir", "attention", "window_attention", "para_gru", "para_lstm", "cfc",
-    "ltc", "slstm", "conv_slstm", "routing_attention",
+    "ltc", "ngram_heads", "slstm", "conv_slstm", "routing_attention",
 }  # fmt: skip
 LINEAR = [info for info in layers if info.name not in NONLINEAR]
 
