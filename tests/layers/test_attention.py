@@ -8,8 +8,8 @@ from torch import Tensor
 
 from statewise.core import UsageError, chunked, layers
 from statewise.layers import Attention
-from statewise.layers.attention import QUERIES
 from statewise.nn import rotate
+from statewise.nn.segments import QUERIES
 
 
 def naive(layer: Attention, x: Tensor, segment: Tensor | None = None) -> Tensor:

@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import RecurrentLayer, UsageError, check_input, check_sizes, clear_past_end, register_layer, wide
-from ..nn import RMSNorm, positions, rotate, tail
-
-QUERIES = 128  # at least so many at a time, so that a narrow window does not make tiny products
+from ..core import RecurrentLayer, UsageError, check_input, check_sizes, clear_past_end, clone, register_layer, wide
+from ..nn import RMSNorm, positions, rotate, stretches, tail
 
 
 class AttentionState(NamedTuple):
@@ -116,7 +114,7 @@ class Attention(RecurrentLayer[AttentionState]):
     ) -> tuple[Tensor, AttentionState]:
         check_input(self, x, state, reset, lengths)
         if x.shape[1] == 0:
-            return x, self.initial_state(x.shape[0]) if state is None else state
+            return x, self.initial_state(x.shape[0]) if state is None else clone(state)
         if lengths is None:
             return self._attend(x, state, reset, None)
         lengths = lengths.to(x.device)
@@ -166,9 +164,8 @@ class Attention(RecurrentLayer[AttentionState]):
         if causal and steps <= self.window:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            blocks, size = [], max(self.window, QUERIES)
-            for start in range(0, steps, size):
-                stop = min(start + size, steps)
+            blocks = []
+            for start, stop in stretches(steps, self.window):
                 at = torch.arange(start, stop, device=q.device)[:, None] + past
                 first = max(0, start + past - self.window + 1)
                 key = torch.arange(first, stop + past, device=q.device)

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import RecurrentLayer, check_input, check_sizes, clear_past_end, register_layer, wide
-from ..nn import positions, tail
+from ..core import RecurrentLayer, check_input, check_sizes, clear_past_end, clone, register_layer, wide
+from ..nn import positions, stretches, tail
 
-QUERIES = 128  # at least so many at a time, so that a narrow window does not make tiny products
 OF_CHANNELS, OF_STEPS = 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D  # whose powers, modulo 2^64, make hashes of bits
 
 
@@ -70,7 +69,7 @@ class NgramHeads(RecurrentLayer[NgramHeadsState]):
         check_input(self, x, state, reset, lengths)
         state = self.initial_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
-            return x, state
+            return x, clone(state)
         if lengths is None:
             return self._look(x, state, reset, None)
         lengths = lengths.to(x.device)
@@ -96,13 +95,12 @@ class NgramHeads(RecurrentLayer[NgramHeadsState]):
         window, steps = self.window, position.shape[1]
         bad = ~values.isfinite().all(-1)
         values = torch.cat([values.masked_fill(bad[..., None], 0), bad[..., None].to(values.dtype)], -1)
-        size, found, last = max(window, QUERIES), [], torch.zeros_like(symbols)
+        found, last = [], torch.zeros_like(symbols)
         for m in range(1, self.n + 1):
             last = symbols + OF_STEPS * nn.functional.pad(last[:, :-1], (1, 0))  # the last m; of the first m - 1, fewer
             ends, begins = last[:, window + self.n :], last[:, self.n - 1 : -1]  # by time t and, of what led to it, s
             blocks = []
-            for start in range(0, steps, size):
-                stop = min(start + size, steps)
+            for start, stop in stretches(steps, window):
                 at = torch.arange(start, stop, device=symbols.device)[:, None]
                 s = torch.arange(start - window, stop, device=symbols.device)
                 back = (position[:, start:stop] - m).clamp(max=window)[..., None]  # m symbols before s are to be seen

@@ -15,6 +15,7 @@ from ..core import (
     check_input,
     check_sizes,
     clear_past_end,
+    clone,
     past_end,
     register_layer,
     wide,
@@ -99,7 +100,7 @@ class RoutingAttention(RecurrentLayer[RoutingState]):
         batch, steps, _ = x.shape
         state = self.initial_state(batch) if state is None else state
         if steps == 0:
-            return torch.zeros_like(x), state
+            return torch.zeros_like(x), clone(state)
         over = None if lengths is None else past_end(lengths.to(x.device), steps)  # (B, T)
         x = x if over is None else x.masked_fill(over[..., None], 0)
         q, k, v = (z.transpose(1, 2) for z in self._project(x))  # (B, H, T, K)

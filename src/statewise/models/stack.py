@@ -99,8 +99,6 @@ class Stack:
     def residual(self, embed: nn.Linear | nn.Embedding, head: nn.Linear | None) -> Residual:
         """The stack between an embedding and a head."""
         blocks, norm, order = self.blocks(), self.last_norm(), self.order()
-        if self.ponder is None and not self.depth_embedding:
-            return Residual(embed, blocks, norm, head, order=order)
         halting = None
         if self.ponder is not None:
             halting = Halting(self.width, self.depth, NORMS[self.norm](self.width), ponder=self.ponder)

@@ -11,7 +11,7 @@ from .lti import LTI, Frozen, LinearSystem
 from .norms import RMSNorm
 from .rates import rate
 from .rotary import rotate
-from .segments import positions, tail
+from .segments import positions, stretches, tail
 from .short_convolution import ShortConvolution
 from .unit import unit
 
@@ -19,5 +19,5 @@ __all__ = [
     "BlockLinear", "Elapsed", "Experts", "Feature", "Frozen", "GLU", "GatedMLP", "HeadNorm", "LTI", "LinearSystem",
     "POSITIVE", "RMSNorm", "ShortConvolution", "bilinear", "check_dt", "check_elapsed", "check_feature", "decayed_max",
     "diagonal", "features", "hippo", "inverse_softplus", "legendre_memory", "legs_dplr", "legs_normal", "log_uniform",
-    "positions", "rate", "ring", "rotate", "split_elapsed", "tail", "unit", "zero_order_hold",
+    "positions", "rate", "ring", "rotate", "split_elapsed", "stretches", "tail", "unit", "zero_order_hold",
 ]  # fmt: skip

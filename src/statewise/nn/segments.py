@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+QUERIES = 128  # at least so many at a time, so that a narrow window does not make tiny products
+
+
+def stretches(steps: int, window: int) -> Iterator[tuple[int, int]]:
+    """Where stretches of time begin and end, so long that to look at a window from all of each costs T (W + 128).
+
+    >>> list(stretches(300, 10))
+    [(0, 128), (128, 256), (256, 300)]
+    """
+    size = max(window, QUERIES)
+    return ((start, min(start + size, steps)) for start in range(0, steps, size))
 
 
 def positions(seen: Tensor, steps: int, reset: Tensor | None) -> Tensor:

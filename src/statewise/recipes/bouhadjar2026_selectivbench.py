@@ -3,7 +3,6 @@ states of a grammar among gaps, noise and symbols that do not belong, and in gap
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -16,8 +15,9 @@ from ..core.paper import Paper
 from ..models import Stack
 from ..tasks import SelectivBench
 from ..tasks.base import Batch
-from ..training import Experiment, Train, fit, load
+from ..training import Experiment, Train
 from ..training.evaluate import evaluate
+from .generation import trained
 from .recipe import Claim, Measure, Recipe, Run, Scale
 from .verdict import Reader
 
@@ -35,9 +35,7 @@ def gaps(
     accuracy: on gaps as trained; accuracy_longer, accuracy_longest: on the first `batches` of the test examples.
     """
     bench = SelectivBench(**task)
-    with tempfile.TemporaryDirectory() as folder:
-        result = fit(Experiment(bench, Stack(**stack), Train(**train), seed), folder, tensorboard=False)
-        model = load(folder)[0].eval()
+    result, model = trained(Experiment(bench, Stack(**stack), Train(**train), seed))
 
     def run(batch: Batch, state: Any) -> tuple[Tensor, Any]:
         found: tuple[Tensor, Any] = model(batch.x, state, lengths=batch.lengths)

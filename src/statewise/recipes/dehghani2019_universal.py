@@ -3,7 +3,6 @@ as each place asks for, against a Transformer of as many layers and as many para
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,8 @@ from ..core import RecurrentLayer, costs
 from ..core.paper import Paper
 from ..models import Stack
 from ..tasks import Batch, BinaryAddition, Generated, Reverse, StringCopy
-from ..training import Experiment, Train, fit, load, score_lengths
+from ..training import Experiment, Train, score_lengths
+from .generation import trained
 from .recipe import Claim, Measure, Recipe, Run, Scale
 from .verdict import Reader
 
@@ -42,9 +42,7 @@ def algorithm(
         "plain": Stack("attention", 2 * round(width * depth**-0.5 / 2), depth, wide.args),
     }
     made = TASKS[task](length)
-    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
-        fit(Experiment(made, models[arm], Train(**train), seed), folder, tensorboard=False)
-        model, _ = load(folder)
+    _, model = trained(Experiment(made, models[arm], Train(**train), seed))
     near, far = score_lengths(model, made, [length, beyond])
     numbers = {"within": near.score or 0.0, "beyond": far.score or 0.0, "chance": near.chance, "baseline": far.baseline}
     numbers["parameters"] = sum(p.numel() for p in model.parameters())

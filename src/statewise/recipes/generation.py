@@ -1,8 +1,10 @@
-"""What recipes measure alike: how long one more token takes after a context, and how far two executions differ."""
+"""What recipes do and measure alike: train a model to ask it more than its score, how long one more token takes after a
+context, how far two executions differ."""
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +14,14 @@ from torch import Tensor
 
 from ..core import RecurrentLayer, layers, unroll
 from ..models import Stack
+from ..training import Experiment, Result, fit, load
+
+
+@torch.enable_grad()
+def trained(experiment: Experiment) -> tuple[Result, RecurrentLayer[Any]]:
+    """What `fit` found, and the model with its best weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        return fit(experiment, folder, tensorboard=False), load(folder)[0]
 
 
 @torch.no_grad()

@@ -3,13 +3,13 @@ beyond the rows that it was trained on it answers."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from ..core.paper import Paper
 from ..models import Stack
 from ..tasks import Copy, Induction, SelectiveCopy
-from ..training import Experiment, Train, fit, load, score_lengths
+from ..training import Experiment, Train, score_lengths
+from .generation import trained
 from .recipe import Claim, Measure, Recipe, Run, Scale
 from .verdict import Reader
 
@@ -23,15 +23,25 @@ def induction(
     task = Induction(length=length, symbols=symbols)
     pattern = f"attention(window={FAR[-1] * length + 1})" if layer == "attention" else layer
     train = Train(steps=steps, batch=batch, lr=lr, warmup=20)
-    with tempfile.TemporaryDirectory() as folder:
-        result = fit(Experiment(task, Stack(pattern, width=width), train, seed), folder, tensorboard=False)
-        model = load(Path(folder))[0]
+    result, model = trained(Experiment(task, Stack(pattern, width=width), train, seed))
     found = score_lengths(model, task, [times * length for times in FAR])
     numbers = {f"accuracy_{times}x": float(score.score or 0.0) for times, score in zip(FAR, found, strict=True)}
     return {
         "accuracy": numbers.pop("accuracy_1x"), **numbers, "parameters": float(result.parameters),
         "chance": task.chance(), "baseline": task.baseline(),
     }  # fmt: skip
+
+
+def copying(
+    selective: Sequence[str], fixed: Sequence[str], sizes: Mapping[str, int], width: int, train: Train
+) -> dict[str, Run]:
+    """selective_LAYER: symbols at places that differ from row to row; fixed_LAYER: at the same places in each."""
+    tasks = {"selective": (SelectiveCopy(**sizes), selective), "fixed": (Copy(**sizes), fixed)}
+    return {
+        f"{kind}_{layer}": Experiment(task, Stack(layer, width=width), train)
+        for kind, (task, tried) in tasks.items()
+        for layer in tried
+    }
 
 
 def runs(scale: Scale) -> dict[str, Run]:
@@ -47,13 +57,7 @@ def runs(scale: Scale) -> dict[str, Run]:
         "paper": Train(steps=400_000, batch=64, lr=1e-4, warmup=1000, evaluate_every=10_000),
     }[scale]
     width = {"smoke": 8, "small": 32, "paper": 64}[scale]
-    made: dict[str, Run] = {}
-    for name, task, layer in (
-        ("selective_mamba", SelectiveCopy(**sizes), "mamba"),
-        ("selective_s4d", SelectiveCopy(**sizes), "s4d"),
-        ("fixed_s4d", Copy(**sizes), "s4d"),
-    ):
-        made[name] = Experiment(task, Stack(layer, width=width), train)
+    made = copying(("mamba", "s4d"), ("s4d",), sizes, width, train)
     heads = {
         "smoke": {"length": 8, "symbols": 4, "steps": 2, "batch": 4, "lr": 5e-3},
         "small": {"length": 32, "symbols": 8, "steps": 400, "batch": 64, "lr": 5e-3},

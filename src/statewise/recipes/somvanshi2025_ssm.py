@@ -7,10 +7,9 @@ import torch
 
 from ..core import layers
 from ..core.paper import Paper
-from ..models import Stack
-from ..tasks import Copy, SelectiveCopy, Task
-from ..training import Experiment, Train
+from ..training import Train
 from .generation import execution_error
+from .gu2023_mamba import copying
 from .recipe import Claim, Measure, Recipe, Run, Scale
 from .verdict import Reader
 
@@ -46,14 +45,7 @@ def runs(scale: Scale) -> dict[str, Run]:
         "paper": Train(steps=400_000, batch=64, lr=1e-4, warmup=1000, evaluate_every=10_000),
     }[scale]
     width = {"smoke": 8, "small": 64, "paper": 64}[scale]
-    tasks: dict[str, tuple[Task, tuple[str, ...]]] = {
-        "selective": (SelectiveCopy(**sizes), (*INVARIANT, *SELECTIVE)),
-        "fixed": (Copy(**sizes), INVARIANT[:1]),
-    }
-    for kind, (task, tried) in tasks.items():
-        for layer in tried:
-            made[f"{kind}_{layer}"] = Experiment(task, Stack(layer, width=width), train)
-    return made
+    return made | copying((*INVARIANT, *SELECTIVE), INVARIANT[:1], sizes, width, train)
 
 
 def agree(r: Reader) -> bool:

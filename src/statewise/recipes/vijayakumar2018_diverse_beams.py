@@ -4,7 +4,6 @@ groups before it chose; here on a model of bytes that continues the text it was 
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 
 import torch
@@ -14,7 +13,8 @@ from ..core.paper import Paper
 from ..decoding import Beam, Sampling, beam_search, generate, read
 from ..models import LanguageModel
 from ..tasks import Text
-from ..training import Experiment, Train, fit, load
+from ..training import Experiment, Train
+from .generation import trained
 from .recipe import Claim, Measure, Recipe, Run, Scale
 from .verdict import Reader
 
@@ -33,9 +33,7 @@ def continuations(
     """
     task = Text(length=length)
     train = Train(steps=steps, batch=batch, lr=4e-3, warmup=20, evaluate_every=0)
-    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
-        bits = fit(Experiment(task, LanguageModel("gru", width=width), train, seed), folder, tensorboard=False).score
-        model, _ = load(folder)
+    result, model = trained(Experiment(task, LanguageModel("gru", width=width), train, seed))
     text = task.text("test").long()
     places = torch.linspace(0, len(text) - before - after, prompts).long()
     rows = text[places[:, None] + torch.arange(before + after)]
@@ -49,7 +47,7 @@ def continuations(
         "strong": Beam(beams, groups=beams, penalty=0.8),
         "ngram": Beam(beams, groups=beams, ngram=4),
     }
-    at, numbers = read(model, prompt), {"bits_per_byte": bits}
+    at, numbers = read(model, prompt), {"bits_per_byte": result.score}
     for name, how in searches.items():
         found = beam_search(model, at, after, how)
         numbers |= {f"{number}_{name}": value for number, value in scores(found.ids, found.scores, truth).items()}
