@@ -13,17 +13,22 @@ is a query of the step before, so that all four kinds of weights are of one form
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import cgutils
 from torch import Tensor
 
+from .. import fresh
 from ..contain import contained
 from ..linear_scan import in_numba as threads
 from ..opaque import opaque
-from ..outer_scan import in_numba as key
 from ..selective_scan import in_numba as vectors
+from ..selective_scan.in_numba import _code, _Lanes
 from ..tiles import in_numba as tiles
 from ..tiles.in_numba import LOG2
 from . import dplr_in_torch, in_torch
@@ -51,63 +56,130 @@ def _betas(betas, beta, b, start, steps, h):
 
 
 @_compile
+def _weigh(kk, qk, decay, each):
+    """What corrections see of corrections, times -decay below the diagonal; what queries see of them, times decay."""
+    for i in range(kk.shape[0]):
+        for j in range(kk.shape[1]):
+            kk[i, j] *= -decay[i, j]
+        kk[i, i] = 0
+    for i in range(qk.shape[0]):
+        for j in range(qk.shape[1]):
+            qk[i, j] *= decay[i * each + each - 1, j]
+
+
+@_compile
+def _scale(x, factors):
+    """Rows of x times their factors, in place."""
+    for i in range(x.shape[0]):
+        factor = factors[i]
+        for d in range(x.shape[1]):
+            x[i, d] *= factor
+
+
+@functools.partial(_compile, fastmath={"reassoc", "contract"})
+def _dots(out, x, y):
+    """Of each row of x with that of y."""
+    for i in range(x.shape[0]):
+        total = x[i, 0] * 0
+        for d in range(x.shape[1]):
+            total += x[i, d] * y[i, d]
+        out[i] = total
+
+
+@_compile
+def _add(x, y):
+    """x += y."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            x[i, j] += y[i, j]
+
+
+@_compile
 def _scores(like, kk, qk, decay, qs, ks, kt, ones, logs, each):
-    """What a correction sees of those before it (C, C), and a query of all up to it (C / each, C)."""
+    """What a correction sees of those before it, with a minus (C, C), and a query of all up to it (C / each, C)."""
     threads._apart()
-    size = ks.shape[0]
     tiles.weighed(like, decay, ones, logs)
     tiles.turn(like, kt, ks)
     tiles.lower(like, kk, ks, kt)
     tiles.lower(like, qk, qs, kt, each)
-    for i in range(size):
-        for j in range(size):
-            kk[i, j] *= decay[i, j]
-        kk[i, i] = 0
-    for i in range(qs.shape[0]):
-        end = (i + 1) * each - 1
-        for j in range(size):
-            qk[i, j] *= decay[end, j]
+    _weigh(kk, qk, decay, each)
+
+
+def _triangle_by(back: bool, scaled: bool) -> Any:
+    """ROWS rows, all in registers: x_r += sum_{j < r} weights_rj z_j from the first on, z = betas x or x; or its
+    adjoint, x_j += sum_{r > j} weights_rj z_r from the last on."""
+
+    def body(v: _Lanes, steps: Any, row: Any, weights: Any, weights_row: Any, x: Any, *more: Any) -> None:
+        word = steps.type
+
+        def weight(r: int, j: int) -> Any:
+            return v.splat(v.builder.add(v.at(weights, word(r), weights_row), word(j * v.size)))
+
+        def finish(at: Any, r: int, value: Any) -> Any:
+            if not scaled:
+                return value
+            betas, z = more
+            value = v.mul(value, v.splat(v.at(betas, word(r), v.size)))
+            v.store(v.builder.add(v.at(z, word(r), row), at), value)
+            return value
+
+        with cgutils.for_range(v.builder, steps, intp=word) as loop:
+            at = v.builder.mul(loop.index, word(vectors.BYTES))
+            places = [v.builder.add(v.at(x, word(r), row), at) for r in range(tiles.ROWS)]
+            xs, zs = [v.load(place) for place in places], []
+            for r in reversed(range(tiles.ROWS)) if back else range(tiles.ROWS):
+                for j in range(r):
+                    if not back:
+                        xs[r] = v.mad(weight(r, j), zs[j], xs[r])
+                zs.append(finish(at, r, xs[r]))
+                for j in range(r):
+                    if back:
+                        xs[j] = v.mad(weight(r, j), zs[-1], xs[j])
+            for place, value in zip(places, xs):
+                v.store(place, value)
+
+    return _code(body, 5 if scaled else 3)
+
+
+_solve_rows, _solve_rows_back = _triangle_by(False, True), _triangle_by(True, True)
+_read_rows, _read_rows_back = _triangle_by(False, False), _triangle_by(True, False)
 
 
 @_compile
 def _solve(like, missing, new, kk, betas):
-    """missing becomes the solution of missing = missing - kk new, new = beta missing, from the first row on."""
+    """missing becomes the solution of missing = missing + kk new, new = beta missing, from the first row on."""
     threads._apart()
-    size, width, item = missing.shape[0], missing.shape[1], missing.itemsize
-    row = width * item
+    size, item = missing.shape[0], missing.itemsize
+    row, block = missing.shape[1] * item, size * item
     for i in range(0, size, tiles.ROWS):
+        at = kk.ctypes.data + i * block
         tiles.window(
-            like, -1, tiles.ROWS, row, i, kk.ctypes.data + i * size * item, size * item, item, new.ctypes.data, row,
-            missing.ctypes.data + i * row, row,
+            like, 1, tiles.ROWS, row, i, at, block, item, new.ctypes.data, row, missing.ctypes.data + i * row, row
         )  # fmt: skip
-        for r in range(i, i + tiles.ROWS):
-            for j in range(i, r):
-                seen = kk[r, j]
-                for x in range(width):
-                    missing[r, x] -= seen * new[j, x]
-            for x in range(width):
-                new[r, x] = betas[r] * missing[r, x]
+        _solve_rows(
+            like, row // vectors.BYTES, row,
+            (at + i * item, block, missing.ctypes.data + i * row, betas.ctypes.data + i * item,
+             new.ctypes.data + i * row),
+        )  # fmt: skip
 
 
 @_compile
 def _solve_back(like, given, y, kk, betas):
     """The adjoint, from the last row on: given, the gradient of new, becomes all of it, and y that of missing."""
     threads._apart()
-    size, width, item = given.shape[0], given.shape[1], given.itemsize
-    row = width * item
+    size, item = given.shape[0], given.itemsize
+    row, block = given.shape[1] * item, size * item
     for last in range(size, 0, -tiles.ROWS):
         i = last - tiles.ROWS
         tiles.window(
-            like, -1, tiles.ROWS, row, size - last, kk.ctypes.data + (last * size + i) * item, item, size * item,
+            like, 1, tiles.ROWS, row, size - last, kk.ctypes.data + last * block + i * item, item, block,
             y.ctypes.data + last * row, row, given.ctypes.data + i * row, row,
         )  # fmt: skip
-        for r in range(last - 1, i - 1, -1):
-            for x in range(width):
-                y[r, x] = betas[r] * given[r, x]
-            for j in range(i, r):
-                seen = kk[r, j]
-                for x in range(width):
-                    given[j, x] -= seen * y[r, x]
+        _solve_rows_back(
+            like, row // vectors.BYTES, row,
+            (kk.ctypes.data + i * block + i * item, block, given.ctypes.data + i * row, betas.ctypes.data + i * item,
+             y.ctypes.data + i * row),
+        )  # fmt: skip
 
 
 @_compile
@@ -144,9 +216,7 @@ def _forward_work(like, q, k, v, beta, g, state, tokens, each, o, last, states, 
             if states.shape[0]:
                 states[b, h, c] = s
                 tiles.save(missed, rs, b, start * each, here * each, h)
-            for i in range(tokens):
-                for d in range(wide):
-                    qs[i, d] *= factors[0, (i + 1) * each - 1]
+            _scale(qs, factors[0, each - 1 :: each])
             tiles.lower_product(like, 0, os, qk, new, each)
             tiles.product(like, 1, os, qs, s)
             tiles.save(o, os, b, start, here, h)
@@ -173,6 +243,7 @@ def _backward_work(
     kk, qk = np.zeros((size, size), v.dtype), np.zeros((tokens, size), v.dtype)
     decay, ones = np.zeros((size, size), v.dtype), np.ones((size, size), v.dtype)
     logs, betas, later = np.zeros(size, v.dtype), np.zeros(size, v.dtype), np.zeros(tokens)
+    of_q, of_read, of_write = np.zeros(tokens, v.dtype), np.zeros(size, v.dtype), np.zeros(size, v.dtype)
     factors, whole = np.zeros((2, size), v.dtype), np.zeros((2, 1), v.dtype)
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
@@ -196,46 +267,37 @@ def _backward_work(
             tiles.product(like, 1, d_new, k_, end)
             _solve_back(like, d_new, y, kk, betas)
             tiles.save(d_v, y, b, start * each, here * each, h)
+            _dots(of_read, d_new, rs)
             for i in range(here * each):
-                d_beta[b, start * each + i, h] = tiles.dot(d_new[i], rs[i])
+                d_beta[b, start * each + i, h] = of_read[i]
             tiles.turn(like, turned, new)  # kk and qk become the gradients of k k^T and q k^T
             tiles.lower(like, kk, y, turned)
             tiles.lower(like, qk, do, turned, each)
-            for i in range(size):
-                for j in range(size):
-                    kk[i, j] *= -decay[i, j]
-                kk[i, i] = 0
-            for i in range(tokens):
-                for j in range(size):
-                    qk[i, j] *= decay[(i + 1) * each - 1, j]
+            _weigh(kk, qk, decay, each)
             tiles.turn(like, st, s)
             tiles.product(like, 0, dqs, do, st)
             tiles.product(like, 0, read, y, st)
             tiles.turn(like, st, end)
             tiles.product(like, 0, write, new, st)
+            _scale(read, -factors[0])
+            _scale(write, factors[1])
             crossing = tiles.dot(s.reshape(s.size), end.reshape(end.size)) * (whole[0, 0] + whole[1, 0])
-            for i in range(size):
-                for d in range(wide):
-                    read[i, d] *= -factors[0, i]
-                for d in range(wide):
-                    write[i, d] *= factors[1, i]
-                crossing += tiles.dot(ks[i], write[i])
-            for i in range(tokens):
-                upto = factors[0, (i + 1) * each - 1]
-                for d in range(wide):
-                    dqs[i, d] *= upto
-                for d in range(wide):
-                    q_[i, d] = qs[i, d] * upto
+            crossing += tiles.dot(ks.reshape(ks.size), write.reshape(write.size))
+            _scale(dqs, factors[0, each - 1 :: each])
+            tiles.scale(q_, qs, factors[0, each - 1 :: each])
             tiles.lower_product(like, 1, dqs, qk, ks, each)
             tiles.lower_product(like, 1, read, kk, ks)
             tiles.turned_lower_product(like, 1, write, kk, ks)
             tiles.turned_lower_product(like, 1, write, qk, qs, each)
             tiles.save(d_q, dqs, b, start, here, h)
             if d_g.shape[2]:
+                _dots(of_q, qs, dqs)
+                _dots(of_read, ks, read)
+                _dots(of_write, ks, write)
                 for i in range(tokens):
-                    later[i] = tiles.dot(qs[i], dqs[i])
+                    later[i] = of_q[i]
                 for i in range(size):
-                    later[i // each] += tiles.dot(ks[i], read[i]) - tiles.dot(ks[i], write[i])
+                    later[i // each] += of_read[i] - of_write[i]
                 beyond = 0.0 + crossing
                 for step in range(here):
                     i = here - 1 - step
@@ -244,9 +306,7 @@ def _backward_work(
                     if logs[i * each] <= CUT * LOG2:  # nothing passes, not the rounding of sums that cancel
                         d_g[b, start + i, h] = 0
                         beyond = 0.0
-            for i in range(size):
-                for d in range(wide):
-                    read[i, d] += write[i, d]
+            _add(read, write)
             tiles.save(d_k, read, b, start * each, here * each, h)
             tiles.scale(k_, ks, factors[0])
             tiles.pass_on(end, whole[0], whole[1])
@@ -281,8 +341,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor, *, keep: bool
 ) -> tuple[Tensor, ...]:
     tokens, each, shape = _sizes(q, k, v)
-    o, last = v.new_empty(*q.shape[:3], v.shape[3]), state.new_empty(state.shape)
-    states, missed = (state.new_empty(size if keep else (0, *size[1:])) for size in (shape, v.shape))
+    o, last = fresh.empty(v, *q.shape[:3], v.shape[3]), fresh.empty(state, *state.shape)
+    states, missed = (fresh.empty(state, *(size if keep else (0, *size[1:]))) for size in (shape, v.shape))
     given = q.new_empty(*q.shape[:2], 0) if g is None else g
     before, after = vectors._arrays(q, k, v, beta, given, state), vectors._arrays(o, last, states, missed)
     vectors._run(_forward_work, _forward_together, v, 1, len(q) * q.shape[2], *before, tokens, each, *after)
@@ -295,7 +355,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     tokens, each, _ = _sizes(q, k, v)
     given = q.new_empty(*q.shape[:2], 0) if g is None else g
-    grads = [t.new_empty(t.shape) for t in (q, k, v, beta, given, d_last)]
+    grads = [fresh.empty(t, *t.shape) for t in (q, k, v, beta, given, d_last)]
     before = vectors._arrays(d_o, d_last, q, k, v, beta, given, states, missed)
     arrays = *before, tokens, each, *vectors._arrays(*grads)
     vectors._run(_backward_work, _backward_together, v, 1, len(q) * q.shape[2], *arrays)
@@ -321,13 +381,282 @@ _run_delta = opaque(
 # ---- a decay per key, or none, and a b^T in place of beta k k^T
 
 
+LEAF = 16  # steps in a block whose pairs are walked
+
+
+def _across(v: _Lanes, row: Any, most: int, emit: Callable[[Any, int], None]) -> None:
+    """Code by emit(offset, count) for all `row` bytes of rows: `most` vectors side by side, then one at a time."""
+    word, builder = row.type, v.builder
+    many = builder.udiv(row, word(vectors.BYTES))
+    wide = builder.udiv(many, word(most))
+    with cgutils.for_range(builder, wide, intp=word) as loop:
+        emit(builder.mul(loop.index, word(most * vectors.BYTES)), most)
+    done = builder.mul(wide, word(most))
+    with cgutils.for_range(builder, builder.sub(many, done), intp=word) as loop:
+        emit(builder.mul(builder.add(done, loop.index), word(vectors.BYTES)), 1)
+
+
+class _Columns:
+    """`count` vectors side by side, at `offset` of their rows."""
+
+    def __init__(self, v: _Lanes, row: Any, offset: Any, count: int):
+        self.v, self.row = v, row
+        self.offsets = [v.builder.add(offset, offset.type(i * vectors.BYTES)) for i in range(count)]
+
+    def at(self, base: Any, i: Any) -> list[Any]:
+        start = self.v.at(base, i, self.row)
+        return [self.v.builder.add(start, offset) for offset in self.offsets]
+
+    def load(self, base: Any, i: Any) -> list[Any]:
+        return [self.v.load(at) for at in self.at(base, i)]
+
+    def decays(self, power: Any, rest: Any, i: Any) -> list[tuple[Any, Any]]:
+        return list(zip(self.load(power, i), self.load(rest, i)))
+
+    def variables(self, value: float = 0.0) -> list[Any]:
+        return [self.v.variable(self.v.full(value)) for _ in self.offsets]
+
+
+@functools.partial(_code, addresses=4)
+def _factors(v: _Lanes, steps: Any, row: Any, logs: Any, power: Any, rest: Any, total: Any) -> None:
+    """e^logs in two parts, and the sums of the logs in powers of 2."""
+
+    def emit(offset: Any, count: int) -> None:
+        columns = _Columns(v, row, offset, count)
+        sums = columns.variables()
+        with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+            i = loop.index
+            for log, sum_, p, r in zip(columns.load(logs, i), sums, columns.at(power, i), columns.at(rest, i)):
+                log = v.builder.fmul(log, v.full(LOG2))
+                v.builder.store(v.builder.fadd(v.builder.load(sum_), log), sum_)
+                for at, part in zip((p, r), v.exp2(log)):
+                    v.store(at, part)
+        for at, sum_ in zip(columns.at(total, row.type(0)), sums):
+            v.store(at, v.builder.load(sum_))
+
+    _across(v, row, 2, emit)
+
+
+def _running(
+    v: _Lanes, steps: Any, columns: _Columns, power: Any, rest: Any, back: bool, use: Callable[[Any, list[Any]], None]
+) -> None:
+    """use(i, the product of decays from the first step to i), or that of those behind i, from the last step back."""
+    products = columns.variables(1.0)
+    with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        i = v.builder.sub(v.builder.sub(steps, steps.type(1)), loop.index) if back else loop.index
+        so_far = [v.builder.load(product) for product in products]
+        new = [v.decayed(decay, value) for decay, value in zip(columns.decays(power, rest, i), so_far)]
+        for product, value in zip(products, new):
+            v.builder.store(value, product)
+        use(i, so_far if back else new)
+
+
+def _scaled_by(back: bool) -> Any:
+    """Two tiles times the products of decays up to their rows, or of those behind them."""
+
+    def body(
+        v: _Lanes, steps: Any, row: Any, x: Any, other: Any, power: Any, rest: Any, out: Any, other_out: Any
+    ) -> None:
+        def emit(offset: Any, count: int) -> None:
+            columns = _Columns(v, row, offset, count)
+
+            def use(i: Any, products: list[Any]) -> None:
+                for source, target in ((x, out), (other, other_out)):
+                    for value, product, at in zip(columns.load(source, i), products, columns.at(target, i)):
+                        v.store(at, v.mul(value, product))
+
+            _running(v, steps, columns, power, rest, back, use)
+
+        _across(v, row, 4, emit)
+
+    return _code(body, 6)
+
+
+def _through_by(back: bool, first: bool) -> Any:
+    """Of two tiles: d_x += the product of decays times dx_; d_g += the sum of x_ dx_ over the steps whose x_ a step's
+    decay is in, from what stands in `total` on. first: what stands in d_x, and forwards in d_g, does not count."""
+
+    def body(
+        v: _Lanes, steps: Any, row: Any, x_: Any, dx_: Any, d_x: Any, other_: Any, d_other_: Any, d_other: Any,
+        power: Any, rest: Any, d_g: Any, total: Any,
+    ) -> None:  # fmt: skip
+        def emit(offset: Any, count: int) -> None:
+            columns = _Columns(v, row, offset, count)
+
+            def use(i: Any, products: list[Any]) -> None:
+                for given, out in ((dx_, d_x), (d_other_, d_other)):
+                    for value, product, at in zip(columns.load(given, i), products, columns.at(out, i)):
+                        v.store(at, v.mul(value, product) if first else v.mad(value, product, v.load(at)))
+
+            _running(v, steps, columns, power, rest, back, use)
+            sums = [v.variable(value) for value in columns.load(total, row.type(0))]
+            with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+                i = loop.index if back else v.builder.sub(v.builder.sub(steps, steps.type(1)), loop.index)
+                four = zip(*(columns.load(base, i) for base in (x_, dx_, other_, d_other_)))
+                for (p, dp, q, dq), sum_, at in zip(four, sums, columns.at(d_g, i)):
+                    old = v.builder.load(sum_)
+                    new = v.builder.fadd(v.mad(p, dp, v.mul(q, dq)), old)
+                    v.builder.store(new, sum_)
+                    now = old if back else new
+                    v.store(at, now if first and not back else v.builder.fadd(v.load(at), now))
+
+        _across(v, row, 4, emit)
+
+    return _code(body, 10)
+
+
+_upto, _after = _scaled_by(False), _scaled_by(True)
+_first_upto, _first_after = _through_by(False, True), _through_by(True, True)
+_more_upto, _more_after = _through_by(False, False), _through_by(True, False)
+
+
+def _sums(v: _Lanes, values: list[Any]) -> list[Any]:
+    """The sums over the lanes of each of some vectors, a power of 2 of them."""
+    many, groups, width = len(values), 1, v.count
+    while len(values) > 1:  # lanes of two become groups side by side of one
+        width //= 2
+        low = [half * v.count + 2 * g * width + l for half in range(2) for g in range(groups) for l in range(width)]
+        high = [lane + width for lane in low]
+        pairs = zip(values[::2], values[1::2])
+        values = [v.builder.fadd(v.mix(p, q, low), v.mix(p, q, high)) for p, q in pairs]
+        groups *= 2
+    value, group = values[0], width
+    while width > 1:
+        width //= 2
+        value = v.builder.fadd(value, v.mix(value, value, [lane ^ width for lane in range(v.count)]))
+    return [v.builder.extract_element(value, ir.IntType(32)(g * group)) for g in range(many)]
+
+
+@functools.partial(_code, addresses=10)
+def _walk(
+    v: _Lanes, steps: Any, row: Any, q: Any, a: Any, k: Any, b: Any, power: Any, rest: Any, seen: Any, out: Any,
+    out_row: Any, apart: Any,
+) -> None:  # fmt: skip
+    """What q and a of `steps` steps read of k, then of b, of the first of these; seen: scratch, two rows.
+
+    The four kinds of weights are `apart` bytes from each other.
+    """
+    word, builder = steps.type, v.builder
+    many, other = builder.udiv(row, word(vectors.BYTES)), builder.add(seen, row)
+
+    def step(i: Any, arrive: Callable[[Any], tuple[Any, Any]]) -> None:
+        totals = [v.variable(v.full(0.0)) for _ in range(4)]
+        q_i, a_i, out_i = v.at(q, i, row), v.at(a, i, row), v.at(out, i, out_row)
+        with cgutils.for_range(builder, many, intp=word) as loop:
+            at = builder.mul(loop.index, word(vectors.BYTES))
+            from_k, from_b = arrive(at)
+            v.store(builder.add(seen, at), from_k)
+            v.store(builder.add(other, at), from_b)
+            by_q, by_a = v.load(builder.add(q_i, at)), v.load(builder.add(a_i, at))
+            pairs = ((by_q, from_k), (by_q, from_b), (by_a, from_k), (by_a, from_b))
+            for total, (reads, writes) in zip(totals, pairs):
+                builder.store(v.mad(reads, writes, builder.load(total)), total)
+        for n, value in enumerate(_sums(v, [builder.load(total) for total in totals])):
+            builder.store(value, builder.inttoptr(v.at(out_i, word(n), apart), v.scalar.as_pointer()))
+
+    step(word(0), lambda at: (v.load(builder.add(k, at)), v.load(builder.add(b, at))))
+    with cgutils.for_range(builder, builder.sub(steps, word(1)), intp=word) as loop:
+        i = builder.add(loop.index, word(1))
+        power_i, rest_i = v.at(power, i, row), v.at(rest, i, row)
+
+        def arrive(at: Any) -> tuple[Any, Any]:
+            decay = v.load(builder.add(power_i, at)), v.load(builder.add(rest_i, at))
+            return v.decayed(decay, v.load(builder.add(seen, at))), v.decayed(decay, v.load(builder.add(other, at)))
+
+        step(i, arrive)
+
+
+@functools.partial(_code, addresses=15)
+def _walk_back(
+    v: _Lanes, steps: Any, row: Any, q: Any, a: Any, k: Any, b: Any, power: Any, rest: Any, seen: Any, given: Any,
+    given_row: Any, apart: Any, d_q: Any, d_a: Any, d_k: Any, d_b: Any, d_g: Any,
+) -> None:  # fmt: skip
+    """Backward of _walk, to which the gradients and that of the logs grow; seen: scratch, 2 LEAF rows."""
+    word, builder = steps.type, v.builder
+    more, zero = builder.sub(steps, word(1)), word(0)
+    seen_b = builder.add(seen, builder.mul(row, word(LEAF)))
+
+    def emit(offset: Any, count: int) -> None:
+        columns = _Columns(v, row, offset, count)
+        both = ((k, seen), (b, seen_b))
+        values = [[v.variable(x) for x in columns.load(base, zero)] for base, _ in both]
+
+        def keep(i: Any) -> None:
+            for now, (_, kept) in zip(values, both):
+                for value, at in zip(now, columns.at(kept, i)):
+                    v.store(at, builder.load(value))
+
+        keep(zero)
+        with cgutils.for_range(builder, more, intp=word) as loop:
+            i = builder.add(loop.index, word(1))
+            for n, decay in enumerate(columns.decays(power, rest, i)):
+                for now in values:
+                    builder.store(v.decayed(decay, builder.load(now[n])), now[n])
+            keep(i)
+        for now in values:
+            for value in now:
+                builder.store(v.full(0.0), value)
+
+        def arrive(i: Any, n: int) -> tuple[Any, ...]:
+            """mu of k and b, the gradients of what is seen of them at step i, and that."""
+            place = v.at(given, i, given_row)
+            qk, qb, ak, ab = (v.splat(v.at(place, word(m), apart)) for m in range(4))
+            one = _Columns(v, row, columns.offsets[n], 1)
+            of = lambda base: one.load(base, i)[0]
+            from_k, from_b = of(seen), of(seen_b)
+            for to_k, to_b, base in ((qk, qb, d_q), (ak, ab, d_a)):
+                at = one.at(base, i)[0]
+                v.store(at, v.mad(to_k, from_k, v.mad(to_b, from_b, v.load(at))))
+            reads = of(q), of(a)
+            mus = [
+                builder.fadd(v.mad(by_q, reads[0], v.mul(by_a, reads[1])), builder.load(now[n]))
+                for by_q, by_a, now in ((qk, ak, values[0]), (qb, ab, values[1]))
+            ]
+            return *mus, from_k, from_b, one.at(d_g, i)[0]
+
+        with cgutils.for_range(builder, more, intp=word) as loop:
+            i = builder.sub(more, loop.index)
+            for n, decay in enumerate(columns.decays(power, rest, i)):
+                mu_k, mu_b, from_k, from_b, at = arrive(i, n)
+                v.store(at, v.mad(mu_k, from_k, v.mad(mu_b, from_b, v.load(at))))
+                for mu, now in ((mu_k, values[0]), (mu_b, values[1])):
+                    builder.store(v.decayed(decay, mu), now[n])
+        for n in range(count):
+            mu_k, mu_b, *_ = arrive(zero, n)
+            for mu, base in ((mu_k, d_k), (mu_b, d_b)):
+                at = columns.at(base, zero)[n]
+                v.store(at, builder.fadd(mu, v.load(at)))
+
+    _across(v, row, 2, emit)
+
+
+@_compile
+def _levels(size):
+    """How many times a chunk is halved before leaves."""
+    count = 0
+    while LEAF << count < size:
+        count += 1
+    return count
+
+
 @_compile
 def _first(out, a, b, t, h, s):
     """out = a_t S."""
     out[:] = 0
     for d in range(a.shape[3]):
+        weight = a[b, t, h, d]
         for x in range(out.shape[0]):
-            out[x] += a[b, t, h, d] * s[d, x]
+            out[x] += weight * s[d, x]
+
+
+@_compile
+def _first_back(d_a, end, a, b, t, h, s, given):
+    """Backward of _first, to a_t, and to S in `end`."""
+    for d in range(a.shape[3]):
+        weight = a[b, t, h, d]
+        for x in range(end.shape[1]):
+            end[d, x] += weight * given[x]
+        d_a[b, t, h, d] = tiles.dot(s[d], given)
 
 
 @_compile
@@ -337,81 +666,145 @@ def _load_next(tile, a, b, start, steps, h):
 
 
 @_compile
-def _read(like, read, base, weights):
-    """read_{i+1} = base_i + sum_{j <= i} weights_ij read_j from read_0 on; base is written over."""
+def _read(like, read, weights):
+    """read_i += sum_{j < i} weights_{i - 1, j} read_j, from the first row on."""
     threads._apart()
-    size, width, item = read.shape[0], read.shape[1], read.itemsize
-    row = width * item
+    size, item = weights.shape[0], read.itemsize
+    row, block = read.shape[1] * item, size * item
     for i in range(0, size, tiles.ROWS):
-        tiles.window(
-            like, 1, tiles.ROWS, row, i, weights.ctypes.data + i * size * item, size * item, item, read.ctypes.data,
-            row, base.ctypes.data + i * row, row,
-        )  # fmt: skip
-        for r in range(i, min(i + tiles.ROWS, size - 1)):
-            for j in range(i, r + 1):
-                weight = weights[r, j]
-                for x in range(width):
-                    base[r, x] += weight * read[j, x]
-            read[r + 1] = base[r]
+        at, here = weights.ctypes.data + (i - 1) * block, read.ctypes.data + i * row
+        if i:
+            tiles.window(like, 1, tiles.ROWS, row, i, at, block, item, read.ctypes.data, row, here, row)
+        _read_rows(like, row // vectors.BYTES, row, (at + i * item, block, here))
 
 
 @_compile
-def _read_back(like, given, y, weights):
-    """The adjoint: given, the gradient of read, becomes all of it, and y that of base."""
+def _read_back(like, given, weights):
+    """The adjoint: given, the gradient of read, becomes all of it, that of what stood there before."""
     threads._apart()
-    size, width, item = given.shape[0], given.shape[1], given.itemsize
-    row = width * item
-    y[size - 1] = 0
+    size, item = weights.shape[0], given.itemsize
+    row, block = given.shape[1] * item, size * item
     for last in range(size, 0, -tiles.ROWS):
         i = last - tiles.ROWS
-        tiles.window(
-            like, 1, tiles.ROWS, row, size - last, weights.ctypes.data + (last * size + i) * item, item, size * item,
-            y.ctypes.data + last * row, row, given.ctypes.data + i * row, row,
-        )  # fmt: skip
-        for r in range(last - 1, i - 1, -1):
-            if r + 1 < size:
-                y[r] = given[r + 1]
-            for j in range(i, r + 1):
-                weight = weights[r, j]
-                for x in range(width):
-                    given[j, x] += weight * y[r, x]
+        at, here = weights.ctypes.data + i * item, given.ctypes.data + i * row
+        if last < size:
+            tiles.window(
+                like, 1, tiles.ROWS, row, size - last, at + (last - 1) * block, item, block,
+                given.ctypes.data + last * row, row, here, row,
+            )  # fmt: skip
+        _read_rows_back(like, row // vectors.BYTES, row, (at + (i - 1) * block, block, here))
 
 
 @_compile
-def _prepare(like, t, of_k, of_b, w, total, whole, turned, q, k, a, b, g, reset, n, start, steps, h):
-    """A chunk's rows as they come and as they are scaled, in t, the weights (4, C, C) of q and a against k and b, and
-    the decays of all of it; turned: scratch."""
+def _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, steps, h):
+    """A chunk's rows as they come and as they are scaled, in t, and those of k and b in levels (2, _, C, keys), the
+    weights (4, C, C) of q and a against k and b, and the decays of all of it; turned, seen: scratch."""
     threads._apart()
-    qs, ks, as_, bs, q_, k_, a_, b_, power, rest, logs = (
-        t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]
-    )  # fmt: skip
-    row = turned.shape[0] * turned.itemsize
+    size, wide, item = w.shape[1], turned.shape[1], w.itemsize
+    qs, ks, as_, bs, logs = t[0, :size], t[1, :size], t[2, :size], t[3, :size], t[10, :size]
+    row, block = wide * item, size * item
+    at = t.ctypes.data + np.arange(10) * t.shape[1] * row
     tiles.load(qs, q, n, start, steps, h)
     tiles.load(ks, k, n, start, steps, h)
     tiles.load(bs, b, n, start, steps, h)
     _load_next(as_, a, n, start, steps, h)
-    key.key_factors(like, power, rest, total, logs, g, reset, n, start, steps, h)
-    key.key_scales(like, q_, k_, of_k, qs, ks, power, rest)
-    key.key_scales(like, a_, b_, of_b, as_, bs, power, rest)
-    key.key_weights(like, w[0], qs, ks, power, rest, of_k, of_k, turned)
-    key.key_weights(like, w[1], qs, bs, power, rest, of_k, of_b, turned)
-    key.key_weights(like, w[2], as_, ks, power, rest, of_b, of_k, turned)
-    key.key_weights(like, w[3], as_, bs, power, rest, of_b, of_b, turned)
+    if g.shape[3]:
+        tiles.load(logs, g, n, start, steps, h)
+    power, rest = at[8], at[9]
+    _factors(like, size, row, (logs.ctypes.data, power, rest, total.ctypes.data))
     tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
+    _upto(like, size, row, (at[0], at[2], power, rest, at[4], at[6]))
+    _after(like, size, row, (at[1], at[3], power, rest, at[5], at[7]))
+    half = LEAF
+    for level in range(levels.shape[1]):
+        of_k, of_b = levels[0, level].ctypes.data, levels[1, level].ctypes.data
+        for i in range(0, size, 2 * half):
+            low, mid = i * row, (i + half) * row
+            _after(like, half, row, (at[1] + low, at[3] + low, power + low, rest + low, of_k + low, of_b + low))
+            _upto(like, half, row, (at[0] + mid, at[2] + mid, power + mid, rest + mid, of_k + mid, of_b + mid))
+        for one in range(2):
+            tiles.turn(like, turned[one], levels[one, level])
+        for kind in range(4):
+            reads, writes = levels[kind // 2, level].ctypes.data, turned[kind % 2].ctypes.data
+            for i in range(0, size, 2 * half):
+                tiles.window(
+                    like, 0, half, half * item, wide, reads + (i + half) * row, row, item, writes + i * item, block,
+                    w[kind].ctypes.data + (i + half) * block + i * item, block,
+                )  # fmt: skip
+        half *= 2
+    for j in range(size):
+        here = j * row
+        _walk(
+            like, LEAF - j % LEAF, row,
+            (at[0] + here, at[2] + here, at[1] + here, at[3] + here, power + here, rest + here, seen.ctypes.data,
+             w.ctypes.data + j * block + j * item, block, size * block),
+        )  # fmt: skip
 
 
 @_compile
-def _dplr_forward_work(like, q, k, v, a, b, g, reset, state, size, o, last, states, read, worker, workers):
-    """Units are rows of the batch by heads; read: what a reads, (B, T, H, V), or nothing."""
+def _prepare_back(like, t, levels, d_levels, w, total, zero, seen):
+    """From the gradients of the scaled rows and of the weights, d_levels being scratch, those of the rows and of the
+    logs of the decays."""
+    threads._apart()
+    size, wide, item, half = w.shape[1], levels.shape[3], w.itemsize, LEAF
+    row, block = wide * item, size * item
+    at = t.ctypes.data + np.arange(20) * t.shape[1] * row
+    power, rest, d_g, nothing = at[8], at[9], at[19], zero.ctypes.data
+    _first_upto(
+        like, size, row, (at[4], at[11], at[15], at[6], at[13], at[17], power, rest, d_g, total.ctypes.data)
+    )  # fmt: skip
+    _first_after(like, size, row, (at[5], at[12], at[16], at[7], at[14], at[18], power, rest, d_g, nothing))
+    for level in range(levels.shape[1]):
+        of_k, of_b = levels[0, level].ctypes.data, levels[1, level].ctypes.data
+        d_of_k, d_of_b = d_levels[0, level].ctypes.data, d_levels[1, level].ctypes.data
+        for i in range(0, size, 2 * half):
+            low, mid = i * row, (i + half) * row
+            for kind in range(4):
+                reads, d_reads = (of_k, d_of_k) if kind < 2 else (of_b, d_of_b)
+                writes, d_writes = (of_b, d_of_b) if kind % 2 else (of_k, d_of_k)
+                given = w[kind].ctypes.data + (i + half) * block + i * item
+                tiles.window(
+                    like, kind % 2, half, row, half, given, block, item, writes + low, row, d_reads + mid, row
+                )  # fmt: skip
+                tiles.window(
+                    like, kind // 2, half, row, half, given, item, block, reads + mid, row, d_writes + low, row
+                )  # fmt: skip
+            _more_upto(
+                like, half, row,
+                (of_k + mid, d_of_k + mid, at[15] + mid, of_b + mid, d_of_b + mid, at[17] + mid, power + mid,
+                 rest + mid, d_g + mid, nothing),
+            )  # fmt: skip
+            _more_after(
+                like, half, row,
+                (of_k + low, d_of_k + low, at[16] + low, of_b + low, d_of_b + low, at[18] + low, power + low,
+                 rest + low, d_g + low, nothing),
+            )  # fmt: skip
+        half *= 2
+    for j in range(size):
+        here = j * row
+        _walk_back(
+            like, LEAF - j % LEAF, row,
+            (at[0] + here, at[2] + here, at[1] + here, at[3] + here, power + here, rest + here, seen.ctypes.data,
+             w.ctypes.data + j * block + j * item, block, size * block, at[15] + here, at[17] + here, at[16] + here,
+             at[18] + here, d_g + here),
+        )  # fmt: skip
+
+
+@_compile
+def _dplr_forward_work(like, q, k, v, a, b, g, state, size, o, last, states, read, worker, workers):
+    """Units are rows of the batch by heads; read: what a reads, (B, T, H, V), or nothing.
+
+    A tile has a row to spare: at multiples of 4 KiB from each other they would push each other out of the cache.
+    """
     threads._apart()
     steps, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
-    wide, high, count = tiles.up(keys), tiles.up(values), key.key_levels(size)
-    t = np.zeros((11, size, wide), v.dtype)
-    q_, k_, a_, b_ = t[4], t[5], t[6], t[7]
-    of_k, of_b = np.zeros((count, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
-    turned, w = np.zeros((wide, size), v.dtype), np.zeros((4, size, size), v.dtype)
-    vs, os, ps = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype)
-    base, s = np.zeros((size, high), v.dtype), np.zeros((wide, high), v.dtype)
+    wide, high, spare = tiles.up(keys), tiles.up(values), size + 1
+    t, levels = np.zeros((11, spare, wide), v.dtype), np.zeros((2, _levels(size), size, wide), v.dtype)
+    q_, k_, a_, b_ = t[4, :size], t[5, :size], t[6, :size], t[7, :size]
+    turned, w = np.zeros((2, wide, size), v.dtype), np.zeros((4, size, size), v.dtype)
+    rows = np.zeros((3, spare, high), v.dtype)
+    vs, os, ps, base = rows[0, :size], rows[1, :size], rows[2, :size], rows[2, 1:]  # base: of the rows after
+    seen, s = np.zeros((2, wide), v.dtype), np.zeros((wide, high), v.dtype)
     total, whole = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype)
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
@@ -421,12 +814,12 @@ def _dplr_forward_work(like, q, k, v, a, b, g, reset, state, size, o, last, stat
         for c in range(-(-steps // size)):
             start = c * size
             here = min(size, steps - start)
-            _prepare(like, t, of_k, of_b, w, total, whole, turned, q, k, a, b, g, reset, n, start, here, h)
+            _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, here, h)
             tiles.load(vs, v, n, start, here, h)
+            _first(ps[0], a, n, start, h, s)
             tiles.product(like, 0, base, a_, s)
             tiles.lower_product(like, 1, base, w[2], vs)
-            _first(ps[0], a, n, start, h, s)
-            _read(like, ps, base, w[3])
+            _read(like, ps, w[3])
             tiles.lower_product(like, 0, os, w[0], vs)
             tiles.lower_product(like, 1, os, w[1], ps)
             tiles.product(like, 1, os, q_, s)
@@ -442,29 +835,23 @@ def _dplr_forward_work(like, q, k, v, a, b, g, reset, state, size, o, last, stat
 
 @_compile
 def _dplr_backward_work(
-    like, d_o, d_last, q, k, v, a, b, g, reset, states, read, size, d_q, d_k, d_v, d_a, d_b, d_g, d_state,
-    worker, workers,
+    like, d_o, d_last, q, k, v, a, b, g, states, read, size, d_q, d_k, d_v, d_a, d_b, d_g, d_state, worker, workers
 ):  # fmt: skip
     threads._apart()
     steps, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
-    wide, high, count = tiles.up(keys), tiles.up(values), key.key_levels(size)
-    t = np.zeros((20, size, wide), v.dtype)
-    qs, ks, as_, bs, q_, k_, a_, b_, power, rest = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9]
-    dq_, dk_, da_, db_, dqs, dks, das, dbs, dgs = (
-        t[11], t[12], t[13], t[14], t[15], t[16], t[17], t[18], t[19]
-    )  # fmt: skip
-    of_k, of_b = np.zeros((count, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
-    d_of_k, d_of_b = np.zeros((count, size, wide), v.dtype), np.zeros((count, size, wide), v.dtype)
-    turned, w = np.zeros((wide, size), v.dtype), np.zeros((4, size, size), v.dtype)
-    vs, do, ps = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype)
-    dv, dp, y = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype)
-    turned_v, st, end = (
-        np.zeros((high, size), v.dtype),
-        np.zeros((high, wide), v.dtype),
-        np.zeros((wide, high), v.dtype),
-    )
-    total, whole = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype)
-    zero = np.zeros(wide, v.dtype)
+    wide, high, spare = tiles.up(keys), tiles.up(values), size + 1
+    t, levels = np.zeros((20, spare, wide), v.dtype), np.zeros((2, _levels(size), size, wide), v.dtype)
+    q_, k_, a_, b_ = t[4, :size], t[5, :size], t[6, :size], t[7, :size]
+    dq_, dk_, da_, db_ = t[11, :size], t[12, :size], t[13, :size], t[14, :size]
+    dqs, dks, das, dbs, dgs = t[15, :size], t[16, :size], t[17, :size], t[18, :size], t[19, :size]
+    d_levels = np.zeros(levels.shape, v.dtype)
+    turned, w = np.zeros((2, wide, size), v.dtype), np.zeros((4, size, size), v.dtype)
+    rows = np.zeros((5, spare, high), v.dtype)
+    vs, do, ps, dv = rows[0, :size], rows[1, :size], rows[2, :size], rows[3, :size]
+    dp, y = rows[4, :size], rows[4, 1:]  # a row of y is what reaches the row of read after it; after the last, nothing
+    turned_v, st = np.zeros((high, size), v.dtype), np.zeros((high, wide), v.dtype)
+    seen, end = np.zeros((2 * LEAF, wide), v.dtype), np.zeros((wide, high), v.dtype)
+    total, whole, zero = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), np.zeros(wide, v.dtype)
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         n, h = u // heads, u % heads
@@ -473,13 +860,14 @@ def _dplr_backward_work(
         for c in range(-(-steps // size) - 1, -1, -1):
             start, s = c * size, states[n, h, c]
             here = min(size, steps - start)
-            _prepare(like, t, of_k, of_b, w, total, whole, turned, q, k, a, b, g, reset, n, start, here, h)
+            w[:] = 0
+            _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, here, h)
             tiles.load(vs, v, n, start, here, h)
             tiles.load(do, d_o, n, start, here, h)
             tiles.load(ps, read, n, start, here, h)
             tiles.turned_lower_product(like, 0, dp, w[1], do)
             tiles.product(like, 1, dp, b_, end)
-            _read_back(like, dp, y, w[3])
+            _read_back(like, dp, w[3])
             tiles.turned_lower_product(like, 0, dv, w[0], do)
             tiles.turned_lower_product(like, 1, dv, w[2], y)
             tiles.product(like, 1, dv, k_, end)
@@ -496,32 +884,20 @@ def _dplr_backward_work(
             tiles.turn(like, st, end)
             tiles.product(like, 0, dk_, vs, st)
             tiles.product(like, 0, db_, ps, st)
-            for i in range(keys):
-                total[i] = tiles.dot(s[i], end[i]) * (whole[0, i] + whole[1, i])
-            t[15:20] = 0
-            key.key_between(like, 0, d_of_k, d_of_k, w[0], of_k, of_k)
-            key.key_between(like, 0, d_of_b, d_of_b, w[3], of_b, of_b)
-            key.key_between(like, 1, d_of_k, d_of_b, w[1], of_k, of_b)
-            key.key_between(like, 1, d_of_b, d_of_k, w[2], of_b, of_k)
-            key.key_through(like, dqs, dks, dgs, q_, k_, dq_, dk_, of_k, d_of_k, power, rest, total)
-            key.key_through(like, das, dbs, dgs, a_, b_, da_, db_, of_b, d_of_b, power, rest, zero)
-            key.key_leaves(like, dqs, dks, dgs, qs, ks, power, rest, w[0])
-            key.key_leaves(like, dqs, dbs, dgs, qs, bs, power, rest, w[1])
-            key.key_leaves(like, das, dks, dgs, as_, ks, power, rest, w[2])
-            key.key_leaves(like, das, dbs, dgs, as_, bs, power, rest, w[3])
+            _dots(total, s, end)
+            for d in range(wide):
+                total[d] *= whole[0, d] + whole[1, d]
+            _prepare_back(like, t, levels, d_levels, w, total, zero, seen)
             tiles.save(d_q, dqs, n, start, here, h)
             tiles.save(d_k, dks, n, start, here, h)
             tiles.save(d_b, dbs, n, start, here, h)
             tiles.save(d_a, das, n, start + 1, here - 1, h)
-            for d in range(keys):
-                d_a[n, start, h, d] = tiles.dot(s[d], dp[0])
-            tiles.save(d_g, dgs, n, start, here, h)
+            if d_g.shape[3]:
+                tiles.save(d_g, dgs, n, start, here, h)
             tiles.pass_on(end, whole[0], whole[1])
             tiles.turned_product(like, 1, end, q_, do)
             tiles.turned_product(like, 1, end, a_, y)
-            for d in range(keys):
-                for x in range(high):
-                    end[d, x] += a[n, start, h, d] * dp[0, x]
+            _first_back(d_a, end, a, n, start, h, s, dp[0])
         d_state[n, h] = end[:keys, :values]
 
 
@@ -542,10 +918,10 @@ def _dplr_forward(
     keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     size, _, shape = _sizes(q, k, v)
-    o, last = v.new_empty(v.shape), state.new_empty(state.shape)
-    states, read = (state.new_empty(many if keep else (0, *many[1:])) for many in (shape, v.shape))
+    o, last = fresh.empty(v, *v.shape), fresh.empty(state, *state.shape)
+    states, read = (fresh.empty(state, *(many if keep else (0, *many[1:]))) for many in (shape, v.shape))
     given = q.new_empty(*q.shape[:3], 0) if g is None else g
-    before = vectors._arrays(q, k, v, a, b, given, None, state)  # resets are in the decays
+    before = vectors._arrays(q, k, v, a, b, given, state)  # resets are in the decays
     arrays = *before, size, *vectors._arrays(o, last, states, read)
     vectors._run(_dplr_forward_work, _dplr_forward_together, v, 1, len(q) * q.shape[2], *arrays)
     return o, last, states, read
@@ -556,8 +932,8 @@ def _dplr_backward(
     reset: Tensor | None, state: Tensor, states: Tensor, read: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     size, given = _sizes(q, k, v)[0], q.new_empty(*q.shape[:3], 0) if g is None else g
-    grads = [t.new_empty(t.shape) for t in (q, k, v, a, b, given, d_last)]
-    before = vectors._arrays(d_o, d_last, q, k, v, a, b, given, None, states, read)
+    grads = [fresh.empty(t, *t.shape) for t in (q, k, v, a, b, given, d_last)]
+    before = vectors._arrays(d_o, d_last, q, k, v, a, b, given, states, read)
     arrays = *before, size, *vectors._arrays(*grads)
     vectors._run(_dplr_backward_work, _dplr_backward_together, v, 1, len(q) * q.shape[2], *arrays)
     return tuple(grads if g is not None else [*grads[:5], grads[6]])
