@@ -25,7 +25,7 @@ BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
     "testing": STACK,
     "interpret": [*STACK, "tasks", "training"],
     "decoding": ["core", "models"],
-    "serving": ["core", "models"],
+    "serving": ["core", "ops", "models"],
     "hf": [*STACK, "text", "training", "decoding"],
     "bench": [*STACK, "tasks", "training", "testing", "decoding", "serving"],
     "cli": [

@@ -103,7 +103,7 @@ def test_the_bytes_are_a_quarter_and_the_original_is_untouched(tied):
 
 def test_what_can_not_stream_is_refused():
     model = language_model("gru")
-    with pytest.raises(UsageError, match="'float32' or 'int8'"):
+    with pytest.raises(UsageError, match="one of float32, bfloat16, int8"):
         for_streaming(model, weights="int4")  # type: ignore[arg-type]
     with pytest.raises(NumericError, match="not finite"):
         StreamedWeight.of(torch.tensor([[1.0, torch.inf]]), "int8")

@@ -1,69 +1,694 @@
-"""y = x W^T for a few rows of x: every weight is read once, as fast as memory gives it."""
+"""Recorded steps, compiled: a table of instructions over vectors in memory, and products that read weights once.
+
+A step at batch 1 is hundreds of small operations between the products that take its time, and Python costs more than
+any of them. Here one call runs them all. Operations on the same places go strip by strip, so what passes between them
+stays in the nearest cache. Threads share out products and what else is large: the first one goes through the table and
+opens each such instruction, whoever is free claims a part of it, and the first waits only for parts that were claimed.
+
+Pointers are integers. Rows of the table, in words: see `recorded`, which writes them.
+"""
 
 from __future__ import annotations
 
 import functools
-import os
-import threading
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 from torch import Tensor
 
-ALONE = 1 << 15  # weights that one thread multiplies in less time than it takes to wake another
-REORDER = {"reassoc", "contract", "nsz"}  # sums in any order; NaN and infinity stay what they are
+from ..ops.linear_scan import in_numba as threads
+from ..ops.selective_scan.in_numba import BYTES, _code, _Lanes
+
+LANES = 16  # numbers in a vector
+STRIP = 1024  # numbers that go through a group of operations at a time
+REGISTERS = 24  # strips of a thread: what passes between operations, and what had to be laid out for them
+UNROLL = 4  # vectors of a row at a time: sums that do not wait for each other
+PATIENCE = 4000  # looks at a flag before another thread is let in
+
+_compile = threads._compile
+_fast = functools.partial(_compile, fastmath={"reassoc", "contract", "nsz"})  # NaN and infinity stay what they are
 
 
-def _compile(function: Callable[..., Any], **options: Any) -> Any:
-    """numba.njit, cached beside this file, else in the user's cache directory, else not at all."""
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-    except RuntimeError:  # no directory can be written
-        return numba.njit(nogil=True, error_model="numpy", **options)(function)
+# ---- products
 
 
-@functools.partial(_compile, fastmath=REORDER)
-def _rows(w, scale, x, y, start, stop):
-    """Columns start to stop of y: row n of w, while it is at hand, with every row of x."""
-    for n in range(start, stop):
-        for b in range(x.shape[0]):
+def _weights(v: _Lanes, kind: str, address: Any) -> Any:
+    """A vector of weights as float32."""
+    if kind == "float32":
+        return v.load(address)
+    builder, bits = v.builder, 8 if kind == "int8" else 16
+    kept = ir.VectorType(ir.IntType(bits), LANES)
+    raw = builder.load(builder.inttoptr(address, kept.as_pointer()), align=bits // 8)
+    if kind == "int8":
+        return builder.sitofp(builder.sext(raw, v.bits), v.type)
+    return builder.bitcast(builder.shl(builder.zext(raw, v.bits), v._bits(16)), v.type)
+
+
+def _dot_by(kind: str, size: int) -> Any:
+    """The product of one row of weights with x (depth,), depth >= LANES."""
+
+    def body(v: _Lanes, depth: Any, row: Any, w: Any, x: Any, out: Any) -> None:
+        builder, word = v.builder, depth.type
+        sums = [v.variable(v.full(0.0)) for _ in range(UNROLL)]
+
+        def add(k: Any, u: int, own: Any = None) -> None:
+            here, weights = v.load(v.at(x, k, 4)), _weights(v, kind, v.at(w, k, size))
+            if own is not None:
+                here, weights = (builder.select(own, p, v.full(0.0)) for p in (here, weights))
+            builder.store(v.mad(weights, here, builder.load(sums[u])), sums[u])
+
+        start = word(0)
+        for count in (UNROLL, 1):
+            stop = builder.and_(depth, word(-count * LANES))
+            with cgutils.for_range_slice(builder, start, stop, word(count * LANES), intp=word) as (k, _):
+                for u in range(count):
+                    add(builder.add(k, word(u * LANES)), u)
+            start = stop
+        with builder.if_then(builder.icmp_signed("!=", start, depth)):  # the last vector, without what is counted
+            last = builder.sub(depth, word(LANES))
+            counted = builder.trunc(builder.sub(start, last), ir.IntType(32))
+            first = builder.insert_element(ir.Constant(v.bits, ir.Undefined), counted, ir.IntType(32)(0))
+            own = builder.icmp_signed(">=", ir.Constant(v.bits, list(range(LANES))), v._shuffle(first, [0] * LANES))
+            add(last, 0, own)
+        total = builder.load(sums[0])
+        for other in sums[1:]:
+            total = v.add(total, builder.load(other))
+        v.sum(out, total)
+
+    return _code(body, 3)
+
+
+_dot_float32, _dot_int8, _dot_bfloat16 = (_dot_by("float32", 4), _dot_by("int8", 1), _dot_by("bfloat16", 2))
+
+
+@intrinsic
+def _pointer(context, address):
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.intp), generate
+
+
+@intrinsic
+def _small(context, like, address, size):
+    """A weight of 1 or 2 bytes."""
+
+    def generate(context, builder, signature, args):
+        _, address, size = args
+        byte, half, word = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+        whole = builder.load(builder.inttoptr(address, byte.as_pointer()))
+        with builder.if_else(builder.icmp_signed("==", size, size.type(1))) as (one, two):
+            with one:
+                from_int8 = builder.sitofp(whole, ir.FloatType())
+                after_one = builder.block
+            with two:
+                raw = builder.load(builder.inttoptr(address, half.as_pointer()), align=2)
+                from_half = builder.bitcast(builder.shl(builder.zext(raw, word), word(16)), ir.FloatType())
+                after_two = builder.block
+        found = builder.phi(ir.FloatType())
+        found.add_incoming(from_int8, after_one)
+        found.add_incoming(from_half, after_two)
+        return found
+
+    return types.float32(types.float32, types.intp, types.intp), generate
+
+
+@_compile
+def _floats(address, count):
+    return numba.carray(_pointer(address), (count,))
+
+
+@_compile
+def _weight(w, size, index):
+    if size == 4:
+        return _floats(w, index + 1)[index]
+    return _small(np.float32(0), w + index * size, size)
+
+
+@_compile
+def _short_dots(w, size, x, y, start, stop, depth, batch, columns):
+    """Rows shorter than a vector."""
+    threads._apart()
+    for b in range(batch):
+        to, given = _floats(y + 4 * b * columns, columns), _floats(x + 4 * b * depth, depth)
+        for n in range(start, stop):
             total = np.float32(0)
-            for k in range(w.shape[1]):
-                total += np.float32(w[n, k]) * x[b, k]
-            y[b, n] = total * scale[n] if scale.size else total
+            for k in range(depth):
+                total += _weight(w, size, n * depth + k) * given[k]
+            to[n] = total
+
+
+@_compile
+def products(like, w, size, scale, bias, x, y, start, stop, depth, batch, columns):
+    """y (batch, columns) = x (batch, depth) w^T scale + bias for rows start to stop of w, of `size` bytes a weight."""
+    threads._apart()
+    row = size * depth
+    if depth < LANES:
+        _short_dots(w, size, x, y, start, stop, depth, batch, columns)
+    elif size == 4:
+        for n in range(start, stop):
+            for b in range(batch):
+                _dot_float32(like, depth, 0, (w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n)))
+    elif size == 2:
+        for n in range(start, stop):
+            for b in range(batch):
+                _dot_bfloat16(like, depth, 0, (w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n)))
+    else:
+        for n in range(start, stop):
+            for b in range(batch):
+                _dot_int8(like, depth, 0, (w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n)))
+    for b in range(batch):
+        to = _floats(y + 4 * b * columns, columns)
+        if scale:
+            by = _floats(scale, columns)
+            for n in range(start, stop):
+                to[n] *= by[n]
+        if bias:
+            more = _floats(bias, columns)
+            for n in range(start, stop):
+                to[n] += more[n]
+
+
+@_compile
+def _products_alone(like, given, workers):
+    w, size, scale, x, y, depth, batch, columns = given
+    products(like, w, size, scale, 0, x, y, 0, columns, depth, batch, columns)
 
 
 @functools.partial(_compile, parallel=True)
-def _shared(w, scale, x, y, workers):
+def _products_together(like, given, workers):
+    w, size, scale, x, y, depth, batch, columns = given
     for i in numba.prange(workers):
-        _rows(w, scale, x, y, w.shape[0] * i // workers, w.shape[0] * (i + 1) // workers)
+        start, stop = columns * i // workers, columns * (i + 1) // workers
+        products(like, w, size, scale, 0, x, y, start, stop, depth, batch, columns)
 
 
-_one_at_a_time = threading.Lock()
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked, _one_at_a_time
-    _forked, _one_at_a_time = True, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def product(w: np.ndarray, scale: np.ndarray, x: Tensor) -> Tensor:
-    """x (B, K) float32, contiguous; w (N, K) float32 or int8; scale (N,) float32, or (0,) for none -> y (B, N)."""
-    y = torch.empty(len(x), len(w))
-    most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    workers = 1 if w.size < ALONE or _forked else min(torch.get_num_threads(), most)
+def product(w: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
+    """x (B, K) float32, w (N, K) float32, bfloat16 or int8, scale (N,) float32, all contiguous -> y (B, N)."""
+    (batch, depth), columns = x.shape, len(w)
+    y = torch.empty(batch, columns)
+    at = 0 if scale is None else scale.data_ptr()
+    given = w.data_ptr(), w.element_size(), at, x.data_ptr(), y.data_ptr(), depth, batch, columns
+    workers = threads._workers(w.numel())
     if workers == 1:
-        _rows(w, scale, x.numpy(), y.numpy(), 0, len(w))
+        _products_alone(np.float32(0), given, 1)
     else:
-        with _one_at_a_time:  # numba's pool may not take several callers
-            numba.set_num_threads(workers)
-            _shared(w, scale, x.numpy(), y.numpy(), workers)
+        threads.on_threads(_products_together, np.float32(0), given, workers)
     return y
+
+
+# ---- operations on vectors
+
+
+LEAST, MOST = -87.33, 88.37  # what e^z takes as normal numbers
+
+
+def _exp(v: _Lanes, z: Any) -> tuple[Any, Any]:
+    """e^z in two parts, to be added: a power of 2 and the rest. For z from LEAST to MOST."""
+    b = v.builder
+    shift = v.full(1.5 * 2.0**23)  # added, it leaves the nearest whole number in the lowest bits
+    shifted = b.fadd(b.fmul(z, v.full(1 / math.log(2))), shift)
+    whole = b.fsub(shifted, shift)
+    f = v.mad(whole, v.full(-0.693359375), z)  # the first part of log 2 has few bits: the product is exact
+    f = v.mad(whole, v.full(2.12194440054690583e-4), f)
+    series = [1 / math.factorial(k) for k in range(1, 8)]
+    rest = v.full(series[-1])
+    for k in reversed(series[:-1]):
+        rest = v.mad(rest, f, v.full(k))
+    exponent = b.add(b.bitcast(shifted, v.bits), v._bits(127))
+    power = b.bitcast(b.shl(exponent, v._bits(23)), v.type)
+    return power, b.fmul(power, b.fmul(rest, f))
+
+
+def _edges(v: _Lanes, z: Any, found: Any, below: float) -> Any:
+    """What was found for e^z or e^z - 1 where it is normal; infinite above, NaN for NaN."""
+    b = v.builder
+    found = b.select(b.fcmp_unordered(">", z, v.full(MOST)), b.fmul(z, v.full(math.inf)), found)
+    return b.select(b.fcmp_ordered("<", z, v.full(LEAST)), v.full(below), found)
+
+
+def _exp_of(v: _Lanes, z: Any) -> Any:
+    power, rest = _exp(v, z)
+    return _edges(v, z, v.builder.fadd(power, rest), 0.0)
+
+
+def _expm1(v: _Lanes, z: Any) -> Any:
+    power, rest = _exp(v, z)
+    return _edges(v, z, v.builder.fadd(v.builder.fsub(power, v.full(1.0)), rest), -1.0)
+
+
+def _negative(v: _Lanes, x: Any) -> Any:
+    return v.builder.fsub(v.full(-0.0), x)
+
+
+def _size_of(v: _Lanes, x: Any) -> Any:
+    bits = v.builder.and_(v.builder.bitcast(x, v.bits), v._bits(0x7FFFFFFF))
+    return v.builder.bitcast(bits, v.type)
+
+
+def _log1p_of_exp(v: _Lanes, z: Any) -> Any:
+    """log(1 + e^z) for z <= 0: 2 artanh(y / (2 + y)), y = e^z."""
+    b, y = v.builder, _exp_of(v, z)
+    s = b.fdiv(y, v.add(y, v.full(2.0)))
+    square = v.mul(s, s)
+    series = v.full(1 / 15)
+    for k in range(13, 0, -2):
+        series = v.mad(series, square, v.full(1 / k))
+    return v.mul(v.mul(v.full(2.0), s), series)
+
+
+def _softplus(v: _Lanes, x: Any) -> Any:
+    above = v.builder.select(v.builder.fcmp_ordered("<", x, v.full(0.0)), v.full(0.0), x)
+    return v.add(above, _log1p_of_exp(v, _negative(v, _size_of(v, x))))
+
+
+def _sigmoid(v: _Lanes, x: Any) -> Any:
+    return v.builder.fdiv(v.full(1.0), v.add(v.full(1.0), _exp_of(v, _negative(v, x))))
+
+
+def _tanh(v: _Lanes, x: Any) -> Any:
+    b, less = v.builder, _expm1(v, v.mul(v.full(-2.0), _size_of(v, x)))
+    size = b.fdiv(_negative(v, less), b.fadd(less, v.full(2.0)))
+    return b.select(b.fcmp_ordered("<", x, v.full(0.0)), _negative(v, size), size)
+
+
+def _at_least(v: _Lanes, x: Any, least: Any) -> Any:
+    return v.builder.select(v.builder.fcmp_ordered("<", x, least), least, x)
+
+
+def _at_most(v: _Lanes, x: Any, most: Any) -> Any:
+    return v.builder.select(v.builder.fcmp_ordered(">", x, most), most, x)
+
+
+def _larger(v: _Lanes, x: Any, y: Any) -> Any:
+    """NaN where either is."""
+    b = v.builder
+    found = b.select(b.fcmp_ordered("<", x, y), y, x)
+    return b.select(b.fcmp_unordered("uno", y, y), y, found)
+
+
+def _logaddexp(v: _Lanes, x: Any, y: Any) -> Any:
+    b, most = v.builder, _larger(v, x, y)
+    apart = _size_of(v, b.fsub(x, y))  # NaN where both are the same infinity
+    apart = b.select(b.fcmp_ordered("==", x, y), v.full(0.0), apart)
+    return b.fadd(most, _log1p_of_exp(v, _negative(v, apart)))
+
+
+def _root(v: _Lanes, x: Any) -> Any:
+    kind = ir.FunctionType(v.type, [v.type])
+    return v.builder.call(cgutils.get_or_insert_function(v.builder.module, kind, "llvm.sqrt.v16f32"), [x])
+
+
+def _choose(v: _Lanes, condition: Any, yes: Any, no: Any) -> Any:
+    return v.builder.select(v.builder.fcmp_unordered("!=", condition, v.full(0.0)), yes, no)
+
+
+def _compared(how: str) -> Callable[..., Any]:
+    return lambda v, x, y: v.builder.select(v.builder.fcmp_ordered(how, x, y), v.full(1.0), v.full(0.0))
+
+
+# name: how many operands, and f(v, *operands, p, q) with the numbers p and q in every lane
+OPERATIONS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "copy": (1, lambda v, x, p, q: x),
+    "affine": (1, lambda v, x, p, q: v.mad(p, x, q)),
+    "add": (2, lambda v, x, y, p, q: v.mad(p, y, x)),
+    "mul": (2, lambda v, x, y, p, q: v.builder.fmul(x, y)),
+    "div": (2, lambda v, x, y, p, q: v.builder.fdiv(x, y)),
+    "addcmul": (3, lambda v, x, y, z, p, q: v.mad(v.builder.fmul(p, y), z, x)),
+    "maximum": (2, lambda v, x, y, p, q: _larger(v, x, y)),
+    "reciprocal": (1, lambda v, x, p, q: v.builder.fdiv(v.full(1.0), x)),
+    "rsqrt": (1, lambda v, x, p, q: v.builder.fdiv(v.full(1.0), _root(v, x))),
+    "sqrt": (1, lambda v, x, p, q: _root(v, x)),
+    "abs": (1, lambda v, x, p, q: _size_of(v, x)),
+    "clamp": (1, lambda v, x, p, q: _at_most(v, _at_least(v, x, p), q)),
+    "exp": (1, lambda v, x, p, q: _exp_of(v, x)),
+    "expm1": (1, lambda v, x, p, q: _expm1(v, x)),
+    "sigmoid": (1, lambda v, x, p, q: _sigmoid(v, x)),
+    "silu": (1, lambda v, x, p, q: v.mul(x, _sigmoid(v, x))),
+    "tanh": (1, lambda v, x, p, q: _tanh(v, x)),
+    "softplus": (1, lambda v, x, p, q: _softplus(v, x)),
+    "log_sigmoid": (1, lambda v, x, p, q: _negative(v, _softplus(v, _negative(v, x)))),
+    "logaddexp": (2, lambda v, x, y, p, q: _logaddexp(v, x, y)),
+    "greater": (2, lambda v, x, y, p, q: _compared(">")(v, x, y)),
+    "above": (1, lambda v, x, p, q: _compared(">")(v, x, p)),
+    "where": (3, lambda v, x, y, z, p, q: _choose(v, x, y, z)),
+}
+CODES = {name: code for code, name in enumerate(OPERATIONS)}
+
+
+@intrinsic
+def _apply(context, like, operation, vectors, where):
+    """where: the addresses of the result, of three operands (those that there are count) and of p and q."""
+
+    def generate(context, builder, signature, args):
+        v, (_, operation, vectors, where) = _Lanes(builder, args_like), args
+        out, *operands, numbers = cgutils.unpack_tuple(builder, where, 5)
+        end = builder.append_basic_block("end")
+        switch = builder.switch(operation, end)
+        for name, (count, f) in OPERATIONS.items():
+            block = builder.append_basic_block(name)
+            switch.add_case(operation.type(CODES[name]), block)
+            with builder.goto_block(block):
+                p, q = v.splat(numbers), v.splat(builder.add(numbers, numbers.type(4)))
+                with cgutils.for_range(builder, vectors, intp=vectors.type) as loop:
+                    values = [v.load(v.at(operand, loop.index, BYTES)) for operand in operands[:count]]
+                    v.store(v.at(out, loop.index, BYTES), f(v, *values, p, q))
+                builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    args_like = like
+    return types.void(like, types.intp, types.intp, types.UniTuple(types.intp, 5)), generate
+
+
+# ---- instructions
+
+GROUP, PRODUCT, REDUCTION, LOOKUP = range(4)
+WIDTH = 32  # words of a row of the table
+OUT, FIRST, OPERAND = 2, 9, 7  # where in a row the result stands, the first operand, and words from one to the next
+ABSENT, PLAIN, SPREAD, REGISTER = range(4)  # operands: in memory in the order of the places, in another, in a register
+SUM, MAXIMUM = range(2)
+
+
+@_compile
+def _gather(to, source, start, count, dims, strides):
+    """count places from `start` on, of a tensor with these strides, in a row."""
+    threads._apart()
+    d1, d2, d3 = dims
+    s0, s1, s2, s3 = strides
+    if s0 == 0 and s1 == 0 and s2 == 0 and s3 == 0:
+        d3 = start + count
+    i3, rest = start % d3, start // d3
+    i2, rest = rest % d2, rest // d2
+    i1, i0 = rest % d1, rest // d1
+    done = 0
+    while done < count:
+        run = min(d3 - i3, count - done)
+        at = source + 4 * (i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3)
+        row = _floats(to + 4 * done, run)
+        if s3 == 0:
+            value = _floats(at, 1)[0]
+            for j in range(run):
+                row[j] = value
+        elif s3 == 1:
+            given = _floats(at, run)
+            for j in range(run):
+                row[j] = given[j]
+        else:
+            for j in range(run):
+                row[j] = _floats(at + 4 * j * s3, 1)[0]
+        done, i3, i2 = done + run, 0, i2 + 1
+        if i2 == d2:
+            i2, i1 = 0, i1 + 1
+            if i1 == d1:
+                i1, i0 = 0, i0 + 1
+
+
+@_compile
+def _scatter(to, source, start, count, dims, strides):
+    """The way back."""
+    threads._apart()
+    d1, d2, d3 = dims
+    s0, s1, s2, s3 = strides
+    given = _floats(source, count)
+    for k in range(count):
+        i3, rest = (start + k) % d3, (start + k) // d3
+        i2, rest = rest % d2, rest // d2
+        i1, i0 = rest % d1, rest // d1
+        _floats(to + 4 * (i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3), 1)[0] = given[k]
+
+
+@_compile
+def _strides(table, i, at):
+    return table[i, at + 3], table[i, at + 4], table[i, at + 5], table[i, at + 6]
+
+
+@_compile
+def _operand(table, i, at, bases, scratch, spare, start, count, dims):
+    """The address of an operand's strip, laid out in a spare one where it must be."""
+    mode, base = table[i, at], table[i, at + 1]
+    if mode == ABSENT:
+        return 0
+    if mode == REGISTER:
+        return scratch + 4 * STRIP * base
+    source = bases[base] + table[i, at + 2]
+    if mode == PLAIN and count % LANES == 0:
+        return source + 4 * start
+    to = scratch + 4 * STRIP * (REGISTERS + spare)
+    if mode == PLAIN:
+        _gather(to, source + 4 * start, 0, count, (1, 1, count), (0, 0, 0, 1))
+    else:
+        _gather(to, source, start, count, dims, _strides(table, i, at))
+    return to
+
+
+@_compile
+def _strip(like, table, i, bases, numbers, scratch, start, count):
+    """All operations of a group on count places from `start` on."""
+    threads._apart()
+    dims = table[i, 5], table[i, 6], table[i, 7]
+    vectors = (count + LANES - 1) // LANES
+    for m in range(i + 1, i + 1 + table[i, 2]):
+        a = _operand(table, m, FIRST, bases, scratch, 0, start, count, dims)
+        b = _operand(table, m, FIRST + OPERAND, bases, scratch, 1, start, count, dims)
+        c = _operand(table, m, FIRST + 2 * OPERAND, bases, scratch, 2, start, count, dims)
+        mode, base = table[m, OUT], table[m, OUT + 1]
+        if mode == REGISTER:
+            out = scratch + 4 * STRIP * base
+        elif mode == PLAIN and count % LANES == 0:
+            out = bases[base] + table[m, OUT + 2] + 4 * start
+        else:
+            out = scratch + 4 * STRIP * (REGISTERS + 3)
+        _apply(like, table[m, 0], vectors, (out, a, b, c, numbers + table[m, 1]))
+        if mode == PLAIN and count % LANES != 0:
+            to = bases[base] + table[m, OUT + 2] + 4 * start
+            _gather(to, out, 0, count, (1, 1, count), (0, 0, 0, 1))
+        elif mode == SPREAD:
+            _scatter(bases[base] + table[m, OUT + 2], out, start, count, dims, _strides(table, m, OUT))
+
+
+@_fast
+def _row_sum(address, count):
+    threads._apart()
+    row, total = _floats(address, count), np.float32(0)
+    for j in range(count):
+        total += row[j]
+    return total
+
+
+@_fast
+def _add_row(to, address, count):
+    threads._apart()
+    out, row = _floats(to, count), _floats(address, count)
+    for j in range(count):
+        out[j] += row[j]
+
+
+@_compile
+def _reduce(table, i, bases, numbers, part, parts):
+    """Places kept (k0, k1, k2), which the result has in this order, and places (r0, r1) that go."""
+    threads._apart()
+    what = table[i, 3]
+    out, source = bases[table[i, 4]] + table[i, 5], bases[table[i, 6]] + table[i, 7]
+    k0, k1, k2, r0, r1 = table[i, 8], table[i, 9], table[i, 10], table[i, 11], table[i, 12]
+    s0, s1, s2, t0, t1 = table[i, 13], table[i, 14], table[i, 15], table[i, 16], table[i, 17]
+    factor = _floats(numbers + table[i, 18], 1)[0]
+    if what == SUM and s2 == 1 and t1 != 1:  # whole rows at a time
+        for k in range(k0 * k1 * part // parts, k0 * k1 * (part + 1) // parts):
+            at, to = source + 4 * (k // k1 * s0 + k % k1 * s1), out + 4 * k * k2
+            row = _floats(to, k2)
+            for j in range(k2):
+                row[j] = 0
+            for r in range(r0 * r1):
+                _add_row(to, at + 4 * (r // r1 * t0 + r % r1 * t1), k2)
+            for j in range(k2):
+                row[j] *= factor
+        return
+    total = k0 * k1 * k2
+    for k in range(total * part // parts, total * (part + 1) // parts):
+        rest = k // k2
+        at = source + 4 * (rest // k1 * s0 + rest % k1 * s1 + k % k2 * s2)
+        if what == SUM:
+            found = np.float32(0)
+            for r in range(r0):
+                if t1 == 1:
+                    found += _row_sum(at + 4 * r * t0, r1)
+                else:
+                    for q in range(r1):
+                        found += _floats(at + 4 * (r * t0 + q * t1), 1)[0]
+            found *= factor
+        else:
+            found = np.float32(-np.inf)
+            for r in range(r0):
+                for q in range(r1):
+                    value = _floats(at + 4 * (r * t0 + q * t1), 1)[0]
+                    found = value if value > found or value != value else found
+        _floats(out + 4 * k, 1)[0] = found
+
+
+@intrinsic
+def _id(context, address, size):
+    def generate(context, builder, signature, args):
+        address, size = args
+        long, short = ir.IntType(64), ir.IntType(32)
+        with builder.if_else(builder.icmp_signed("==", size, size.type(8))) as (yes, no):
+            with yes:
+                from_long = builder.load(builder.inttoptr(address, long.as_pointer()), align=8)
+                after_long = builder.block
+            with no:
+                from_short = builder.sext(builder.load(builder.inttoptr(address, short.as_pointer()), align=4), long)
+                after_short = builder.block
+        found = builder.phi(long)
+        found.add_incoming(from_long, after_long)
+        found.add_incoming(from_short, after_short)
+        return found
+
+    return types.intp(types.intp, types.intp), generate
+
+
+@_compile
+def _look_up(table, i, bases):
+    """Rows of an embedding. False for an id out of range."""
+    threads._apart()
+    ids, size, count = bases[table[i, 3]] + table[i, 4], table[i, 5], table[i, 6]
+    w, item, scale, rows, width = table[i, 7], table[i, 8], table[i, 9], table[i, 10], table[i, 11]
+    out = bases[table[i, 12]] + table[i, 13]
+    for b in range(count):
+        found = _id(ids + b * size, size)
+        if found < 0 or found >= rows:
+            return False
+        row = _floats(out + 4 * b * width, width)
+        for j in range(width):
+            row[j] = _weight(w, item, found * width + j)
+        if scale:
+            by = _floats(scale, rows)[found]
+            for j in range(width):
+                row[j] *= by
+    return True
+
+
+@_compile
+def _part(like, table, i, bases, numbers, scratch, part):
+    """One part of instruction i."""
+    threads._apart()
+    kind, parts = table[i, 0], table[i, 1]
+    if kind == GROUP:
+        strips = (table[i, 3] + STRIP - 1) // STRIP
+        for k in range(strips * part // parts, strips * (part + 1) // parts):
+            start = k * STRIP
+            _strip(like, table, i, bases, numbers, scratch, start, min(STRIP, table[i, 3] - start))
+    elif kind == PRODUCT:
+        bias = bases[table[i, 6]] + table[i, 7] if table[i, 6] >= 0 else 0
+        x, y = bases[table[i, 8]] + table[i, 9], bases[table[i, 10]] + table[i, 11]
+        depth, batch, columns = table[i, 12], table[i, 13], table[i, 14]
+        start, stop = columns * part // parts, columns * (part + 1) // parts
+        products(like, table[i, 4], table[i, 3], table[i, 5], bias, x, y, start, stop, depth, batch, columns)
+    else:
+        _reduce(table, i, bases, numbers, part, parts)
+
+
+@intrinsic
+def _put(context, address, value):
+    """Let other threads see the value, and everything written before."""
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(64)
+        builder.store_atomic(args[1], builder.inttoptr(args[0], word.as_pointer()), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+OPENED, ROLE, WRONG, CLAIMS = 0, 1, 2, 3  # words of flags; from CLAIMS on two for each row: parts claimed, parts done
+CLOSED = -1
+
+
+@_compile
+def _share(like, table, i, bases, numbers, scratch, flags):
+    """Parts of instruction i until none is left."""
+    claims = flags + 8 * (CLAIMS + 2 * i)
+    while True:
+        part = threads._claim(claims)
+        if part >= table[i, 1]:
+            return
+        _part(like, table, i, bases, numbers, scratch, part)
+        threads._claim(claims + 8)
+
+
+@_compile
+def _wait(count):
+    if count > PATIENCE:
+        threads._yield()
+        return 0
+    return count + 1
+
+
+@_compile
+def _lead(like, table, bases, numbers, scratch, flags, workers):
+    threads._apart()
+    i = 0
+    while i < table.shape[0]:
+        if table[i, 0] == LOOKUP:
+            if not _look_up(table, i, bases):
+                _put(flags + 8 * WRONG, 1)
+                break
+        elif workers == 1 or table[i, 1] == 1:
+            for part in range(table[i, 1]):
+                _part(like, table, i, bases, numbers, scratch, part)
+        else:
+            _put(flags + 8 * OPENED, i + 1)
+            _share(like, table, i, bases, numbers, scratch, flags)
+            looks = 0
+            while threads._is_set(flags + 8 * (CLAIMS + 2 * i + 1)) < table[i, 1]:
+                looks = _wait(looks)
+        i += 1 + table[i, 2]
+    _put(flags + 8 * OPENED, CLOSED)
+
+
+@_compile
+def _follow(like, table, bases, numbers, scratch, flags):
+    threads._apart()
+    seen, looks = 0, 0
+    while True:
+        opened = threads._is_set(flags + 8 * OPENED)
+        if opened == CLOSED:
+            return
+        if opened == seen:
+            looks = _wait(looks)
+        else:
+            _share(like, table, opened - 1, bases, numbers, scratch, flags)
+            seen, looks = opened, 0
+
+
+@_compile
+def _work(like, table, bases, numbers, scratch, flags, worker, workers):
+    threads._apart()
+    own = scratch + worker * 4 * STRIP * (REGISTERS + 4)
+    if threads._claim(flags + 8 * ROLE) == 0:
+        _lead(like, table, bases, numbers, own, flags, workers)
+    else:
+        _follow(like, table, bases, numbers, own, flags)
+
+
+@functools.partial(_compile, parallel=True)
+def _together(like, given, workers):
+    table, bases, numbers, scratch, flags = given
+    for worker in numba.prange(workers):
+        _work(like, table, bases, numbers, scratch, flags, worker, workers)
+
+
+def run(table: np.ndarray, bases: np.ndarray, numbers: int, scratch: int, flags: np.ndarray, workers: int) -> bool:
+    """All instructions of a table. numbers, scratch: addresses; flags: words, all 0. False for an id out of range."""
+    at = flags.ctypes.data
+    if workers == 1:
+        _work(np.float32(0), table, bases, numbers, scratch, at, 0, 1)
+    else:
+        threads.on_threads(_together, np.float32(0), (table, bases, numbers, scratch, at), workers)
+    return not flags[WRONG]

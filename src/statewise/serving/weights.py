@@ -8,45 +8,43 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import NumericError, UsageError
+from ..core import NumericError, RecurrentLayer, UsageError
+from .recorded import FEW, RecordedStep, Weights, watching
 
-FEW = 8  # rows of x up to which reading the weights is what takes the time
 LEAST = 1 << 12  # weights: a smaller matrix is left as it is
 
-Kind = Literal["float32", "int8"]
+Kind = Literal["float32", "bfloat16", "int8"]
 M = TypeVar("M", bound=nn.Module)
 
 
 class StreamedWeight(Tensor):
-    """w (N, K) for y = x w^T, float32 to whoever asks; kept as float32, or as int8 with w = scale_n q, one scale a row.
+    """w (N, K) for y = x w^T, float32 to whoever asks; kept as float32, as bfloat16, or as int8 with w = scale_n q, one scale a row.
 
     Products of up to FEW rows go to a kernel of their own, of more to torch; looking up rows of an embedding takes
     those rows alone. In everything else it is the tensor `dense()`. No gradient reaches it.
     """
 
-    kept: Tensor  # (N, K) float32 or int8
-    scale: Tensor  # (N,) float32, or (0,) for none
-    arrays: tuple[Any, Any]  # both as NumPy sees them
+    kept: Tensor  # (N, K) float32, bfloat16 or int8
+    scale: Tensor | None  # (N,) float32
 
     @staticmethod
-    def __new__(cls, values: Tensor, scale: Tensor) -> StreamedWeight:
+    def __new__(cls, values: Tensor, scale: Tensor | None) -> StreamedWeight:
         made: Any = Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, device=values.device)
         made.kept, made.scale = values.contiguous(), scale
-        made.arrays = made.kept.numpy(), scale.numpy()
         return made  # type: ignore[no-any-return]
 
     @classmethod
     def of(cls, weight: Tensor, kind: Kind) -> StreamedWeight:
         """kind "int8": q = round(w / scale) within 127, scale_n = max |w_n| / 127: off by at most scale_n / 2."""
         weight = weight.detach()
-        if kind == "float32":
-            return cls(weight, torch.empty(0))
+        if kind != "int8":
+            return cls(weight if kind == "float32" else weight.bfloat16(), None)
         if not bool(weight.isfinite().all()):
             raise NumericError("int8: a weight is not finite, and 8 bits have nothing for that")
         scale = weight.abs().amax(1) / 127
@@ -55,11 +53,12 @@ class StreamedWeight(Tensor):
 
     def dense(self) -> Tensor:
         """The weights as a plain tensor (N, K)."""
-        return self.kept if not len(self.scale) else self.kept.float() * self.scale[:, None]
+        dense = self.kept.float()
+        return dense if self.scale is None else dense * self.scale[:, None]
 
     @property
     def stored_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.kept, self.scale))
+        return sum(t.numel() * t.element_size() for t in (self.kept, self.scale) if t is not None)
 
     @classmethod
     def __torch_function__(
@@ -86,17 +85,28 @@ class StreamedWeight(Tensor):
         rows = x.numel() // max(1, x.shape[-1])
         if not 0 < rows <= FEW or x.dtype != torch.float32 or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.dense().to(x.dtype), bias)
+        watch = watching()
+        if watch is not None:
+            parts = x, Weights(self.kept, self.scale), bias
+            return watch.note("product", parts, lambda: self._product(x, rows, bias))
+        return self._product(x, rows, bias)
+
+    def _product(self, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
         from .in_numba import product
 
-        x = x.detach() if x.requires_grad else x
-        values, scale = self.arrays
-        y = product(values, scale, x.reshape(rows, -1).contiguous())
+        y = product(self.kept, self.scale, x.detach().reshape(rows, -1).contiguous())
         y = y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
         return y if bias is None else y + bias.detach()
 
     def _rows(self, ids: Tensor) -> Tensor:
-        found = F.embedding(ids, self.kept.detach())  # checks the ids, which plain indexing would wrap
-        return found if not len(self.scale) else found.float() * self.scale[ids][..., None]
+        watch = watching()
+        if watch is not None:
+            return watch.note("rows", (ids, Weights(self.kept, self.scale)), lambda: self._looked_up(ids))
+        return self._looked_up(ids)
+
+    def _looked_up(self, ids: Tensor) -> Tensor:
+        found = F.embedding(ids, self.kept.detach()).float()  # checks the ids, which plain indexing would wrap
+        return found if self.scale is None else found * self.scale[ids][..., None]
 
 
 _FACTS = {
@@ -114,8 +124,8 @@ def for_streaming(model: M, *, weights: Kind = "float32") -> M:
     Raises UsageError for another kind and for parameters that are not float32 on a CPU, NumericError for weights that
     are not finite and int8.
     """
-    if weights not in ("float32", "int8"):
-        raise UsageError(f"for_streaming: weights {weights!r}; expected 'float32' or 'int8'")
+    if weights not in get_args(Kind):
+        raise UsageError(f"for_streaming: weights {weights!r}; expected one of {', '.join(get_args(Kind))}")
     for name, p in model.named_parameters():
         if p.is_floating_point() and (p.dtype != torch.float32 or p.device.type != "cpu"):
             raise UsageError(f"for_streaming: {name} is {p.dtype} on {p.device}; expected float32 on cpu")
@@ -131,6 +141,8 @@ def for_streaming(model: M, *, weights: Kind = "float32") -> M:
             done[id(weight)] = StreamedWeight.of(weight, weights)
         del module._parameters["weight"]
         module.register_buffer("weight", done[id(weight)])
+    if isinstance(made, RecurrentLayer):
+        made.step = RecordedStep(made)  # type: ignore[method-assign]
     return made
 
 
