@@ -47,7 +47,8 @@ def plan(steps: int, per_step: int, heads: int, rows: int, together: int) -> Pla
 def by_row(
     q: Tensor, state: Tensor, log_decay: Tensor | None, reset: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Log decays (B, T, H, K | 1) or None: CUT where the past is cut off, 0 past the end. And resets before the end."""
+    """Log decays (B, T, H, K | 1) or None: at most CUT where the past is cut off, 0 past the end. And resets before
+    the end."""
     if reset is not None and lengths is not None:
         reset = reset & ~past_end(lengths.to(reset.device), reset.shape[1])
     if log_decay is None and reset is None:
@@ -56,7 +57,7 @@ def by_row(
         g = torch.zeros(*q.shape[:3], 1, dtype=state.dtype, device=state.device)
     else:
         keys = log_decay.shape[-2] if log_decay.ndim > 1 else 1
-        g = cleared(log_decay.to(state.dtype).expand(*q.shape[:3], keys, 1)[..., 0].clamp(min=CUT), lengths)
+        g = cleared(log_decay.to(state.dtype).expand(*q.shape[:3], keys, 1).squeeze(-1), lengths)
     return (g if reset is None else g.masked_fill(reset[..., None, None], CUT)), reset
 
 
@@ -114,7 +115,7 @@ class Decays(NamedTuple):
 
 
 def decays(g: Tensor, p: Plan, dtype: torch.dtype) -> Decays:
-    """From g (chunks, G, tokens) in float64, at least CUT."""
+    """From g (chunks, G, tokens) in float64."""
     sums = Sums.of(g, -1)
     if p.per_step > 1:
         sums = sums.each(lambda s: s.repeat_interleave(p.per_step, -1))

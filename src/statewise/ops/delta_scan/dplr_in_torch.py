@@ -25,7 +25,7 @@ from ..contain import contained
 from ..looping import loop
 from ..opaque import Kernel, opaque
 from . import dplr_step
-from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, fold, inverse, plan, unfold
+from .chunks import CUT, IN_TORCH, Passes, Plan, by_row, cleared, fold, inverse, plan, unfold
 
 _ROWS = 64
 ARGUMENTS = "q k v a b g? reset? state"
@@ -155,9 +155,11 @@ def _plan(q: Tensor, together: int) -> Plan:
     return p._replace(tokens=rows, chunks=-(-p.steps // rows))
 
 
-def _span(p: Plan, lo: int, hi: int, dtype: torch.dtype, *inputs: Tensor | None) -> _Chunks:
-    folded: list[Any] = [None if x is None else fold(x, lo, hi, p.rows, dtype).flatten(0, 1) for x in inputs]
-    return _Chunks(*folded)
+def _span(p: Plan, lo: int, hi: int, dtype: torch.dtype, *inputs: Tensor, g: Tensor | None) -> _Chunks:
+    q, a, b, k = (fold(x, lo, hi, p.rows, dtype).flatten(0, 1) for x in inputs)
+    if g is None:
+        return _Chunks(q, a, b, k, None)
+    return _Chunks(q, a, b, k, fold(g, lo, hi, p.rows, dtype).flatten(0, 1).clamp_(min=CUT))
 
 
 def _by(size: int) -> Callable[[Any], Any]:
@@ -181,7 +183,7 @@ def _forward(
         at = slice(lo, hi) if keep else slice(0, hi - lo)
         inside = states[at.start : at.stop + 1]
         s_, z_, read_ = inside[:-1], z[at], read[at]
-        x, v_ = _span(p, lo, hi, dtype, q, a, b, k, g), fold(v, lo, hi, c, dtype).flatten(0, 1)
+        x, v_ = _span(p, lo, hi, dtype, q, a, b, k, g=g), fold(v, lo, hi, c, dtype).flatten(0, 1)
         inverse(x.scores[:, 0, :, 0].neg(), z_.flatten(0, 1))
         base, extra = by(torch.bmm(x.scores[:, 0, :, 1], v_)), by(torch.bmm(x.write[:, c:].mT, v_))
         rest = z_, by(x.write[:, :c]), by(x.whole)
@@ -205,7 +207,7 @@ def _backward(
     grads = [x.new_empty(len(x), p.chunks * c, *x.shape[2:]) for x in wanted]
     ds = d_last.flatten(0, 1)
     for lo, hi in reversed(p.spans()):
-        x = _span(p, lo, hi, dtype, q, a, b, k, g)
+        x = _span(p, lo, hi, dtype, q, a, b, k, g=g)
         v_, do = (fold(t, lo, hi, c, dtype).flatten(0, 1) for t in (v, d_out))
         d_states = states.new_empty(hi - lo + 1, *states.shape[1:])
         d_states[-1] = ds

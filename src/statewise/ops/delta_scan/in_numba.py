@@ -6,8 +6,10 @@ With the letters of in_torch.py and N = beta R, a thread goes from chunk to chun
 No inverse is formed. Kept for the backward pass, which solves the transposed system, are R and the states between
 chunks.
 
-Decays per key, and a b^T in place of beta k k^T, are as in dplr_in_torch.py with the factors of outer_scan: a row of a
-is a query of the step before, so that all four kinds of weights are of one form.
+Decays per key, and a b^T in place of beta k k^T, are as in dplr_in_torch.py. A row of a is a query of the step before,
+so q and a read k and b in the same way: all four kinds of weights are made at once. In blocks of LEAF steps every pair
+of steps is walked, the decays multiplied one by one and never rounded to one number (see selective_scan); the rest,
+halving by halving, are products about the middle of their block.
 """
 
 from __future__ import annotations
@@ -37,6 +39,34 @@ from .in_torch import ARGUMENTS, by_loop
 
 _compile = threads._compile
 ROWS = 64  # corrections in a chunk
+
+
+@functools.partial(_code, addresses=5)
+def _copy_rows(v: _Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, out_row: Any, ahead: Any) -> None:
+    """`steps` rows of `row` bytes; those `ahead` bytes further on are asked for."""
+    word, builder = steps.type, v.builder
+    pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    with cgutils.for_range(builder, steps, intp=word) as step:
+        source, target = v.at(x, step.index, x_row), v.at(out, step.index, out_row)
+        with cgutils.for_range(builder, builder.udiv(row, word(vectors.BYTES)), intp=word) as loop:
+            at = builder.mul(loop.index, word(vectors.BYTES))
+            here = builder.add(source, at)
+            v.store(builder.add(target, at), v.load(here))
+            builder.call(prefetch, [builder.inttoptr(builder.add(here, ahead), pointer), flag(0), flag(3), flag(1)])
+
+
+@_compile
+def _fetch(like, tile, x, b, start, steps, h, ahead):
+    """tiles.load, and what the next chunk wants, `ahead` steps on, is asked for from memory."""
+    row, along = x.shape[3] * x.itemsize, x.shape[2] * x.shape[3] * x.itemsize
+    if row % vectors.BYTES:
+        tiles.load(tile, x, b, start, steps, h)
+        return
+    at = x.ctypes.data + (b * x.shape[1] + start) * along + h * row
+    _copy_rows(like, steps, row, (at, along, tile.ctypes.data, tile.shape[1] * tile.itemsize, ahead * along))
+    tile[steps:] = 0
 
 
 # ---- one decay per head, or none
@@ -203,9 +233,9 @@ def _forward_work(like, q, k, v, beta, g, state, tokens, each, o, last, states, 
         for c in range(-(-steps // tokens)):
             start = c * tokens
             here = min(tokens, steps - start)
-            tiles.load(qs, q, b, start, here, h)
-            tiles.load(ks, k, b, start * each, here * each, h)
-            tiles.load(rs, v, b, start * each, here * each, h)
+            _fetch(like, qs, q, b, start, here, h, tokens)
+            _fetch(like, ks, k, b, start * each, here * each, h, size)
+            _fetch(like, rs, v, b, start * each, here * each, h, size)
             _betas(betas, beta, b, start * each, here * each, h)
             _logs(logs, g, each, b, start, here, h)
             tiles.factors(like, factors, whole, logs)
@@ -253,10 +283,10 @@ def _backward_work(
         for c in range(-(-steps // tokens) - 1, -1, -1):
             start, s = c * tokens, states[b, h, c]
             here = min(tokens, steps - start)
-            tiles.load(qs, q, b, start, here, h)
-            tiles.load(do, d_o, b, start, here, h)
-            tiles.load(ks, k, b, start * each, here * each, h)
-            tiles.load(rs, missed, b, start * each, here * each, h)
+            _fetch(like, qs, q, b, start, here, h, -tokens)
+            _fetch(like, do, d_o, b, start, here, h, -tokens)
+            _fetch(like, ks, k, b, start * each, here * each, h, -size)
+            _fetch(like, rs, missed, b, start * each, here * each, h, -size)
             _betas(betas, beta, b, start * each, here * each, h)
             _logs(logs, g, each, b, start, here, h)
             tiles.factors(like, factors, whole, logs)
@@ -660,12 +690,6 @@ def _first_back(d_a, end, a, b, t, h, s, given):
 
 
 @_compile
-def _load_next(tile, a, b, start, steps, h):
-    """Rows of the step after: what they read of the state before it is what a query of the step itself would."""
-    tiles.load(tile, a, b, start + 1, steps - 1, h)
-
-
-@_compile
 def _read(like, read, weights):
     """read_i += sum_{j < i} weights_{i - 1, j} read_j, from the first row on."""
     threads._apart()
@@ -696,7 +720,7 @@ def _read_back(like, given, weights):
 
 
 @_compile
-def _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, steps, h):
+def _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, steps, h, ahead):
     """A chunk's rows as they come and as they are scaled, in t, and those of k and b in levels (2, _, C, keys), the
     weights (4, C, C) of q and a against k and b, and the decays of all of it; turned, seen: scratch."""
     threads._apart()
@@ -704,12 +728,12 @@ def _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, s
     qs, ks, as_, bs, logs = t[0, :size], t[1, :size], t[2, :size], t[3, :size], t[10, :size]
     row, block = wide * item, size * item
     at = t.ctypes.data + np.arange(10) * t.shape[1] * row
-    tiles.load(qs, q, n, start, steps, h)
-    tiles.load(ks, k, n, start, steps, h)
-    tiles.load(bs, b, n, start, steps, h)
-    _load_next(as_, a, n, start, steps, h)
+    _fetch(like, qs, q, n, start, steps, h, ahead)
+    _fetch(like, ks, k, n, start, steps, h, ahead)
+    _fetch(like, bs, b, n, start, steps, h, ahead)
+    _fetch(like, as_, a, n, start + 1, steps - 1, h, ahead)  # a row of a is a query of the step before
     if g.shape[3]:
-        tiles.load(logs, g, n, start, steps, h)
+        _fetch(like, logs, g, n, start, steps, h, ahead)
     power, rest = at[8], at[9]
     _factors(like, size, row, (logs.ctypes.data, power, rest, total.ctypes.data))
     tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
@@ -814,8 +838,8 @@ def _dplr_forward_work(like, q, k, v, a, b, g, state, size, o, last, states, rea
         for c in range(-(-steps // size)):
             start = c * size
             here = min(size, steps - start)
-            _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, here, h)
-            tiles.load(vs, v, n, start, here, h)
+            _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, here, h, size)
+            _fetch(like, vs, v, n, start, here, h, size)
             _first(ps[0], a, n, start, h, s)
             tiles.product(like, 0, base, a_, s)
             tiles.lower_product(like, 1, base, w[2], vs)
@@ -861,10 +885,10 @@ def _dplr_backward_work(
             start, s = c * size, states[n, h, c]
             here = min(size, steps - start)
             w[:] = 0
-            _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, here, h)
-            tiles.load(vs, v, n, start, here, h)
-            tiles.load(do, d_o, n, start, here, h)
-            tiles.load(ps, read, n, start, here, h)
+            _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, here, h, -size)
+            _fetch(like, vs, v, n, start, here, h, -size)
+            _fetch(like, do, d_o, n, start, here, h, -size)
+            _fetch(like, ps, read, n, start, here, h, -size)
             tiles.turned_lower_product(like, 0, dp, w[1], do)
             tiles.product(like, 1, dp, b_, end)
             _read_back(like, dp, w[3])
