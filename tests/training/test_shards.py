@@ -32,6 +32,9 @@ DEEP = Experiment(
 SHARED = replace(
     DEEP, model=Stack("min_gru@one", width=5, depth=2), train=replace(DEEP.train, optimizer="sgd", ema=0.0)
 )
+ECHOED = replace(
+    SHARED, model=Stack("attention(window=5,heads=1),attention(window=5,heads=1,echo=true)", width=5, depth=4)
+)
 
 
 def sharded() -> Ranks:
@@ -52,7 +55,7 @@ def until_step_20(run: Path, ranks: Ranks) -> None:
 def train_in_parts(place: Path) -> None:
     ranks = sharded()
     fit(toy(**HARD), place / "toy", ranks=ranks)
-    for name, experiment in (("deep", DEEP), ("shared", SHARED)):
+    for name, experiment in (("deep", DEEP), ("shared", SHARED), ("echoed", ECHOED)):
         fit(experiment, place / name, ranks=ranks)
     until_step_20(place / "stopped", ranks)
     parts_are_parts(ranks)
@@ -103,7 +106,7 @@ def assert_same_files(a: Path, b: Path) -> None:
 
 def test_losses_and_checkpoints_are_those_of_one_process(tmp_path):
     in_ranks(2, train_in_parts, tmp_path / "two")
-    for name, experiment in (("toy", toy(**HARD)), ("deep", DEEP), ("shared", SHARED)):
+    for name, experiment in (("toy", toy(**HARD)), ("deep", DEEP), ("shared", SHARED), ("echoed", ECHOED)):
         result = fit(experiment, tmp_path / name)
         assert_same_losses(tmp_path / name, tmp_path / "two" / name, 8 if name == "toy" else 1)
         assert_same_files(tmp_path / name, tmp_path / "two" / name)

@@ -1,11 +1,12 @@
 """One file per recurrent layer; importing this registers them all."""
 
 from .aaren import Aaren
-from .attention import Attention, AttentionState
+from .attention import Attention, AttentionState, Sight
 from .bidirectional import Bidirectional
 from .cfc import CfC
 from .delta_net import DeltaNet, DeltaState
 from .delta_product import DeltaProduct
+from .echo_attention import EchoAttention
 from .elman import Elman
 from .gated_delta_net import GatedDeltaNet
 from .gla import GLA
@@ -48,6 +49,7 @@ __all__ = [
     "DeltaNet",
     "DeltaProduct",
     "DeltaState",
+    "EchoAttention",
     "Elman",
     "GLA",
     "GRULayer",
@@ -91,4 +93,5 @@ __all__ = [
     "S5",
     "SLSTM",
     "ShortConv",
+    "Sight",
 ]

@@ -19,6 +19,26 @@ class AttentionState(NamedTuple):
     seen: Tensor  # (B,) int64 steps since the start or the last reset
 
 
+class Sight(NamedTuple):
+    """Who sees whom, and how well: all that attention knows before any value."""
+
+    q: Tensor  # (B, T, H, K) rotated
+    k: Tensor  # (B, P+T, G, K) rotated; in front the P = W - 1 of the state, none where there was no state
+    bad: Tensor  # (B, P+T) bool where k was not finite; it is zero there
+    position: Tensor  # (B, T) int64 steps since the start or the last reset
+    seen: Tensor  # (B,) int64 the same after the last, or after the last within lengths
+    lengths: Tensor | None  # (B,)
+    causal: bool  # from the start and without resets: all earlier steps of the window are seen
+
+    def matrix(self, window: int) -> Tensor:
+        """The weights (B, H, T, P+T) themselves, which sum to one over what is seen and are zero elsewhere."""
+        steps, keys, heads = self.q.shape[1], self.k.shape[1], self.q.shape[2]
+        k = self.k.repeat_interleave(heads // self.k.shape[2], 2)
+        score = torch.einsum("bthk,bshk->bhts", self.q, k) * self.q.shape[-1] ** -0.5
+        see = _seen(self.position.clamp(max=window - 1), keys - steps, 0)
+        return score.masked_fill(~see[:, None], -torch.inf).softmax(-1)
+
+
 def _sized(window: int) -> Any:
     def sized(width: int) -> dict[str, int]:
         heads = next(h for h in (8, 4, 2, 1) if h == 1 or (width % h == 0 and width // h >= 16))
@@ -128,67 +148,94 @@ class Attention(RecurrentLayer[AttentionState]):
     def _attend(
         self, x: Tensor, state: AttentionState | None, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
-        steps, fresh = x.shape[1], state is None
+        y, state, _ = self.look(x, state, reset, lengths)
+        return y, state
+
+    def look(
+        self, x: Tensor, state: AttentionState | None, reset: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, AttentionState, Sight]:
+        """forward of at least one step, and what it saw by. x is zero past `lengths`, which y need not be."""
         seen = torch.zeros(len(x), dtype=torch.int64, device=x.device) if state is None else state.seen
-        position = positions(seen, steps, reset)  # (B, T)
+        position = positions(seen, x.shape[1], reset)  # (B, T)
         *qkv, gate = self.qkv(x).split(self.sizes, -1)
         q, k, v = (z.unflatten(-1, (-1, self.key)) for z in qkv)  # (B, T, H, K), (B, T, G, K) twice
-        dtype, high = v.dtype, wide(self.out.weight.dtype) if state is None else state.v.dtype
+        high = wide(self.out.weight.dtype) if state is None else state.v.dtype
         q, k = self._turn(self.q_norm(q).to(high), position), self._turn(self.k_norm(k).to(high), position)
-        v = v.to(high)
-        if state is not None:
-            k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)  # time t stands at t + W - 1
-        visible = position.clamp(max=self.window - 1)  # (B, T) how many earlier steps each query sees
-        y = self._windows(q.to(dtype), k.to(dtype), v.to(dtype), visible, causal=fresh and reset is None)
-        y = y.flatten(-2)
+        k = k if state is None else torch.cat([state.k, k], 1)  # time t stands at t + W - 1
+        seen = tail(torch.cat([seen[:, None], position + 1], 1), 1, lengths)[:, 0]
+        bad = _not_finite(k)
+        sight = Sight(q, _without(k, bad), bad, position, seen, lengths, state is None and reset is None)
+        y, v = attend(sight, v, None if state is None else state.v, self.window)
         if self.sizes[3]:
             y = y * gate.sigmoid()
-        y = self.out(y).to(x.dtype)
-        return y, self._after(k, v, seen, position, lengths)
+        return self.out(y).to(x.dtype), AttentionState(kept(sight, k, self.window), v, seen), sight
 
     def _turn(self, x: Tensor, position: Tensor) -> Tensor:
         turned, rest = x.split([self.rotary, self.key - self.rotary], -1)
         return torch.cat([rotate(turned, position, base=self.base), rest], -1)
 
-    def _windows(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, causal: bool) -> Tensor:
-        """q (B, T, H, K), k, v (B, P+T, G, K), visible (B, T) -> (B, T, H, K). P: steps before the first, W - 1 or 0.
 
-        causal: there are none, and all steps of a window are of one segment.
-        """
-        steps, past = q.shape[1], k.shape[1] - q.shape[1]
-        bad = ~(k.isfinite() & v.isfinite()).flatten(2).all(-1)  # (B, P+T)
-        k, v = k.masked_fill(bad[..., None, None], 0), v.masked_fill(bad[..., None, None], 0)
-        if self.kv_heads < self.heads:
-            k, v = (z.repeat_interleave(self.heads // self.kv_heads, 2) for z in (k, v))
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, K)
-        if causal and steps <= self.window:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            blocks = []
-            for start, stop in stretches(steps, self.window):
-                at = torch.arange(start, stop, device=q.device)[:, None] + past
-                first = max(0, start + past - self.window + 1)
-                key = torch.arange(first, stop + past, device=q.device)
-                see = (key <= at) & (key >= at - visible[:, start:stop, None])  # (B, queries, keys)
-                span = slice(first, stop + past)
-                blocks.append(
-                    F.scaled_dot_product_attention(
-                        q[:, :, start:stop], k[:, :, span], v[:, :, span], attn_mask=see[:, None]
-                    )
+def attend(sight: Sight, v: Tensor, past: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
+    """v (B, T, G, K), past (B, W-1, G, K) those before, where there is a state -> (B, T, H K) and the past after."""
+    dtype = v.dtype
+    v = v.to(sight.k.dtype)
+    v = v if past is None else torch.cat([past, v], 1)
+    y = _windows(sight, v.to(dtype), window)
+    return y.flatten(-2), kept(sight, v, window)
+
+
+def _not_finite(z: Tensor) -> Tensor:
+    """z (B, S, G, K) -> (B, S) bool: whether any number of a step is not finite."""
+    return ~z.isfinite().flatten(2).all(-1)
+
+
+def _without(z: Tensor, bad: Tensor) -> Tensor:
+    return z.masked_fill(bad[..., None, None], 0)
+
+
+def _windows(sight: Sight, v: Tensor, window: int) -> Tensor:
+    """v (B, P+T, G, K) -> (B, T, H, K), in the dtype of v."""
+    q, k = sight.q.to(v.dtype), sight.k.to(v.dtype)
+    steps, past = q.shape[1], k.shape[1] - q.shape[1]
+    visible = sight.position.clamp(max=window - 1)  # (B, T) how many earlier steps each query sees
+    bad = _not_finite(v)
+    v, bad = _without(v, bad), bad | sight.bad
+    if k.shape[2] < q.shape[2]:
+        k, v = (z.repeat_interleave(q.shape[2] // k.shape[2], 2) for z in (k, v))
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, K)
+    if sight.causal and steps <= window:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        blocks = []
+        for start, stop in stretches(steps, window):
+            first = max(0, start + past - window + 1)
+            span = slice(first, stop + past)
+            see = _seen(visible[:, start:stop], start + past, first)
+            blocks.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, start:stop], k[:, :, span], v[:, :, span], attn_mask=see[:, None]
                 )
-            y = torch.cat(blocks, 2)
-        count = F.pad(bad.cumsum(1), (1, 0))  # bad keys before each
-        seen_bad = count[:, past + 1 :] - count.gather(1, torch.arange(steps, device=q.device) + past - visible)
-        return y.transpose(1, 2).masked_fill((seen_bad > 0)[..., None, None], torch.nan)
+            )
+        y = torch.cat(blocks, 2)
+    count = F.pad(bad.cumsum(1), (1, 0))  # bad keys before each
+    seen_bad = count[:, past + 1 :] - count.gather(1, torch.arange(steps, device=q.device) + past - visible)
+    return y.transpose(1, 2).masked_fill((seen_bad > 0)[..., None, None], torch.nan)
 
-    def _after(self, k: Tensor, v: Tensor, seen: Tensor, position: Tensor, lengths: Tensor | None) -> AttentionState:
-        past, steps = self.window - 1, position.shape[1]
-        kept = min(past, k.shape[1])
-        seen = tail(torch.cat([seen[:, None], position + 1], 1), 1, lengths)[:, 0]
-        gone = torch.arange(kept, device=k.device) < kept - seen[:, None]  # from before the start or the last reset
-        if k.shape[1] == steps:
-            k, v = F.pad(k, (0, 0, 0, 0, kept, 0)), F.pad(v, (0, 0, 0, 0, kept, 0))
-        k, v = (tail(z, kept, lengths).masked_fill(gone[..., None, None], 0) for z in (k, v))
-        if kept < past:
-            k, v = F.pad(k, (0, 0, 0, 0, past - kept, 0)), F.pad(v, (0, 0, 0, 0, past - kept, 0))
-        return AttentionState(k, v, seen)
+
+def _seen(visible: Tensor, start: int, first: int) -> Tensor:
+    """Which of the keys at first, first + 1 ... the queries at start ... see: visible (B, t) -> (B, t, keys)."""
+    steps = visible.shape[1]
+    at = torch.arange(start, start + steps, device=visible.device)[:, None]
+    key = torch.arange(first, start + steps, device=visible.device)
+    return (key <= at) & (key >= at - visible[..., None])
+
+
+def kept(sight: Sight, z: Tensor, window: int) -> Tensor:
+    """Of keys or values (B, P+T, G, K) the (B, W-1, G, K) that a state holds, zero where there is none."""
+    past, steps, lengths = window - 1, sight.position.shape[1], sight.lengths
+    count = min(past, z.shape[1])
+    gone = torch.arange(count, device=z.device) < count - sight.seen[:, None]  # from before the start or the last reset
+    if z.shape[1] == steps:
+        z = F.pad(z, (0, 0, 0, 0, count, 0))
+    z = tail(z, count, lengths).masked_fill(gone[..., None, None], 0)
+    return F.pad(z, (0, 0, 0, 0, past - count, 0)) if count < past else z

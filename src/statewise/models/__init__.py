@@ -12,6 +12,7 @@ from .classifier import Classifier, ClassifierState
 from .forecaster import Forecaster, Forecasting, forecast
 from .from_transformers import from_transformers
 from .halting import Halting
+from .inherit import echo_of, inherit, mamba2_of, stack_of, watched
 from .pattern import Place, places
 from .stack import Block, Residual, Stack
 from .token_model import LanguageModel, TokenModel
@@ -32,6 +33,7 @@ def examples() -> list[tuple[str, Callable[[], RecurrentLayer[Any]]]]:
         return lambda: Stack(layer, width=4, **fields).build(x_width=3, y_width=2)
 
     small = Stack("min_gru", width=4, depth=1)
+    near, echo = "window_attention(window=3,heads=2)", "window_attention(window=3,heads=2,echo=true)"
     return [
         ("stack_min_gru", stack("min_gru")),
         ("stack_gru_plain", stack("gru", depth=1, mlp=0.0, norm="none")),
@@ -45,6 +47,8 @@ def examples() -> list[tuple[str, Callable[[], RecurrentLayer[Any]]]]:
         ("token_model_tied", lambda: LanguageModel("min_gru", width=4, depth=1).build(x_vocab=5, y_width=5)),
         ("hybrid_shared", stack("min_gru,window_attention(window=3,heads=2)@a", depth=4, residual_scale=0.5)),
         ("token_model", lambda: LanguageModel("min_gru", width=4, depth=1, tied=False).build(x_vocab=5, y_width=5)),
+        ("shared_attention", stack(f"{near},min_gru,{echo}", depth=3)),
+        ("shared_attention_twice", stack(f"{near}@a,{echo}@b", depth=4, depth_embedding=True, ponder=0.01)),
         ("universal", stack("window_attention(window=3,heads=2)@a", depth=3, depth_embedding=True, ponder=0.01)),
         ("universal_gru", stack("gru@one", depth=2, mlp=0.0, norm="none", pool="mean", ponder=0.5)),
     ]
@@ -64,8 +68,13 @@ __all__ = [
     "TokenModel",
     "XLSTM",
     "descriptions",
+    "echo_of",
     "examples",
     "forecast",
     "from_transformers",
+    "inherit",
+    "mamba2_of",
     "places",
+    "stack_of",
+    "watched",
 ]

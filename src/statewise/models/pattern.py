@@ -2,13 +2,14 @@
 
     pattern  item "," item ...        ("+" may stand for "," where commas already separate patterns)
     item     NAME                     a registered layer
-             NAME(FIELD=VALUE, ...)   with arguments of its own; mlp=... is the expansion of this block alone
+             NAME(FIELD=VALUE, ...)   with arguments of its own; mlp=... is the expansion of this block alone;
+                                      attention(echo=true) sees by the matrix of the last attention before it
              ...@LABEL                one block for all places with this label: its weights are shared, its states not
              ...*COUNT                that many in a row
 
 The whole repeats to the depth of the stack. Known hybrids: Jamba (arXiv:2403.19887) is "mamba*4,attention,mamba*3";
 Zamba (arXiv:2405.16712) "mamba2(mlp=0)*6,attention@shared"; Griffin-like "min_gru*2,window_attention"; "gru@one" runs
-the same block at every depth.
+the same block at every depth; EchoAtt (arXiv:2409.14595) "attention,attention(echo=true)*2" shares each third matrix.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,12 +22,14 @@ from ..core import (
     check_input,
     check_sizes,
     clear_past_end,
+    clone,
     layers,
     near,
     past_end,
     wide,
 )
 from ..core.vary import LATER
+from ..layers import Attention, EchoAttention, Sight
 from ..nn import GLU, Experts, GatedMLP, RMSNorm
 from .classifier import Classifier
 from .halting import Halting
@@ -94,7 +97,7 @@ class Stack:
         taken = set().union(*(self._arguments(place) for place in found))
         for name in self.args:
             if name not in taken:  # by any layer: let the first say what it does take
-                self._refuse(name, found[0].layer)
+                self._refuse(name, found[0])
 
     def residual(self, embed: nn.Linear | nn.Embedding, head: nn.Linear | None) -> Residual:
         """The stack between an embedding and a head."""
@@ -139,7 +142,7 @@ class Stack:
         mlp_size = arguments.pop("mlp", self.mlp) if "mlp" in place.args else self.mlp
         _check_number("mlp", mlp_size, math.inf)
         try:
-            layer = layers[place.layer].cls(**arguments)
+            layer = _class(place)(**arguments)
         except TypeError as error:
             raise UsageError(f"Stack: {place.layer} does not take {arguments}: {error}") from error
         mlp = GatedMLP(self.width, round(self.width * mlp_size)) if mlp_size else None
@@ -151,20 +154,30 @@ class Stack:
         return block
 
     def _arguments(self, place: Place) -> dict[str, Any]:
-        info = layers[place.layer]
-        known = {name for name in inspect.signature(info.cls).parameters if name != "width"}
-        for name in place.args:
+        known = {name for name in inspect.signature(_class(place)).parameters if name != "width"}
+        own = {name: value for name, value in place.args.items() if name != "echo"}
+        for name in own:
             if name not in known | {"mlp"}:
-                self._refuse(name, place.layer)
+                self._refuse(name, place)
         if "width" in self.args:
-            self._refuse("width", place.layer)
-        return {**info.sized(self.width), **{n: v for n, v in self.args.items() if n in known}, **place.args}
+            self._refuse("width", place)
+        return {**layers[place.layer].sized(self.width), **{n: v for n, v in self.args.items() if n in known}, **own}
 
-    def _refuse(self, name: str, layer: str) -> None:
+    def _refuse(self, name: str, place: Place) -> None:
+        layer = f"{place.layer}(echo=true)" if place.args.get("echo") else place.layer
         if name == "width":
             raise UsageError(f"Stack: args may not set the width of {layer}; set the width of the stack")
-        known = [n for n in inspect.signature(layers[layer].cls).parameters if n != "width"]
+        known = [n for n in inspect.signature(_class(place)).parameters if n != "width"]
         raise UsageError(f"Stack: {layer} has no argument {name!r}; {near(name, known)}")
+
+
+def _class(place: Place) -> type[RecurrentLayer[Any]] | type[EchoAttention]:
+    """What stands at a place. Raises UsageError for echo=true of what is no attention."""
+    cls: type[RecurrentLayer[Any]] = layers[place.layer].cls
+    echo = place.args.get("echo", False)
+    if not isinstance(echo, bool) or (echo and cls is not Attention):
+        raise UsageError(f"Stack: {place.layer}(echo={echo}); expected true or false, of attention")
+    return EchoAttention if echo else cls
 
 
 def _check_number(name: str, value: object, end: float) -> None:
@@ -175,14 +188,15 @@ def _check_number(name: str, value: object, end: float) -> None:
 class Block(RecurrentLayer[Any]):
     """x + s W layer(norm(x)), then x + s mlp(norm(x)), s = scale; the state is the layer's.
 
-    A layer that is linear in its input (LRU, S5, short convolution) is followed by GELU and a gated linear unit in
+    An EchoAttention sees by what an attention before it saw, so `along` alone can run it. A layer that is linear in its
+    input (LRU, S5, short convolution) is followed by GELU and a gated linear unit in
     place of W, as in the blocks of its paper. norms: one for the layer, one more if there is an mlp. Dropout acts on
     what each branch adds, in training mode only. back: what stands in place of W; nn.Identity() for none.
     """
 
     def __init__(
         self,
-        layer: RecurrentLayer[Any],
+        layer: RecurrentLayer[Any] | EchoAttention,
         norms: list[nn.Module],
         mlp: GatedMLP | Experts | None,
         *,
@@ -215,8 +229,29 @@ class Block(RecurrentLayer[Any]):
         return (x if lengths is None else clear_past_end(x, lengths)), state
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.layer.step(self.norms[0](x), state)
+        y, state = self.layer.step(self.norms[0](x), state)  # type: ignore[operator]
         return self._add(x, y), state
+
+    def along(
+        self,
+        x: Tensor,
+        state: Any,
+        sight: Sight | None,
+        *,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Any, Sight | None]:
+        """forward of a block of attention, with what the last attention saw by; gives on what the next may see by."""
+        if x.shape[1] == 0:
+            return x, self.initial_state(len(x)) if state is None else clone(state), sight
+        u = self.norms[0](x)
+        u = u if lengths is None else clear_past_end(u, lengths)
+        if isinstance(self.layer, Attention):
+            y, state, sight = self.layer.look(u, state, reset, lengths)
+        else:
+            y, state = self.layer(u, state, sight)  # type: ignore[operator]
+        x = self._add(x, y)
+        return (x if lengths is None else clear_past_end(x, lengths)), state, sight
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
         x = x + self._scaled(self.back(y))
@@ -236,8 +271,9 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
     autocast the sum that runs through the blocks stays in the dtype of the parameters. y has the dtype of x, or of the
     parameters where x is ids.
 
-    signal (depth, D): added to what enters each depth. halting: the head reads sum_n w_n h_n over the depths n in place
-    of the last h, and the state ends in a Cost: the sum over time of what the places paid (`Halting`).
+    An attention whose matrix later ones take over, and those, are run by `Block.along`. signal (depth, D): added to
+    what enters each depth. halting: the head reads sum_n w_n h_n over the depths n in place of the last h, and the
+    state ends in a Cost: the sum over time of what the places paid (`Halting`).
     """
 
     recompute = False
@@ -263,6 +299,7 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
         self.embed, self.blocks, self.norm, self.head = embed, nn.ModuleList(blocks), norm, head
         self.order = tuple(range(len(blocks))) if order is None else order
         self.signal, self.halting = signal, halting
+        self.shared = _shared([block.layer for block in self.at_depths()])
 
     def at_depths(self) -> list[Block]:
         """The block at each depth; shared ones several times."""
@@ -289,13 +326,12 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
             x = clear_past_end(x, lengths)
         again = self.recompute and self.training and torch.is_grad_enabled()
 
-        def run(block: Block, h: Tensor, before: Any) -> tuple[Tensor, Any]:
-            if again:
-                found: tuple[Tensor, Any] = checkpoint(
-                    block, h, before, reset=reset, lengths=lengths, use_reentrant=False
-                )
-                return found
-            return block(h, before, reset=reset, lengths=lengths)  # type: ignore[no-any-return]
+        def run(depth: int, h: Tensor, before: Any, sight: Sight | None) -> tuple[Any, ...]:
+            block: Any = self.blocks[self.order[depth]]
+            function, given = (block.along, (h, before, sight)) if depth in self.shared else (block, (h, before))
+            function = partial(function, reset=reset, lengths=lengths)
+            found: tuple[Any, ...] = checkpoint(function, *given, use_reentrant=False) if again else function(*given)
+            return found
 
         h, used, after = self._deepen(self._embed(x), state, run)
         if used is not None:
@@ -305,19 +341,34 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
         return (y if lengths is None else clear_past_end(y, lengths)), after
 
     def step(self, x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        h, used, after = self._deepen(self._embed(x), state, Block.step)
+        def run(depth: int, h: Tensor, before: Any, sight: Sight | None) -> tuple[Any, ...]:
+            block: Any = self.blocks[self.order[depth]]
+            if depth not in self.shared:
+                return block.step(h, before)  # type: ignore[no-any-return]
+            h, after, sight = block.along(h[:, None], before, sight)
+            return h[:, 0], after, sight
+
+        h, used, after = self._deepen(self._embed(x), state, run)
         return self._head(h, x), after if used is None else self._pay(used, state, after)
 
     def _deepen(
-        self, h: Tensor, state: tuple[Any, ...] | None, run: Callable[[Block, Tensor, Any], tuple[Tensor, Any]]
+        self,
+        h: Tensor,
+        state: tuple[Any, ...] | None,
+        run: Callable[[int, Tensor, Any, Sight | None], tuple[Any, ...]],
     ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
-        """Through all depths: what the head reads, what each place used (...), the states of the depths."""
+        """Through all depths: what the head reads, what each place used (...), the states of the depths.
+
+        run(depth, h, state, sight) -> h, state and, at the depths that share attention, the sight that goes on.
+        """
         after: list[Any] = []
+        sight: Sight | None = None
         pondered = None if self.halting is None else self.halting.begin(h)
-        for depth, block in enumerate(self.at_depths()):
+        for depth in range(len(self.order)):
             before = h
             h = h if self.signal is None else h + self.signal[depth]
-            h, new = run(block, h, None if state is None else state[depth])
+            h, new, *seen = run(depth, h, None if state is None else state[depth], sight)
+            sight = seen[0] if seen else sight
             after.append(new)
             if self.halting is not None and pondered is not None:
                 pondered = self.halting.weigh(depth, before, h, pondered)
@@ -337,6 +388,23 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
     def _head(self, h: Tensor, x: Tensor) -> Tensor:
         y = self.norm(h) if self.head is None else self.head(self.norm(h))
         return y.to(x.dtype if x.is_floating_point() else h.dtype)
+
+
+def _shared(at_depths: list[nn.Module]) -> frozenset[int]:
+    """The depths of attention by whose matrix others see, and of those others.
+
+    Raises UsageError where there is no attention before one of those, or not of its sizes.
+    """
+    found, leader = set(), None
+    for depth, layer in enumerate(at_depths):
+        if isinstance(layer, Attention):
+            leader = depth
+        elif isinstance(layer, EchoAttention):
+            if leader is None:
+                raise UsageError("attention(echo=true) comes first; expected an attention before it, to see by")
+            layer.check(at_depths[leader])  # type: ignore[arg-type]
+            found |= {leader, depth}
+    return frozenset(found)
 
 
 def embedding(width: int, x_width: int | None, x_vocab: int | None) -> nn.Linear | nn.Embedding:

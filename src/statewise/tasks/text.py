@@ -6,7 +6,7 @@ import abc
 import ast
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import DataError
+from ..core import DataError, UsageError
+from ..core.vary import LATER
 from ..text import ByteTokenizer, save_tokenizer
 from .base import SPLITS, Batch, Split, Task, register_task, rng_of
 from .sources import KJV
@@ -129,8 +130,19 @@ class Text(Bytes):
     per byte: chance 8, a table of byte pairs about 3.4.
     """
 
+    evaluate: int = field(default=0, metadata=LATER)  # bytes that an evaluation reads, from all over a split; 0: all
     name = "text"
     data = KJV.data
+
+    def __post_init__(self) -> None:
+        if type(self.evaluate) is not int or self.evaluate < 0:
+            raise UsageError(f"text: evaluate is {self.evaluate!r}; expected a number of bytes, or 0 for all")
+
+    def batches(self, split: Split) -> Iterator[Batch]:
+        for read, batch in enumerate(super().batches(split)):
+            if self.evaluate and read * batch.x.numel() >= self.evaluate:
+                return
+            yield batch
 
     def read(self) -> dict[Split, np.ndarray]:
         """The text stands in a Python source file as one string literal: it is read as text, never run."""

@@ -81,8 +81,46 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A trained model to begin from and to learn from: distillation.
+
+    loss = truth L + logits tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)) + hidden H + layers F,
+
+    each a mean. L is the task's loss, z are the answers of teacher and student, tau is the temperature; for numbers in
+    place of classes, the KL is a squared error. H compares what leaves each depth of the two, |h_S - h_T|^2 / |h_T|^2;
+    F runs each new block of the student on what enters the teacher's (so no error of the blocks before it comes in) and
+    compares with what that one adds. H and F need stacks of one depth and width.
+
+    run: the directory of the teacher's run; empty for no teacher. inherit: what the student starts with, as in
+    `statewise.models.inherit`: "all", "same" or "none". only_new: parameters copied from the teacher stay as they are.
+    With logits, hidden and layers all 0 the teacher is only where the student starts.
+    """
+
+    run: str = ""
+    truth: float = 1.0
+    logits: float = 1.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    layers: float = 0.0
+    inherit: Literal["all", "same", "none"] = "all"
+    only_new: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("truth", "logits", "hidden", "layers"):
+            _real(self, name, "from 0 to 1e6", lambda v: 0 <= v <= 1e6)
+        _real(self, "temperature", "above 0, at most 1000", lambda v: 0 < v <= 1000)
+        _choice(self, "inherit", ("all", "same", "none"))
+        if not isinstance(self.only_new, bool) or not isinstance(self.run, str):
+            raise UsageError(f"teacher: run {self.run!r}, only_new {self.only_new!r}; expected a text, true or false")
+        if not self.run and any(getattr(self, f.name) != f.default for f in fields(self)):
+            raise UsageError("teacher.run is empty; expected the directory of the teacher's run")
+        if not (self.truth or self.logits or self.hidden or self.layers):
+            raise UsageError("teacher: truth, logits, hidden and layers are all 0; expected something to learn from")
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """A task, a model description, how to train, a seed.
+    """A task, a model description, how to train, a seed, and a teacher where there is one.
 
     model: a frozen dataclass with `build(*, x_width, x_vocab, y_width) -> RecurrentLayer`, as `statewise.models.Stack`.
     """
@@ -91,6 +129,7 @@ class Experiment:
     model: Any
     train: Train = field(default_factory=Train)
     seed: int = 0
+    teacher: Teacher = field(default_factory=Teacher)
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, Task):
@@ -103,6 +142,8 @@ class Experiment:
             )
         if not isinstance(self.train, Train):
             raise UsageError(f"experiment.train is a {type(self.train).__name__}; expected Train(...)")
+        if not isinstance(self.teacher, Teacher):
+            raise UsageError(f"experiment.teacher is a {type(self.teacher).__name__}; expected Teacher(run=...)")
         _whole(self, "seed", 0, (1 << 63) - 1)
 
     def record(self) -> dict[str, Any]:
@@ -113,6 +154,7 @@ class Experiment:
             "model": _described(self.model, "model"),
             "train": recorded(self.train),
             "seed": self.seed,
+            **({"teacher": recorded(self.teacher)} if self.teacher.run else {}),
         }
 
     @classmethod
@@ -121,7 +163,7 @@ class Experiment:
 
         Raises UsageError for a newer format, unknown keys (with the nearest), unknown names, values out of range.
         """
-        _known(record, {"format", "task", "model", "train", "seed"}, "experiment")
+        _known(record, {"format", "task", "model", "train", "seed", "teacher"}, "experiment")
         version = record.get("format", FORMAT)
         if type(version) is not int or version > FORMAT:
             raise UsageError(
@@ -133,6 +175,7 @@ class Experiment:
             _rebuilt(_section(record, "model", "type"), "model"),
             _construct(Train, _section(record, "train"), "train"),
             record.get("seed", 0),
+            _construct(Teacher, _section(record, "teacher"), "teacher"),
         )
 
     @property
@@ -265,4 +308,4 @@ def _choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
 
 
 def _where(config: Any) -> str:
-    return "train." if isinstance(config, Train) else ""
+    return {Train: "train.", Teacher: "teacher."}.get(type(config), "")

@@ -41,6 +41,7 @@ from ..tasks.units import write_units
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .data import data_hash
+from .distil import Distiller
 from .distributed import Ranks
 from .evaluate import MEASURED, evaluate, sound
 from .experiment import Experiment, differences
@@ -183,6 +184,11 @@ class Training:
         for part in self.model.modules():
             if isinstance(part, Residual):
                 part.recompute = train.recompute_blocks
+        self.distiller: Distiller | None = None
+        if self.experiment.teacher.run:
+            if self.ranks.shard:
+                raise UsageError("a teacher together with --shard is not built; leave out one of the two")
+            self.distiller = Distiller(self.model, self.experiment, self.device)
         self.compiled: Any = torch.compile(self.model) if train.compile else self.model
         found, skipped = checkpoint.newest(self.run, allow_nonfinite=True) if self.run else (None, [])
         self.data = data_hash(self.experiment.task) if self.run else ""
@@ -191,7 +197,7 @@ class Training:
                 _refuse_other_data(self.run, self.experiment, found.state, self.data)
             weights = {name.removeprefix(WEIGHT): t for name, t in found.optim.items() if name.startswith(WEIGHT)}
             checkpoint.load_weights(self.model, weights, shown(found.path or "checkpoint"))
-        like = None if found is None else self.model.initial_state(0)
+        like = None if found is None else (self.distiller or self.model).initial_state(0)
         own = (self.model, self.ranks)
         self.held: Replicas | Shards = Shards(*own) if self.ranks.shard else Replicas(*own)
         self.optimizer = Optimizer(self.held, train)
@@ -272,9 +278,13 @@ class Training:
         self.tokens += tokens
         batch, share = self.ranks.rows(batch)
         batch = batch.to(self.device)
-        out, state = self._run(batch, self.carried)
-        loss = task.loss(out, batch) * share
-        for total in costs(state):
+        if self.distiller is not None:
+            loss, state = self.distiller.lesson(self.compiled, task, batch, self.carried, self._call)
+        else:
+            out, state = self._run(batch, self.carried)
+            loss = task.loss(out, batch)
+        loss = loss * share
+        for total in costs(state if self.distiller is None else state.student):
             loss = loss + total.sum() / max(tokens, 1)
         loss = loss / train.accumulate
         with self.held.running():
@@ -284,10 +294,13 @@ class Training:
         return loss.detach()
 
     def _run(self, batch: Batch, state: Any) -> tuple[Tensor, Any]:
-        model = self.compiled if self.model.training else self.model
+        out, state = self._call(self.compiled if self.model.training else self.model, batch.x, state, batch)
+        return out, state
+
+    def _call(self, function: Any, x: Tensor, state: Any, batch: Batch) -> tuple[Any, ...]:
         half = self.experiment.train.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half), self.held.running():
-            found: tuple[Tensor, Any] = model(batch.x, state, reset=batch.reset, lengths=batch.lengths)
+            found: tuple[Any, ...] = function(x, state, reset=batch.reset, lengths=batch.lengths)
         return found
 
     def _report(self, loss: float, norm: float, rate: float) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import UsageError
-from ..models import Residual
+from ..models import Block, Residual
 from .distributed import Ranks, loss_of_a_rank_named
 from .optimise import gradient_norm
 
@@ -66,7 +66,7 @@ class Shards:
         self.rows = {name: len(_with_rows(name, p)) for name, p in model.named_parameters()}
         undecaying = {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         # it warns of results that are views, for whoever changes them in place: nobody does here
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
@@ -75,6 +75,8 @@ class Shards:
             made = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
             made.set_force_sum_reduction_for_comms(True)  # gloo knows no average, and the shares add up to one
             made.set_gradient_divide_factor(1.0)
+            if isinstance(unit, Block):
+                register_fsdp_forward_method(unit, "along")
         self.sharded = dict(model.named_parameters())
         self.parts = {name: _local(p).detach() for name, p in self.sharded.items()}  # of the same memory
         for name, part in self.parts.items():
