@@ -30,6 +30,8 @@ LANES = 16  # numbers in a vector
 STRIP = 1024  # numbers that go through a group of operations at a time
 REGISTERS = 24  # strips of a thread: what passes between operations, and what had to be laid out for them
 UNROLL = 4  # vectors of a row at a time: sums that do not wait for each other
+AHEAD = 3 << 18  # bytes of weights that are fetched before their product begins: they fit the second-level cache
+PIECE = 32  # lines of them between two looks at the flag
 PATIENCE = 4000  # looks at a flag before another thread is let in
 
 _compile = threads._compile
@@ -372,26 +374,69 @@ def _apply(context, like, operation, vectors, where):
 
 GROUP, PRODUCT, REDUCTION, LOOKUP = range(4)
 WIDTH = 32  # words of a row of the table
+NEXT = 31  # word of a row that names the row of the next product
 OUT, FIRST, OPERAND = 2, 9, 7  # where in a row the result stands, the first operand, and words from one to the next
 ABSENT, PLAIN, SPREAD, REGISTER = range(4)  # operands: in memory in the order of the places, in another, in a register
 SUM, MAXIMUM = range(2)
 
 
+@functools.partial(_code, addresses=3)
+def _repeat_rows(v: _Lanes, steps: Any, row: Any, to: Any, source: Any, vectors: Any) -> None:
+    """Each of `steps` numbers, `row` bytes apart, in so many vectors."""
+    with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        value, at = v.splat(v.at(source, loop.index, row)), v.at(to, v.builder.mul(loop.index, vectors), BYTES)
+        with cgutils.for_range(v.builder, vectors, intp=steps.type) as each:
+            v.store(v.at(at, each.index, BYTES), value)
+
+
+@functools.partial(_code, addresses=3)
+def _copy_rows(v: _Lanes, steps: Any, row: Any, to: Any, source: Any, vectors: Any) -> None:
+    with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        given, at = v.at(source, loop.index, row), v.at(to, v.builder.mul(loop.index, vectors), BYTES)
+        with cgutils.for_range(v.builder, vectors, intp=steps.type) as each:
+            v.store(v.at(at, each.index, BYTES), v.load(v.at(given, each.index, BYTES)))
+
+
+@functools.partial(_code, addresses=3)
+def _sum_rows(v: _Lanes, steps: Any, row: Any, to: Any, source: Any, vectors: Any) -> None:
+    """The sums of rows of so many vectors, `row` bytes apart."""
+    with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        given, total = v.at(source, loop.index, row), v.variable(v.full(0.0))
+        v.builder.store(v.full(0.0), total)
+        with cgutils.for_range(v.builder, vectors, intp=steps.type) as each:
+            v.builder.store(v.add(v.builder.load(total), v.load(v.at(given, each.index, BYTES))), total)
+        v.sum(v.at(to, loop.index, 4), v.builder.load(total))
+
+
 @_compile
-def _gather(to, source, start, count, dims, strides):
+def _gather(like, to, source, start, count, dims, strides):
     """count places from `start` on, of a tensor with these strides, in a row."""
     threads._apart()
     d1, d2, d3 = dims
     s0, s1, s2, s3 = strides
     if s0 == 0 and s1 == 0 and s2 == 0 and s3 == 0:
-        d3 = start + count
+        d3 = count
+        start = 0
+    whole = d3 % LANES == 0 and start % d3 == 0 and count % d3 == 0 and (s3 == 0 or s3 == 1)
     i3, rest = start % d3, start // d3
     i2, rest = rest % d2, rest // d2
     i1, i0 = rest % d1, rest // d1
     done = 0
     while done < count:
-        run = min(d3 - i3, count - done)
         at = source + 4 * (i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3)
+        if whole:  # rows of whole vectors, as many as follow each other
+            rows = min(d2 - i2, (count - done) // d3)
+            if s3 == 0:
+                _repeat_rows(like, rows, 4 * s2, (to + 4 * done, at, d3 // LANES))
+            else:
+                _copy_rows(like, rows, 4 * s2, (to + 4 * done, at, d3 // LANES))
+            done, i2 = done + rows * d3, i2 + rows
+            if i2 == d2:
+                i2, i1 = 0, i1 + 1
+                if i1 == d1:
+                    i1, i0 = 0, i0 + 1
+            continue
+        run = min(d3 - i3, count - done)
         row = _floats(to + 4 * done, run)
         if s3 == 0:
             value = _floats(at, 1)[0]
@@ -431,7 +476,7 @@ def _strides(table, i, at):
 
 
 @_compile
-def _operand(table, i, at, bases, scratch, spare, start, count, dims):
+def _operand(like, table, i, at, bases, scratch, spare, start, count, dims):
     """The address of an operand's strip, laid out in a spare one where it must be."""
     mode, base = table[i, at], table[i, at + 1]
     if mode == ABSENT:
@@ -443,9 +488,9 @@ def _operand(table, i, at, bases, scratch, spare, start, count, dims):
         return source + 4 * start
     to = scratch + 4 * STRIP * (REGISTERS + spare)
     if mode == PLAIN:
-        _gather(to, source + 4 * start, 0, count, (1, 1, count), (0, 0, 0, 1))
+        _gather(like, to, source + 4 * start, 0, count, (1, 1, count), (0, 0, 0, 1))
     else:
-        _gather(to, source, start, count, dims, _strides(table, i, at))
+        _gather(like, to, source, start, count, dims, _strides(table, i, at))
     return to
 
 
@@ -456,9 +501,9 @@ def _strip(like, table, i, bases, numbers, scratch, start, count):
     dims = table[i, 5], table[i, 6], table[i, 7]
     vectors = (count + LANES - 1) // LANES
     for m in range(i + 1, i + 1 + table[i, 2]):
-        a = _operand(table, m, FIRST, bases, scratch, 0, start, count, dims)
-        b = _operand(table, m, FIRST + OPERAND, bases, scratch, 1, start, count, dims)
-        c = _operand(table, m, FIRST + 2 * OPERAND, bases, scratch, 2, start, count, dims)
+        a = _operand(like, table, m, FIRST, bases, scratch, 0, start, count, dims)
+        b = _operand(like, table, m, FIRST + OPERAND, bases, scratch, 1, start, count, dims)
+        c = _operand(like, table, m, FIRST + 2 * OPERAND, bases, scratch, 2, start, count, dims)
         mode, base = table[m, OUT], table[m, OUT + 1]
         if mode == REGISTER:
             out = scratch + 4 * STRIP * base
@@ -469,7 +514,7 @@ def _strip(like, table, i, bases, numbers, scratch, start, count):
         _apply(like, table[m, 0], vectors, (out, a, b, c, numbers + table[m, 1]))
         if mode == PLAIN and count % LANES != 0:
             to = bases[base] + table[m, OUT + 2] + 4 * start
-            _gather(to, out, 0, count, (1, 1, count), (0, 0, 0, 1))
+            _gather(like, to, out, 0, count, (1, 1, count), (0, 0, 0, 1))
         elif mode == SPREAD:
             _scatter(bases[base] + table[m, OUT + 2], out, start, count, dims, _strides(table, m, OUT))
 
@@ -492,7 +537,7 @@ def _add_row(to, address, count):
 
 
 @_compile
-def _reduce(table, i, bases, numbers, part, parts):
+def _reduce(like, table, i, bases, numbers, part, parts):
     """Places kept (k0, k1, k2), which the result has in this order, and places (r0, r1) that go."""
     threads._apart()
     what = table[i, 3]
@@ -512,7 +557,15 @@ def _reduce(table, i, bases, numbers, part, parts):
                 row[j] *= factor
         return
     total = k0 * k1 * k2
-    for k in range(total * part // parts, total * (part + 1) // parts):
+    start, stop = total * part // parts, total * (part + 1) // parts
+    if what == SUM and k0 == 1 and k1 == 1 and r0 == 1 and t1 == 1 and r1 % LANES == 0:
+        _sum_rows(like, stop - start, 4 * s2, (out + 4 * start, source + 4 * start * s2, r1 // LANES))
+        if factor != 1:
+            row = _floats(out, total)
+            for k in range(start, stop):
+                row[k] *= factor
+        return
+    for k in range(start, stop):
         rest = k // k2
         at = source + 4 * (rest // k1 * s0 + rest % k1 * s1 + k % k2 * s2)
         if what == SUM:
@@ -591,7 +644,7 @@ def _part(like, table, i, bases, numbers, scratch, part):
         start, stop = columns * part // parts, columns * (part + 1) // parts
         products(like, table[i, 4], table[i, 3], table[i, 5], bias, x, y, start, stop, depth, batch, columns)
     else:
-        _reduce(table, i, bases, numbers, part, parts)
+        _reduce(like, table, i, bases, numbers, part, parts)
 
 
 @intrinsic
@@ -604,6 +657,17 @@ def _put(context, address, value):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), generate
+
+
+@functools.partial(_code, addresses=1)
+def _fetch(v: _Lanes, steps: Any, row: Any, address: Any) -> None:
+    """Have so many cache lines brought near."""
+    builder, word, byte = v.builder, ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    with cgutils.for_range(builder, steps, intp=steps.type) as loop:
+        at = builder.inttoptr(v.at(address, loop.index, threads.LINE), byte)
+        builder.call(fetch, [at, word(0), word(2), word(1)])
 
 
 OPENED, ROLE, WRONG, CLAIMS = 0, 1, 2, 3  # words of flags; from CLAIMS on two for each row: parts claimed, parts done
@@ -653,18 +717,33 @@ def _lead(like, table, bases, numbers, scratch, flags, workers):
 
 
 @_compile
+def _next_weights(table, i):
+    """From where to where the weights of the next product lie, as far as they are fetched ahead."""
+    following = table[i, NEXT]
+    if following < 0:
+        return 0, 0
+    start = table[following, 4]
+    return start, start + min(AHEAD, table[following, 3] * table[following, 12] * table[following, 14])
+
+
+@_compile
 def _follow(like, table, bases, numbers, scratch, flags):
     threads._apart()
     seen, looks = 0, 0
+    ahead, end = _next_weights(table, 0)
     while True:
         opened = threads._is_set(flags + 8 * OPENED)
         if opened == CLOSED:
             return
-        if opened == seen:
-            looks = _wait(looks)
-        else:
+        if opened != seen:
             _share(like, table, opened - 1, bases, numbers, scratch, flags)
             seen, looks = opened, 0
+            ahead, end = _next_weights(table, opened - 1)
+        elif ahead < end:  # meanwhile memory has nothing to do
+            _fetch(like, PIECE, 0, (ahead,))
+            ahead += PIECE * threads.LINE
+        else:
+            looks = _wait(looks)
 
 
 @_compile

@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class StreamedWeight(Tensor):
-    """w (N, K) for y = x w^T, float32 to whoever asks; kept as float32, as bfloat16, or as int8 with w = scale_n q, one scale a row.
+    """w (N, K) for y = x w^T, float32 to whoever asks; kept as float32, bfloat16, or int8 with w = scale_n q.
 
     Products of up to FEW rows go to a kernel of their own, of more to torch; looking up rows of an embedding takes
     those rows alone. In everything else it is the tensor `dense()`. No gradient reaches it.
