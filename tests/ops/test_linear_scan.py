@@ -21,7 +21,6 @@ in_numba = importlib.import_module("statewise.ops.linear_scan.in_numba")  # the 
 def shared_time(monkeypatch):
     """Two threads and tiles of a few steps, so that small inputs take every path of the numba kernel."""
     monkeypatch.setattr(in_numba, "SMALL", 0)
-    monkeypatch.setattr(in_numba, "ALONE", 1)
     monkeypatch.setattr(in_numba, "TILE", 0)
     monkeypatch.setattr(in_numba, "SHORTEST", 8)
     torch.set_num_threads(2)
@@ -383,3 +382,32 @@ def test_works_in_a_forked_child(shared_time):
 def _forked(*inputs: list) -> list:
     torch.set_num_threads(1)
     return linear_scan(*map(torch.tensor, inputs), backend="numba")[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_guessed_tiles_are_the_same_bits(monkeypatch, shared_time, dtype, with_reset):
+    """Where states are soon forgotten, tiles begin from zero and are run again until both ways carry the same."""
+    monkeypatch.setattr(in_numba, "SHORTEST", 512)
+    a, x, h0 = _inputs(1, 4000, 5, dtype=dtype)
+    a[0, 1500:2600] = 1  # here nothing is forgotten, and the guess is wrong to the end
+    reset = torch.rand(1, 4000) < 0.01 if with_reset else None
+    called = []
+    run = in_numba._run
+    monkeypatch.setattr(in_numba, "_run", lambda like, q, *rest: called.append(q.share_time) or run(like, q, *rest))
+    shared = _outcome((a, x, h0), reset=reset, backend="numba")
+    monkeypatch.setattr(in_numba, "SMALL", 1 << 60)  # one thread
+    for got, want in zip(shared, _outcome((a, x, h0), reset=reset, backend="numba"), strict=True):
+        assert torch.equal(got, want)
+    assert called == [1, 1, 0, 0]
+
+
+def test_what_is_not_watched_is_the_same(shared_time):
+    """Without gradients the kernel is called as it is; tangents are refused and not lost."""
+    inputs = _inputs(2, 9, 3)
+    want = _outcome(inputs, backend="numba")[0]
+    with torch.no_grad():
+        assert torch.equal(linear_scan(*inputs, backend="numba")[0], want)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError):
+            dual = torch.autograd.forward_ad.make_dual(inputs[1], inputs[1])
+            linear_scan(inputs[0], dual, inputs[2], backend="numba")

@@ -28,7 +28,9 @@ def differentiable(name: str, devices: str | tuple[str, ...], forward: Forward, 
     plain, traced = _functions(forward, backward), _custom_op(name, devices, forward, backward)
 
     def run(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        return traced(a, x, h0, reset) if is_traced(x) else plain(a, x, h0, reset)
+        if is_traced(x):
+            return traced(a, x, h0, reset)
+        return forward(a, x, h0, reset) if _unwatched() else plain(a, x, h0, reset)
 
     return run
 
@@ -45,7 +47,7 @@ def _functions(forward: Forward, backward: Backward) -> Forward:
 
         @staticmethod
         def backward(ctx, g, g_last):
-            return _run_backward(ctx, g, g_last, Adjoint.apply)
+            return _run_backward(ctx, g, g_last, backward if _unwatched() and not is_traced(g) else Adjoint.apply)
 
     class Adjoint(torch.autograd.Function):
         @staticmethod
@@ -85,6 +87,11 @@ def _custom_op(name: str, devices: str | tuple[str, ...], forward: Forward, back
         lambda ctx, q, p, r: _adjoint_backward(ctx, q, p, r, run), setup_context=_keep_for_adjoint
     )
     return run
+
+
+def _unwatched() -> bool:
+    """Whether no derivative of any kind is asked for: then a kernel is called without what autograd takes."""
+    return not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0
 
 
 def _keep_for_run(ctx, inputs, output):

@@ -16,8 +16,8 @@ def normal(
     Past the end the input is zero and every step is a reset: h is exactly zero there, and so is every gradient,
     whatever the padding holds.
     """
-    a = a.to(h0.dtype)
-    a = a.view(*[1] * (x.ndim - a.ndim), *a.shape)
+    a = a if a.dtype == h0.dtype else a.to(h0.dtype)
+    a = a if a.ndim == x.ndim else a.view(*[1] * (x.ndim - a.ndim), *a.shape)
     if lengths is not None:
         ended = past_end(lengths.to(x.device), x.shape[1])
         x, reset = clear_past_end(x, lengths.to(x.device)), ended if reset is None else reset | ended

@@ -1,18 +1,22 @@
 """Compiled loops over time that run at the speed of memory.
 
-A time step is one row of channels, handled in vectors; the state is carried in a row of its own, in the nearest
-cache. Large results are stored past the caches, so a line is not read first only to be overwritten. Threads share out
-the batch and wide blocks of channels. Where there are several for each row they share out time: whoever claims a tile
-first runs it from zero for its end and its product of decays, which brings it into the cache, waits for the state
-before it, publishes the state after it, and only then runs it for good. Memory is still read once and written once.
-Claims go forward in time, so a thread waits only for tiles that are already being worked on.
+A time step is one row of channels, handled in vectors; the state is carried in registers where rows are narrow, else
+in a row of its own, in the nearest cache. Large results are stored past the caches, so a line is not read first only to
+be overwritten. Threads share out the batch and wide blocks of channels. Where there are more of them they share out
+time, a tile for whoever claims it first. Claims go forward in time, so a thread waits only for tiles that are already
+being worked on. There are two ways to begin a tile before the state at its beginning is known:
+
+Where states are forgotten within a tile, it is run from zero. Once the state before it is known its first rows are run
+again, until both ways carry the same bits; the rest stands. Where they are not, it is first run for its end and its
+product of decays alone, which brings it into the cache; the state after it is published as soon as the one before it
+is known, and only then is it run for good. Either way memory is read once and written little more than once.
 
 Backward is one pass, with mu_t the gradient that reaches h_{t-1}:
     lam_t = g_t + mu_{t+1},   dx_t = lam_t,   da_t = lam_t conj(h_{t-1}),   mu_t = conj(a_t) lam_t,   dh_0 = mu_1.
 
 Pointers are integers and vectors are written as LLVM code, so that no aliasing checks stand in the inner loop and any
 strides will do. Products and sums are rounded one by one, so the numbers are those of the reference, bit for bit,
-except where time was shared out.
+except where products of decays were taken.
 """
 
 from __future__ import annotations
@@ -36,16 +40,19 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ..fresh import empty
 from .adjoint import differentiable
 from .edges import at_lengths, normal
 
-TILE = 1 << 18  # bytes of a and x in a tile of time: they stay in the second-level cache between its two passes
+TILE = 1 << 19  # bytes of a and x in a tile of time: they stay in the second-level cache between its two passes
 BLOCK = 4096  # channels in a row: a, x and two rows of h fit the first-level cache
 NARROW = 512  # channels below which a part of a row is read far slower than the whole
 SHORTEST = 64  # steps in a tile, at least
+AT_ONCE = 256  # bytes of a row that are carried in registers
 LINE = 64  # bytes of a cache line
 STREAM = 1 << 22  # bytes from which on results go past the caches: they would not stay there
-ALONE = 2  # threads for each row up to which one runs it alone: sharing out time runs every tile twice
+FIRST = 64  # rows of a tile after which a guess is checked first
+LEFT = 1e-18  # part of a state that a tile leaves where guessing pays
 SMALL = 1 << 15  # elements below which a second thread costs more than it brings
 
 
@@ -108,31 +115,104 @@ class _Lanes:
         return self.builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
 
 
-def _rowwise(body: Callable[..., None], down: bool = False) -> Any:
-    """Compiled f(like, n, (row, ...)): the body's code over n channels; rows are addresses, like gives the dtype.
+def _through(carries: int, rows: int, results: int, put: Callable[..., None] = _Lanes.store, down: bool = False) -> Any:
+    """Compiled f(like, n, steps, (address, ...), (stride, ...)): the body's code over n channels and `steps` rows.
+
+    The addresses are those of the carries, then of the first row of what is read and of what is written; strides, in
+    bytes, of the latter two. The body takes vectors of carries and of what is read, and gives new carries and what is
+    written by `put`. Carries stay in registers from row to row. like gives the dtype.
 
     down: from the last channel to the first. Where time runs backwards, memory is then walked without a turn, which is
     what the processor foresees: at rows of 512 bytes this is twice as fast.
     """
+
+    def compiled(body: Callable[..., tuple[list[Any], list[Any]]]) -> Any:
+        @intrinsic
+        def run(context: Any, like: Any, n: Any, steps: Any, addresses: Any, strides: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                size, word = like.bitwidth // 8, args[1].type
+                held = cgutils.unpack_tuple(builder, args[3], carries + rows + results)
+                moves = cgutils.unpack_tuple(builder, args[4], rows + results)
+                start, parts = ir.Constant(word, 0), []
+                for count in dict.fromkeys((AT_ONCE // size, 16, 4, 1)):
+                    stop = builder.and_(args[1], ir.Constant(word, -count))
+                    parts.append((count, start, stop))
+                    start = stop
+                for count, start, stop in reversed(parts) if down else parts:
+                    step = ir.Constant(word, count)
+                    with cgutils.for_range_slice(builder, start, stop, step, intp=word) as (index, _):
+                        if down:
+                            index = builder.sub(builder.sub(builder.add(start, stop), step), index)
+                        v = _Lanes(builder, like, count, builder.mul(index, ir.Constant(word, size)))
+                        kept = [cgutils.alloca_once_value(builder, v.load(row)) for row in held[:carries]]
+                        places = [cgutils.alloca_once_value(builder, row) for row in held[carries:]]
+                        with cgutils.for_range(builder, args[2]):
+                            read = [v.load(builder.load(place)) for place in places[:rows]]
+                            after, written = body(v, *map(builder.load, kept), *read)
+                            for value, place in zip(written, places[rows:], strict=True):
+                                put(v, builder.load(place), value)
+                            for value, slot in zip(after, kept, strict=True):
+                                builder.store(value, slot)
+                            for place, move in zip(places, moves, strict=True):
+                                builder.store(builder.add(builder.load(place), move), place)
+                        for slot, row in zip(kept, held[:carries], strict=True):
+                            v.store(row, builder.load(slot))
+                return context.get_dummy_value()
+
+            each = types.UniTuple(types.intp, carries + rows + results), types.UniTuple(types.intp, rows + results)
+            return types.void(like, types.intp, types.intp, *each), generate
+
+        return run
+
+    return compiled
+
+
+def _recur(v, h, a, x):
+    new = v.add(v.mul(a, h), x)
+    return [new], [new]
+
+
+def _adjoint(v, mu, a, g, before):
+    lam = v.add(g, mu)
+    return [v.mul(a, lam, conj=True)], [lam, v.mul(before, lam, conj=True)]
+
+
+_recur_store, _recur_stream = _through(1, 2, 1)(_recur), _through(1, 2, 1, _Lanes.stream)(_recur)
+_adjoint_store = _through(1, 3, 2, down=True)(_adjoint)
+_adjoint_stream = _through(1, 3, 2, _Lanes.stream, down=True)(_adjoint)
+
+
+@_through(2, 2, 0)
+def _advance(v, end, product, a, x):
+    return [v.add(v.mul(a, end), x), v.mul(a, product)], []
+
+
+@_through(2, 3, 1, down=True)
+def _adjoint_summed(v, mu, da, a, g, before):
+    lam = v.add(g, mu)
+    return [v.mul(a, lam, conj=True), v.add(da, v.mul(before, lam, conj=True))], [lam]
+
+
+@_through(2, 2, 0, down=True)
+def _adjoint_advance(v, mu, product, a, g):
+    return [v.mul(a, v.add(g, mu), conj=True), v.mul(a, product, conj=True)], []
+
+
+def _rowwise(body: Callable[..., None]) -> Any:
+    """Compiled f(like, n, (row, ...)): the body's code over n channels; rows are addresses, like gives the dtype."""
     rows = len(inspect.signature(body).parameters) - 1
 
     @intrinsic
     def run(context: Any, like: Any, n: Any, addresses: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            size = (like.bitwidth) // 8
-            pointers = cgutils.unpack_tuple(builder, args[2], rows)
-            start, word = ir.Constant(args[1].type, 0), args[1].type
-            parts = []
+            pointers, word = cgutils.unpack_tuple(builder, args[2], rows), args[1].type
+            start = ir.Constant(word, 0)
             for count in (16, 4, 1):
                 stop = builder.and_(args[1], ir.Constant(word, -count))
-                parts.append((ir.Constant(word, count), start, stop))
+                with cgutils.for_range_slice(builder, start, stop, ir.Constant(word, count), intp=word) as (index, _):
+                    offset = builder.mul(index, ir.Constant(word, like.bitwidth // 8))
+                    body(_Lanes(builder, like, count, offset), *pointers)
                 start = stop
-            for step, start, stop in reversed(parts) if down else parts:
-                with cgutils.for_range_slice(builder, start, stop, step, intp=word) as (index, _):
-                    if down:
-                        index = builder.sub(builder.sub(builder.add(start, stop), step), index)
-                    offset = builder.mul(index, ir.Constant(word, size))
-                    body(_Lanes(builder, like, step.constant, offset), *pointers)
             return context.get_dummy_value()
 
         return types.void(like, types.intp, types.UniTuple(types.intp, rows)), generate
@@ -140,57 +220,9 @@ def _rowwise(body: Callable[..., None], down: bool = False) -> Any:
     return run
 
 
-def _recur_by(put: Callable[..., None]) -> Any:
-    def body(v, h, carry, a, x):
-        new = v.add(v.mul(v.load(a), v.load(carry)), v.load(x))
-        v.store(carry, new)  # a row of its own: rows of h leave the first-level cache as they are written
-        put(v, h, new)
-
-    return _rowwise(body)
-
-
-_recur, _recur_stream = _recur_by(_Lanes.store), _recur_by(_Lanes.stream)
-
-
 @_rowwise
 def _combine(v, past, product, into, end):
     v.store(past, v.add(v.mul(v.load(product), v.load(into)), v.load(end)))
-
-
-@_rowwise
-def _advance(v, end, product, a, x):
-    decay = v.load(a)
-    v.store(end, v.add(v.mul(decay, v.load(end)), v.load(x)))
-    v.store(product, v.mul(decay, v.load(product)))
-
-
-def _adjoint_by(put: Callable[..., None]) -> Any:
-    def body(v, dx, da, mu, a, g, before):
-        lam = v.add(v.load(g), v.load(mu))
-        put(v, dx, lam)
-        put(v, da, v.mul(v.load(before), lam, conj=True))
-        v.store(mu, v.mul(v.load(a), lam, conj=True))
-
-    return _rowwise(body, down=True)
-
-
-_adjoint, _adjoint_stream = _adjoint_by(_Lanes.store), _adjoint_by(_Lanes.stream)
-_rowwise_down = functools.partial(_rowwise, down=True)
-
-
-@_rowwise_down
-def _adjoint_summed(v, dx, da, mu, a, g, before):
-    lam = v.add(v.load(g), v.load(mu))
-    v.store(dx, lam)
-    v.store(da, v.add(v.load(da), v.mul(v.load(before), lam, conj=True)))
-    v.store(mu, v.mul(v.load(a), lam, conj=True))
-
-
-@_rowwise_down
-def _adjoint_advance(v, mu, product, a, g):
-    decay = v.load(a)
-    v.store(mu, v.mul(decay, v.add(v.load(g), v.load(mu)), conj=True))
-    v.store(product, v.mul(decay, v.load(product), conj=True))
 
 
 @_rowwise
@@ -225,6 +257,14 @@ def _byte(context, address):
         return builder.zext(value, ir.IntType(64))
 
     return types.intp(types.intp), generate
+
+
+@intrinsic
+def _bits(context, address):
+    def generate(context, builder, signature, args):
+        return builder.load(builder.inttoptr(args[0], ir.IntType(32).as_pointer()))
+
+    return types.int32(types.intp), generate
 
 
 @intrinsic
@@ -324,15 +364,18 @@ class _Problem(NamedTuple):
     x_batch: int
     x_time: int
     reset: int  # (B, T) bytes, or 0
+    start: int  # (B, width), the first carry
+    end: int  # (B, width), the last one
     h0: int  # (B, width)
     h: int  # (B, T, width)
     dx: int  # (B, T, width)
     da: int  # (B, T, width), or (B, tiles, width) where it is summed
     sum_da: int  # one sum per tile of time is wanted
     stream: int  # whether results go past the caches
-    carries: int  # (B, tiles + 1, width): h before each tile; backward: mu after it
-    flags: int  # (B, tiles + 1) words, that a carry is known; then one word, the counter of claims
-    rows: int  # per thread, four rows of `width`
+    own: int  # rows of `width` that a thread has for itself
+    rows: int  # these rows
+    carries: int  # where time is shared out, (B, tiles + 1, width): what is carried into each tile
+    flags: int  # there too, (B, tiles + 1) words, that a carry is known; the counter of claims
 
 
 def _compile(function: Callable[..., Any], **options: Any) -> Any:
@@ -377,6 +420,16 @@ def _cut(q, b, t):
 
 
 @_compile
+def _same(like, q, p, r):
+    """Whether two rows are equal in every bit."""
+    _apart()
+    differs = 0
+    for i in range(0, q.width * q.item, 4):
+        differs |= _bits(p + i) ^ _bits(r + i)
+    return differs == 0
+
+
+@_compile
 def _finite(like, q, row):
     _apart()
     for i in range(q.width * q.item // q.real):
@@ -387,184 +440,257 @@ def _finite(like, q, row):
 
 
 @_compile
-def _forward_span(like, q, b, start, n, t0, t1, carry, scratch):
+def _alike(q, n):
+    """Whether rows of n channels are run many at a time, carries in registers: they are narrow, and no two differ."""
+    return q.reset == 0 and q.a_channel != 0 and n * q.item <= AT_ONCE
+
+
+@_compile
+def _decay(like, q, n, a, spread):
+    """The row of decays at a, laid out in `spread` where one number stands for all of it."""
+    if q.a_channel == 0:
+        _spread(like, n, (spread, a))
+        return spread
+    return a
+
+
+@_compile
+def _forward_span(like, q, b, start, n, t0, t1, carry, spread):
     """Rows t0 to t1 of h; carry, the state before a row and then after it, changes in place."""
     _apart()
     row = q.width * q.item
     a, x, at = _rows(like, q, b, t0, start)
-    h = q.h + at
-    plain = q.reset == 0 and q.a_channel != 0
-    for t in range(t0, t1):
-        decay = a
-        if not plain:
-            if _cut(q, b, t):
-                _zero(like, n, (carry,))
-                decay = carry
-            elif q.a_channel == 0:
-                _spread(like, n, (scratch, a))
-                decay = scratch
-        if q.stream:
-            _recur_stream(like, n, (h, carry, decay, x))
-        else:
-            _recur(like, n, (h, carry, decay, x))
-        h, a, x = h + row, a + q.a_time, x + q.x_time
-    if q.stream:
-        _settle()
-
-
-@_compile
-def _forward_summary(like, q, b, t0, t1, end, product, spread):
-    """The state at t1 if that at t0 were zero, and the product of decays. True if a reset makes the past irrelevant."""
-    _apart()
-    cut = False
-    _zero(like, q.width, (end,))
-    _one(like, q.width, (product,))
-    for t in range(t0, t1):
-        a, x, _ = _rows(like, q, b, t, 0)
+    h, moves = q.h + at, (q.a_time, q.x_time, row)
+    steps = t1 - t0 if _alike(q, n) else 1
+    for t in range(t0, t1, steps):
+        decay = _decay(like, q, n, a, spread)
         if _cut(q, b, t):
-            _copy(like, q.width, (end, x))
-            _zero(like, q.width, (product,))
-            cut = True
-            continue
-        if q.a_channel == 0:
-            _spread(like, q.width, (spread, a))
-            a = spread
-        _advance(like, q.width, (end, product, a, x))
-    return cut
+            _zero(like, n, (carry,))
+            decay = carry
+        if q.stream:
+            _recur_stream(like, n, steps, (carry, decay, x, h), moves)
+        else:
+            _recur_store(like, n, steps, (carry, decay, x, h), moves)
+        h, a, x = h + row, a + q.a_time, x + q.x_time
 
 
 @_compile
-def _backward_span(like, q, b, start, n, k, mu, scratch):
-    """The rows of tile k of dx and da, last to first; mu, the gradient carried from row to row, changes in place."""
+def _backward_span(like, q, b, start, n, k, t0, t1, mu, spread):
+    """Rows t1 - 1 down to t0 of dx and da; mu, the gradient carried from row to row, changes in place."""
     _apart()
-    spread = scratch + q.width * q.item
+    row = q.width * q.item
     da_sum = q.da + ((b * q.tiles + k) * q.width + start) * q.item
-    if q.sum_da:
-        _zero(like, n, (da_sum,))
-    for t in range(min(q.steps, (k + 1) * q.tile) - 1, k * q.tile - 1, -1):
+    t = t1 - 1
+    while t >= t0:
         a, g, at = _rows(like, q, b, t, start)
+        before = q.h + at - row if t else q.h0 + (b * q.width + start) * q.item
+        steps = t - max(t0, 1) + 1 if _alike(q, n) and t else 1  # the first row of all has h0 before it
         if _cut(q, b, t):
             _sum(like, n, (q.dx + at, g, mu))
             _zero(like, n, (mu,))
             if not q.sum_da:
                 _zero(like, n, (q.da + at,))
-            continue
-        if q.a_channel == 0:
-            _spread(like, n, (spread, a))
-            a = spread
-        before = q.h + at - q.width * q.item if t else q.h0 + (b * q.width + start) * q.item
-        if q.sum_da:
-            _adjoint_summed(like, n, (q.dx + at, da_sum, mu, a, g, before))
-        elif q.stream:
-            _adjoint_stream(like, n, (q.dx + at, q.da + at, mu, a, g, before))
         else:
-            _adjoint(like, n, (q.dx + at, q.da + at, mu, a, g, before))
+            decay, moves = _decay(like, q, n, a, spread), (-q.a_time, -q.x_time, -row)
+            if q.sum_da:
+                _adjoint_summed(like, n, steps, (mu, da_sum, decay, g, before, q.dx + at), (*moves, -row))
+            elif q.stream:
+                _adjoint_stream(like, n, steps, (mu, decay, g, before, q.dx + at, q.da + at), (*moves, -row, -row))
+            else:
+                _adjoint_store(like, n, steps, (mu, decay, g, before, q.dx + at, q.da + at), (*moves, -row, -row))
+        t -= steps
+
+
+@_compile
+def _span(like, q, b, start, n, k, s0, s1, carry, spread, back):
+    """Rows s0 to s1 of tile k, counted the way that time runs. back: None forward; the other way is not compiled."""
+    t0, t1 = k * q.tile, min(q.steps, (k + 1) * q.tile)
+    if back is None:
+        _forward_span(like, q, b, start, n, t0 + s0, t0 + s1, carry, spread)
+    else:
+        if q.sum_da and s0 == 0:
+            _zero(like, n, (q.da + ((b * q.tiles + k) * q.width + start) * q.item,))
+        _backward_span(like, q, b, start, n, k, t1 - s1, t1 - s0, carry, spread)
+
+
+@_compile
+def _forward_summary(like, q, b, t0, t1, end, product, spread):
+    _apart()
+    cut = False
+    a, x, _ = _rows(like, q, b, t0, 0)
+    steps = t1 - t0 if _alike(q, q.width) else 1
+    for t in range(t0, t1, steps):
+        if _cut(q, b, t):
+            _copy(like, q.width, (end, x))
+            _zero(like, q.width, (product,))
+            cut = True
+        else:
+            decay = _decay(like, q, q.width, a, spread)
+            _advance(like, q.width, steps, (end, product, decay, x), (q.a_time, q.x_time))
+        a, x = a + q.a_time, x + q.x_time
+    return cut
+
+
+@_compile
+def _backward_summary(like, q, b, t0, t1, mu, product, spread):
+    _apart()
+    cut = False
+    steps = t1 - t0 if _alike(q, q.width) else 1
+    for t in range(t1 - 1, t0 - 1, -steps):
+        if _cut(q, b, t):
+            _zero(like, q.width, (mu,))
+            _zero(like, q.width, (product,))
+            cut = True
+        else:
+            a, g, _ = _rows(like, q, b, t, 0)
+            decay = _decay(like, q, q.width, a, spread)
+            _adjoint_advance(like, q.width, steps, (mu, product, decay, g), (-q.a_time, -q.x_time))
+    return cut
+
+
+@_compile
+def _summary(like, q, b, k, end, product, spread, back):
+    """What tile k carries on if nothing is carried into it, and its product of decays.
+
+    True if a reset makes what was before irrelevant.
+    """
+    t0, t1 = k * q.tile, min(q.steps, (k + 1) * q.tile)
+    _zero(like, q.width, (end,))
+    _one(like, q.width, (product,))
+    if back is None:
+        return _forward_summary(like, q, b, t0, t1, end, product, spread)
+    return _backward_summary(like, q, b, t0, t1, end, product, spread)
+
+
+@_compile
+def _slot(q, b, i):
+    """Address of what is carried into tile i of row b, counted the way that time runs."""
+    row = q.width * q.item
+    if i == 0:
+        return q.start + b * row
+    if i == q.tiles:
+        return q.end + b * row
+    return q.carries + (b * (q.tiles + 1) + i) * row
+
+
+@_compile
+def _flag(q, b, i):
+    return q.flags + (b * (q.tiles + 1) + i) * 8
+
+
+@_compile
+def _work(like, q, worker, workers, guess, back):
+    """One thread's share: a part of batch and channels over all time, or tiles of time until none is left."""
+    _apart()
+    row = q.width * q.item
+    spread = q.rows + worker * q.own * row
+    carry = spread + row
+    if q.share_time:
+        _tiles(like, q, spread, guess, back)
+    else:
+        blocks = (q.width + q.block - 1) // q.block
+        units = q.batch * blocks
+        for unit in range(units * worker // workers, units * (worker + 1) // workers):
+            b, start = unit // blocks, unit % blocks * q.block
+            n, first = min(q.block, q.width - start), start * q.item
+            _copy(like, n, (carry, q.start + b * row + first))
+            for i in range(q.tiles):
+                k = i if back is None else q.tiles - 1 - i
+                _span(like, q, b, start, n, k, 0, min(q.tile, q.steps - k * q.tile), carry, spread, back)
+            _copy(like, n, (q.end + b * row + first, carry))
     if q.stream:
         _settle()
 
 
 @_compile
-def _backward_summary(like, q, b, k, mu, product, spread):
-    _apart()
-    cut = False
-    _zero(like, q.width, (mu,))
-    _one(like, q.width, (product,))
-    for t in range(min(q.steps, (k + 1) * q.tile) - 1, k * q.tile - 1, -1):
-        if _cut(q, b, t):
-            _zero(like, q.width, (mu,))
-            _zero(like, q.width, (product,))
-            cut = True
-            continue
-        a, g, _ = _rows(like, q, b, t, 0)
-        if q.a_channel == 0:
-            _spread(like, q.width, (spread, a))
-            a = spread
-        _adjoint_advance(like, q.width, (mu, product, a, g))
-    return cut
-
-
-@_compile
-def _slot(q, b, k):
-    """Address of carry k of row b."""
-    return q.carries + (b * (q.tiles + 1) + k) * q.width * q.item
-
-
-@_compile
-def _flag(q, b, k):
-    return q.flags + (b * (q.tiles + 1) + k) * 8
-
-
-@_compile
-def _forward_work(like, q, worker, workers):
-    """One thread's share: a part of batch and channels over all time, or tiles of time until none is left."""
+def _tiles(like, q, spread, guess, back):
+    """Tiles of time, each for the thread that claims it, until none is left."""
     _apart()
     row = q.width * q.item
-    scratch = q.rows + worker * 4 * row
-    carry, end, product = scratch + row, scratch + 2 * row, scratch + 3 * row
-    if not q.share_time:
-        blocks = (q.width + q.block - 1) // q.block
-        units = q.batch * blocks
-        for unit in range(units * worker // workers, units * (worker + 1) // workers):
-            b, start = unit // blocks, unit % blocks * q.block
-            n, first = min(q.block, q.width - start), start * q.item
-            _copy(like, n, (carry, _slot(q, b, 0) + first))
-            _forward_span(like, q, b, start, n, 0, q.steps, carry, scratch)
-            _copy(like, n, (_slot(q, b, q.tiles) + first, carry))
-        return
+    carry, end, product, marks = spread + row, spread + 2 * row, spread + 3 * row, spread + 4 * row
     while True:
         unit = _claim(_flag(q, q.batch, 0))
         if unit >= q.batch * q.tiles:
             return
-        b, k = unit % q.batch, unit // q.batch
-        into, past = _slot(q, b, k), _slot(q, b, k + 1)
-        t0, t1 = k * q.tile, min(q.steps, (k + 1) * q.tile)
-        cut = _forward_summary(like, q, b, t0, t1, end, product, scratch + row)
-        known = _carry_on(like, q, cut, past, product, end, into, _flag(q, b, k), _flag(q, b, k + 1))
-        _copy(like, q.width, (carry, into))
-        _forward_span(like, q, b, 0, q.width, t0, t1, carry, scratch)
-        if not known or k == q.tiles - 1:
-            _copy(like, q.width, (past, carry))
-            _set(_flag(q, b, k + 1))
+        b, i = unit % q.batch, unit // q.batch
+        k = i if back is None else q.tiles - 1 - i
+        steps, flag_into, flag_past = min(q.tile, q.steps - k * q.tile), _flag(q, b, i), _flag(q, b, i + 1)
+        into, past = _slot(q, b, i), _slot(q, b, i + 1)
+        if not guess:
+            cut = _summary(like, q, b, k, end, product, carry, back)
+            known = _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past)
+            _copy(like, q.width, (carry, into))
+            _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
+            if known and i < q.tiles - 1:
+                continue
+        elif _is_set(flag_into):
+            _copy(like, q.width, (carry, into))
+            _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
+        else:
+            _guess(like, q, b, k, steps, carry, marks, spread, back)
+            _wait(flag_into)
+            _copy(like, q.width, (carry, into))
+            _correct(like, q, b, k, steps, carry, marks, spread, back)
+        _copy(like, q.width, (past, carry))
+        _set(flag_past)
 
 
 @_compile
-def _backward_work(like, q, worker, workers):
-    _apart()
-    row = q.width * q.item
-    scratch = q.rows + worker * 4 * row
-    mu, product = scratch + 2 * row, scratch + 3 * row
-    if not q.share_time:
-        blocks = (q.width + q.block - 1) // q.block
-        units = q.batch * blocks
-        for unit in range(units * worker // workers, units * (worker + 1) // workers):
-            b, start = unit // blocks, unit % blocks * q.block
-            n, first = min(q.block, q.width - start), start * q.item
-            _copy(like, n, (mu, _slot(q, b, q.tiles) + first))
-            for k in range(q.tiles - 1, -1, -1):
-                _backward_span(like, q, b, start, n, k, mu, scratch)
-            _copy(like, n, (_slot(q, b, 0) + first, mu))
-        return
-    while True:
-        unit = _claim(_flag(q, q.batch, 0))
-        if unit >= q.batch * q.tiles:
+def _forgets(like, q, back):
+    """Whether next to nothing is left of a state after the first tile, so that guesses are soon right.
+
+    The way is chosen for all tiles at once, and by the numbers alone: not all ways round alike.
+    """
+    spread = q.rows
+    end, product = spread + 2 * q.width * q.item, spread + 3 * q.width * q.item
+    for b in range(q.batch):
+        _summary(like, q, b, 0 if back is None else q.tiles - 1, end, product, spread, back)
+        for i in range(q.width * q.item // q.real):
+            if not abs(_real(like, product + i * q.real)) < LEFT:
+                return False
+    return True
+
+
+@_compile
+def _guess(like, q, b, k, steps, carry, marks, spread, back):
+    """Run a tile as if nothing came into it. Marks: what is carried after FIRST rows, twice as many, and so on."""
+    row, done, stop = q.width * q.item, 0, FIRST
+    _zero(like, q.width, (carry,))
+    while done < steps:
+        stop = min(stop, steps)
+        _span(like, q, b, 0, q.width, k, done, stop, carry, spread, back)
+        _copy(like, q.width, (marks, carry))
+        done, stop, marks = stop, 2 * stop, marks + row
+    if q.stream:
+        _settle()
+
+
+@_compile
+def _correct(like, q, b, k, steps, carry, marks, spread, back):
+    """Run a tile again until it carries what was guessed, to the last bit: whatever comes after that is right."""
+    row, done, stop = q.width * q.item, 0, FIRST
+    while done < steps:
+        stop = min(stop, steps)
+        _span(like, q, b, 0, q.width, k, done, stop, carry, spread, back)
+        if _same(like, q, carry, marks):
+            while stop < steps:
+                stop, marks = 2 * stop, marks + row
+            _copy(like, q.width, (carry, marks))
             return
-        b, k = unit % q.batch, q.tiles - 1 - unit // q.batch
-        into, past = _slot(q, b, k + 1), _slot(q, b, k)
-        cut = _backward_summary(like, q, b, k, mu, product, scratch + row)
-        known = _carry_on(like, q, cut, past, product, mu, into, _flag(q, b, k + 1), _flag(q, b, k))
-        _copy(like, q.width, (mu, into))
-        _backward_span(like, q, b, 0, q.width, k, mu, scratch)
-        if not known or k == 0:
-            _copy(like, q.width, (past, mu))
-            _set(_flag(q, b, k))
+        done, stop, marks = stop, 2 * stop, marks + row
+
+
+@_compile
+def _wait(flag):
+    while _is_set(flag) == 0:
+        _yield()
 
 
 @_compile
 def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
     """Wait for the carry into a tile and publish the one past it. False if that is only known once the tile is done."""
     _apart()
-    while _is_set(flag_into) == 0:
-        _yield()
+    _wait(flag_into)
     if cut:
         _copy(like, q.width, (past, end))
     else:
@@ -577,15 +703,10 @@ def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
 
 
 @functools.partial(_compile, parallel=True)
-def _forward_together(like, q, workers):
+def _together(like, q, workers, back):
+    guess = q.share_time != 0 and q.sum_da == 0 and _forgets(like, q, back)
     for worker in numba.prange(workers):
-        _forward_work(like, q, np.int64(worker), workers)
-
-
-@functools.partial(_compile, parallel=True)
-def _backward_together(like, q, workers):
-    for worker in numba.prange(workers):
-        _backward_work(like, q, np.int64(worker), workers)
+        _work(like, q, np.int64(worker), workers, guess, back)
 
 
 _one_at_a_time = threading.Lock()
@@ -607,17 +728,18 @@ def _workers(elements: int) -> int:
 
 
 def _run(like: Any, q: _Problem, backward: bool, workers: int) -> None:
+    back = 0 if backward else None
     if workers == 1:
-        (_backward_work if backward else _forward_work)(like, q, 0, 1)
-        return
-    on_threads(_backward_together if backward else _forward_together, like, q, workers)
+        _work(like, q, 0, 1, False, back)
+    else:
+        on_threads(_together, like, q, workers, back)
 
 
-def on_threads(together: Callable[..., None], like: Any, q: Any, workers: int) -> None:
-    """together(like, q, workers), a loop that numba shares out; q: a tuple of what the workers get."""
+def on_threads(together: Callable[..., None], like: Any, q: Any, workers: int, *more: Any) -> None:
+    """together(like, q, workers, ...), a loop that numba shares out; q: a tuple of what the workers get."""
     numba.set_num_threads(workers)  # of this Python thread
     with contextlib.nullcontext() if _many_callers() else _one_at_a_time:
-        together(like, q, workers)
+        together(like, q, workers, *more)
 
 
 def _many_callers() -> bool:
@@ -637,20 +759,20 @@ def _solve(
     workers, blocks = _workers(x.numel()), -(-width // BLOCK)
     while batch * blocks < workers and width >= 2 * NARROW * blocks:
         blocks += 1
-    share_time = batch * blocks * ALONE < workers
+    share_time = batch * blocks < workers
     sum_da = backward and a.shape[1] == 1
     tile = max(SHORTEST, TILE // (2 * width * item)) if share_time or sum_da else steps
     tiles = -(-steps // tile)
     workers = max(1, min(workers, batch * (tiles if share_time else blocks)))
 
-    a, x, h0 = _rows_of(a), _rows_of(x), _rows_of(h0[:, None])
+    a, x, h0, row = _rows_of(a, width), _rows_of(x, width), plain(h0), width * item
+    start, end = plain(start), start.new_empty(start.shape)
     reset = None if reset is None else reset.contiguous()
-    da = x.new_empty(batch, (tiles if sum_da else steps) if backward else 0, width)
-    carries, rows = x.new_empty(batch, tiles + 1, width), x.new_empty(workers, 4, width)
-    flags = torch.zeros(batch * (tiles + 1) + 1, dtype=torch.int64)
-    first, last = (tiles, 0) if backward else (0, tiles)
-    carries[:, first] = start.reshape(batch, width)
-    flags[first : -1 : tiles + 1] = 1
+    da = empty(x, batch, (tiles if sum_da else steps) if backward else 0, width)
+    own = 4 + (max(FIRST, tile - 1) // FIRST).bit_length() + 1 if share_time else 2
+    rows = x.new_empty(own * workers + (batch * (tiles + 1) if share_time else 0), width)
+    flags = np.zeros(batch * (tiles + 1) + 1 if share_time else 0, np.int64)
+    flags[: -1 : tiles + 1] = 1
     q = _Problem(
         item=item,
         real=item // 2 if x.is_complex() else item,
@@ -669,18 +791,21 @@ def _solve(
         x_batch=x.stride(0) * item,
         x_time=x.stride(1) * item,
         reset=0 if reset is None else reset.data_ptr(),
+        start=start.data_ptr(),
+        end=end.data_ptr(),
         h0=h0.data_ptr(),
         h=h.data_ptr(),
         dx=0 if dx is None else dx.data_ptr(),
         da=da.data_ptr(),
         sum_da=int(sum_da),
         stream=int(_streams(width, -(-width // blocks), [h] if dx is None else [dx, da])),
-        carries=carries.data_ptr(),
-        flags=flags.data_ptr(),
+        own=own,
         rows=rows.data_ptr(),
+        carries=rows.data_ptr() + own * workers * row,
+        flags=flags.ctypes.data,
     )
     _run(_LIKE[x.dtype], q, backward, workers)
-    return carries[:, last].clone(), da
+    return end, da
 
 
 def _streams(width: int, block: int, results: list[Tensor]) -> bool:
@@ -702,9 +827,16 @@ _LIKE = {
 }
 
 
-def _rows_of(t: Tensor) -> Tensor:
-    """(B, T, N...) as (B, T, width) with contiguous rows; a view where that is possible."""
-    t = t.resolve_conj().resolve_neg().reshape(*t.shape[:2], -1 if t.numel() else math.prod(t.shape[2:]))
+def plain(t: Tensor) -> Tensor:
+    """The same numbers as they lie in memory, contiguous."""
+    return (t.resolve_conj() if t.is_complex() else t).resolve_neg().contiguous()
+
+
+def _rows_of(t: Tensor, width: int) -> Tensor:
+    """(B, T, N...) as (B, T, width), or (B, T, 1), with contiguous rows; a view where that is possible."""
+    t = (t.resolve_conj() if t.is_complex() else t).resolve_neg()
+    if t.ndim != 3:
+        t = t.reshape(*t.shape[:2], 1 if t.shape[2:].numel() == 1 else width)
     return t if t.shape[2] == 1 or t.stride(2) == 1 else t.contiguous()
 
 
@@ -715,24 +847,24 @@ def _decays(a: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    h = x.new_empty(x.shape)
+    h = empty(x, *x.shape)
     if not x.numel():
         return h, h0.clone()
     last, _ = _solve(_decays(a, x), x, h0, h0, h, None, reset)
-    return h, last.view(h0.shape)
+    return h, last
 
 
 def _backward(
     g: Tensor, g_last: Tensor, a: Tensor, h: Tensor, h0: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = h.new_empty(h.shape)
+    dx = empty(h, *h.shape)
     if not h.numel():
         return torch.zeros_like(a), dx, g_last.clone()
     d_h0, da = _solve(_decays(a, h), g, g_last, h0, h.contiguous(), dx, reset)
     da = da.view(len(h), -1, *h.shape[2:])
     if da.shape[1] != h.shape[1]:
         da = da.sum(1, keepdim=True)
-    return da.sum_to_size(a.shape).contiguous(), dx, d_h0.view(h0.shape)
+    return da.sum_to_size(a.shape).contiguous(), dx, d_h0
 
 
 _scan = differentiable("linear_scan_numba", "cpu", _forward, _backward)
@@ -742,5 +874,6 @@ def scan(
     a: Tensor, x: Tensor, h0: Tensor, *, reset: Tensor | None = None, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     a, x, reset, dtype = *normal(a, x, h0, reset, lengths), x.dtype
-    h, last = _scan(a, x.to(h0.dtype), h0, reset)
-    return h.to(dtype), last if lengths is None else at_lengths(h, h0, lengths)
+    h, last = _scan(a, x if dtype == h0.dtype else x.to(h0.dtype), h0, reset)
+    last = last if lengths is None else at_lengths(h, h0, lengths)
+    return h if dtype == h0.dtype else h.to(dtype), last
