@@ -36,22 +36,24 @@ def run(
     *,
     repeats: int = 15,
     device: str | torch.device = "cpu",
+    decay: float | None = None,
     peers: bool = True,
     first_call: bool = True,
 ) -> list[Row]:
     """Rows of milliseconds: medians of `repeats` rounds, in each of which floor and contender take turns.
 
-    shapes: (B, T, N) of float32 inputs. A row has way, shape, forward and training (forward and backward) in ms,
-    forward_floor and training_floor (median of the ratios to the floor), error (largest difference from the reference
-    of float64, relative to its largest value), peak_mb (what a training step adds to memory, its results included) and
-    load. Then, for our compiled backend, rows of the milliseconds of the first call in a fresh process, imports of the
+    shapes: (B, T, N) of float32 inputs. decay: what all decays are; None: random between 0 and 1. A row has way, shape,
+    forward and training (forward and backward) in ms, forward_floor and training_floor (median of the ratios to the
+    floor), error (largest difference from the reference of float64, relative to its largest value), peak_mb (what a
+    training step adds to memory, its results included) and load. Then, for our compiled backend, rows of the
+    milliseconds of the first call in a fresh process, imports of the
     backend included, with an empty cache and with a filled one.
     """
     shapes = SHAPES if shapes is None else [tuple(s) for s in shapes]
     bad = [s for s in shapes if len(s) < 2 or min(s) < 1]
     if bad or repeats < 1:
         raise UsageError(f"bench linear_scan: shapes {bad}, repeats {repeats}; expected (B, T, N) and counts above 0")
-    rows = [row for shape in shapes for row in _rows(shape, repeats, torch.device(device), peers)]
+    rows = [row for shape in shapes for row in _rows(shape, repeats, torch.device(device), decay, peers)]
     return rows + (_first_calls() if first_call and torch.device(device).type == "cpu" else [])
 
 
@@ -101,10 +103,13 @@ PEERS: dict[str, tuple[str, Callable[[Any, tuple[int, ...]], Scan]]] = {
 }
 
 
-def _rows(shape: tuple[int, ...], repeats: int, device: torch.device, peers: bool) -> Iterator[Row]:
+def _rows(
+    shape: tuple[int, ...], repeats: int, device: torch.device, decay: float | None, peers: bool
+) -> Iterator[Row]:
     rng = torch.Generator(device).manual_seed(0)
     make: dict[str, Any] = {"generator": rng, "device": device}
     a, x, g = torch.rand(shape, **make), torch.randn(shape, **make), torch.randn(shape, **make)
+    a = a if decay is None else torch.full_like(a, decay)
     h0 = torch.zeros(shape[0], *shape[2:], device=device)
     with torch.no_grad():
         exact = linear_scan(a.double(), x.double(), h0.double(), backend="torch")[0]

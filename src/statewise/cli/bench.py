@@ -36,6 +36,8 @@ class Options:
     """B,T,D as often as needed; for decoding width,depth,vocabulary."""
     repeats: int = 0
     """Rounds, of which medians are printed; 0 leaves it to the measurement."""
+    decay: float | None = None
+    """Of linear_scan: every decay is this number; without it they are random between 0 and 1."""
     steps: int = 1_000_000
     """Of streaming: how far the streams go."""
     device: str = "cpu"
@@ -245,7 +247,8 @@ def measure_linear_scan(options: Options) -> list[Row]:
     from .show import table
 
     shapes = [read_shape(text) for text in options.shape] or None
-    rows = linear_scan.run(shapes, repeats=options.repeats or 15, device=choose_device(options.device))
+    device, decay = choose_device(options.device), options.decay
+    rows = linear_scan.run(shapes, repeats=options.repeats or 15, device=device, decay=decay)
     columns = ("way", "forward", "x floor", "training", "x floor", "error", "peak")
     for shape in dict.fromkeys(row.get("shape") for row in rows):
         title = f"x (B, T, N) = {shape}, float32, {options.device}" if shape else "in a fresh process"
