@@ -22,7 +22,7 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     """like.new_empty(shape): on a CPU with Linux, a large one lies in pages of 2 MiB wherever these can be had."""
     made = like.new_empty(shape, dtype=dtype)
     size = made.numel() * made.element_size()
-    if size >= LARGE and made.device.type == "cpu" and not torch.compiler.is_compiling():
+    if size >= LARGE and type(made) is Tensor and made.device.type == "cpu" and not torch.compiler.is_compiling():
         advise = _advise()
         if advise is not None:
             first = made.data_ptr() & -mmap.PAGESIZE  # advice of whole pages; it changes no byte of the neighbours

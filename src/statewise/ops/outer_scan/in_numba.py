@@ -8,9 +8,12 @@ One decay per head makes e^D row by row: the sums of the log decays since each s
 their exponentials weigh the row. They are 0 where nothing is to pass, so a mask is not needed. Backward does it again
 and sums rows and columns on the way for the gradient of the decays.
 
-A decay per key is one factor per step and key, never rounded to one number (see selective_scan). In blocks of LEAF
-steps every pair of steps is walked, the decays multiplied one by one; the rest of the weights, halving by halving, are
-products about the middle of their block, the factors on rows of q and k being running products from there.
+A decay per key is one factor per step and key, not rounded to one number (see selective_scan). In blocks of LEAF steps
+pairs of steps are walked, the decays multiplied one by one; the rest of the weights, halving by halving, are products
+about the middle of their block, the factors on rows of q and k being running products from there. Within a block, whose
+few products are not carried on, the decays are rounded.
+
+Rows of the next chunk are asked for while this one is worked on, and results that no cache would keep go past them.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import fresh
 from ..contain import contained
 from ..linear_scan import in_numba as threads
 from ..opaque import opaque
@@ -35,6 +39,7 @@ from .in_torch import ARGUMENTS, by_loop
 
 CHUNK = 64  # steps, by measurement
 LEAF = 16  # steps in a block whose pairs are walked
+ABREAST = 4  # vectors of keys whose running products are taken side by side
 TOGETHER = 4  # heads of a group whose queries and keys are read once
 
 _compile, _code = threads._compile, vectors._code
@@ -105,11 +110,11 @@ def _forward_units(like, q, k, v, g, reset, state, size, o, last, states, worker
     steps, groups, keys, heads, values = q.shape[1], q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // groups, tiles.up(keys), tiles.up(values)
     parts = -(-group // TOGETHER)
-    qs, ks, kt = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((wide, size), v.dtype)
-    scaled, vs, os = np.zeros((size, wide), v.dtype), np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype)
-    both, weights = np.zeros((size, size), v.dtype), np.zeros((size, size), v.dtype)
-    logs, factors, whole = np.zeros(size, v.dtype), np.zeros((2, size), v.dtype), np.zeros((2, 1), v.dtype)
-    now = np.zeros((TOGETHER, wide, high), v.dtype)
+    qs, ks, kt = tiles.room(like, (size, wide)), tiles.room(like, (size, wide)), tiles.room(like, (wide, size))
+    scaled, vs, os = tiles.room(like, (size, wide)), tiles.room(like, (size, high)), tiles.room(like, (size, high))
+    both, weights = tiles.room(like, (size, size)), tiles.room(like, (size, size))
+    logs, factors, whole = np.zeros(size, v.dtype), tiles.room(like, (2, size)), tiles.room(like, (2, 1))
+    now = tiles.room(like, (TOGETHER, wide, high))
     units = q.shape[0] * groups * parts
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         b, at = u // (groups * parts), u // parts % groups
@@ -120,27 +125,32 @@ def _forward_units(like, q, k, v, g, reset, state, size, o, last, states, worker
             now[h - h0, :keys, :values] = state[b, h]
         for c in range(-(-steps // size)):
             start = c * size
-            here = min(size, steps - start)
+            here, after = min(size, steps - start), start + size
+            more = min(size, steps - after)
             tiles.load(qs, q, b, start, here, at)
             tiles.load(ks, k, b, start, here, at)
             tiles.turn(like, kt, ks)
+            tiles.fetch(like, q, b, after, more, at)
             tiles.lower(like, both, qs, kt)
+            tiles.fetch(like, k, b, after, more, at)
             for h in range(h0, h1):
                 s = now[h - h0]
                 tiles.load(vs, v, b, start, here, h)
+                tiles.fetch(like, v, b, after, more, h)
                 _decays(like, logs, factors, whole, g, reset, b, start, here, h)
                 tiles.weighed(like, weights, both, logs)
                 tiles.lower_product(like, 0, os, weights, vs)
                 tiles.scale(scaled, qs, factors[0])
                 tiles.product(like, 1, os, scaled, s)
-                tiles.save(o, os, b, start, here, h)
+                tiles.put(like, o, os, b, start, here, h)
                 if states.shape[0]:
-                    states[b, h, c] = s
+                    tiles.put_state(like, states, b, h, c, s)
                 tiles.scale(scaled, ks, factors[1])
                 tiles.pass_on(s, whole[0], whole[1])
                 tiles.turned_product(like, 1, s, scaled, vs)
         for h in range(h0, h1):
             last[b, h] = now[h - h0, :keys, :values]
+    threads._settle()
 
 
 @_compile
@@ -152,17 +162,17 @@ def _backward_units(
     steps, groups, keys, heads, values = q.shape[1], q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // groups, tiles.up(keys), tiles.up(values)
     parts = -(-group // TOGETHER)
-    qs, ks, kt = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((wide, size), v.dtype)
-    q_, k_ = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
-    dqs, dks = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
-    dq_, dk_ = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
-    vs, vt, dv = np.zeros((size, high), v.dtype), np.zeros((high, size), v.dtype), np.zeros((size, high), v.dtype)
-    do, turned = np.zeros((size, high), v.dtype), np.zeros((high, wide), v.dtype)
+    qs, ks, kt = tiles.room(like, (size, wide)), tiles.room(like, (size, wide)), tiles.room(like, (wide, size))
+    q_, k_ = tiles.room(like, (size, wide)), tiles.room(like, (size, wide))
+    dqs, dks = tiles.room(like, (size, wide)), tiles.room(like, (size, wide))
+    dq_, dk_ = tiles.room(like, (size, wide)), tiles.room(like, (size, wide))
+    vs, vt, dv = tiles.room(like, (size, high)), tiles.room(like, (high, size)), tiles.room(like, (size, high))
+    do, turned = tiles.room(like, (size, high)), tiles.room(like, (high, wide))
     both, weights, total = (
-        np.zeros((size, size), v.dtype), np.zeros((size, size), v.dtype), np.zeros((size, size), v.dtype)
+        tiles.room(like, (size, size)), tiles.room(like, (size, size)), tiles.room(like, (size, size))
     )  # fmt: skip
-    logs, factors, whole = np.zeros(size, v.dtype), np.zeros((2, size), v.dtype), np.zeros((2, 1), v.dtype)
-    later, ends = np.zeros(size, v.dtype), np.zeros((TOGETHER, wide, high), v.dtype)
+    logs, factors, whole = np.zeros(size, v.dtype), tiles.room(like, (2, size)), tiles.room(like, (2, 1))
+    later, ends, rows = np.zeros(size, v.dtype), tiles.room(like, (TOGETHER, wide, high)), np.zeros(wide, v.dtype)
     units = q.shape[0] * groups * parts
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         b, at = u // (groups * parts), u // parts % groups
@@ -173,11 +183,13 @@ def _backward_units(
             ends[h - h0, :keys, :values] = d_last[b, h]
         for c in range(-(-steps // size) - 1, -1, -1):
             start = c * size
-            here = min(size, steps - start)
+            here, before, more = min(size, steps - start), start - size, min(size, start)
             tiles.load(qs, q, b, start, here, at)
             tiles.load(ks, k, b, start, here, at)
             tiles.turn(like, kt, ks)
+            tiles.fetch(like, q, b, before, more, at)
             tiles.lower(like, both, qs, kt)
+            tiles.fetch(like, k, b, before, more, at)
             total[:] = 0
             dqs[:] = 0
             dks[:] = 0
@@ -185,54 +197,68 @@ def _backward_units(
                 s, end = states[b, h, c], ends[h - h0]
                 tiles.load(vs, v, b, start, here, h)
                 tiles.load(do, d_o, b, start, here, h)
+                tiles.fetch(like, v, b, before, more, h)
                 _decays(like, logs, factors, whole, g, reset, b, start, here, h)
                 tiles.turn(like, vt, vs)
                 tiles.lower(like, weights, do, vt)
+                tiles.fetch(like, d_o, b, before, more, h)
                 _weighed_back(like, weights, both, total, logs, later)
                 tiles.scale(q_, qs, factors[0])
                 tiles.scale(k_, ks, factors[1])
                 tiles.turned_lower_product(like, 0, dv, weights, do)
                 tiles.product(like, 1, dv, k_, end)
-                tiles.save(d_v, dv, b, start, here, h)
+                tiles.put(like, d_v, dv, b, start, here, h)
+                if c:
+                    tiles.fetch_state(like, states[b, h, c - 1])
                 tiles.turn(like, turned, s)
                 tiles.product(like, 0, dq_, do, turned)
                 tiles.turn(like, turned, end)
                 tiles.product(like, 0, dk_, vs, turned)
-                _finish(dqs, dks, dq_, dk_, q_, k_, factors, logs, later, s, end, d_g, b, start, here, h)
+                _add_scaled(dqs, dq_, factors[0])
+                _add_scaled(dks, dk_, factors[1])
+                if d_g.shape[3]:
+                    _decays_back(
+                        like, dq_, dk_, q_, k_, rows, factors[0, size - 1], logs, later, s, end, d_g, b, start, here, h
+                    )  # fmt: skip
                 tiles.pass_on(end, whole[0], whole[1])
                 tiles.turned_product(like, 1, end, q_, do)
             tiles.lower_product(like, 1, dqs, total, ks)
             tiles.turned_lower_product(like, 1, dks, total, qs)
             part = at * parts + u % parts
-            tiles.save(d_q, dqs, b, start, here, part)
-            tiles.save(d_k, dks, b, start, here, part)
+            tiles.put(like, d_q, dqs, b, start, here, part)
+            tiles.put(like, d_k, dks, b, start, here, part)
         for h in range(h0, h1):
             d_state[b, h] = ends[h - h0, :keys, :values]
+    threads._settle()
 
 
 @_compile
-def _finish(d_q, d_k, dq_, dk_, q_, k_, factors, g, later, starts, ends, d_g, b, start, steps, h):
-    """What came through the states joins d_q and d_k (C, K), and everything d_g, if there is one."""
+def _add_scaled(out, x, factors):
+    for i in range(out.shape[0]):
+        for d in range(out.shape[1]):
+            out[i, d] += x[i, d] * factors[i]
+
+
+@_compile
+def _decays_back(like, dq_, dk_, q_, k_, whole, factor, g, later, starts, ends, d_g, b, start, steps, h):
+    """d_g from what came through the states and, later, through the weights; whole: scratch, a row of the state."""
     threads._apart()
-    size, keys = d_q.shape
-    for i in range(size):
-        upto, after = factors[0, i], factors[1, i]
-        for d in range(keys):
-            d_q[i, d] += dq_[i, d] * upto
-        for d in range(keys):
-            d_k[i, d] += dk_[i, d] * after
-    if d_g.shape[3] == 0:
-        return
-    least = -126.5 if d_q.itemsize == 4 else -1022.5  # of log decays that are not 0
-    whole = tiles.dot(starts.reshape(starts.size), ends.reshape(ends.size)) * factors[0, size - 1]
+    least = -126.5 if g.itemsize == 4 else -1022.5  # of log decays that are not 0
+    tiles.dots(like, whole, starts, ends)
+    so_far = later[0] * 0
+    for i in range(whole.shape[0]):
+        so_far += whole[i]
+    so_far *= factor
+    read, written = np.empty(g.shape[0], g.dtype), np.empty(g.shape[0], g.dtype)
+    tiles.dots(like, read, q_, dq_)
+    tiles.dots(like, written, k_, dk_)
     for i in range(steps):
-        later[i] += tiles.dot(q_[i], dq_[i])
-        d_g[b, start + i, h, 0] = whole  # and of the earlier ones
-        whole += tiles.dot(k_[i], dk_[i])
+        d_g[b, start + i, h, 0] = so_far  # and of the earlier ones
+        so_far += written[i]
     beyond = later[0] * 0
     for step in range(steps):
         i = steps - 1 - step
-        beyond += later[i]
+        beyond += later[i] + read[i]
         d_g[b, start + i, h, 0] += beyond
         if g[i] < least:  # nothing passes, not the rounding of sums that cancel
             d_g[b, start + i, h, 0] = 0
@@ -242,123 +268,190 @@ def _finish(d_q, d_k, dq_, dk_, q_, k_, factors, g, later, starts, ends, d_g, b,
 # ---- one decay per head and key
 
 
+def _columns(v: _Lanes, row: Any, body: Callable[[Any, int], None]) -> None:
+    """body(offset, count) for the vectors of a row, several at a time: each has a chain of products to wait for."""
+    word = row.type
+    many = v.builder.udiv(row, word(vectors.BYTES))
+    whole = v.builder.and_(many, word(-ABREAST))
+    for count, first, last in ((ABREAST, word(0), whole), (1, whole, many)):
+        with vectors.cgutils.for_range_slice(v.builder, first, last, word(count), intp=word) as (index, _):
+            body(v.builder.mul(index, word(vectors.BYTES)), count)
+
+
+def _beside(v: _Lanes, address: Any, count: int) -> list[Any]:
+    """The addresses of `count` vectors next to each other."""
+    return [v.builder.add(address, address.type(n * vectors.BYTES)) for n in range(count)]
+
+
 @functools.partial(_code, addresses=4)
 def _factors(v: _Lanes, steps: Any, row: Any, g: Any, power: Any, rest: Any, total: Any):
-    """2^g in two parts, and the sum of g."""
-    whole = v.variable(v.full(0.0))
-    with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
-        log = v.load(v.at(g, loop.index, row))
-        v.builder.store(v.builder.fadd(v.builder.load(whole), log), whole)
-        for base, part in zip((power, rest), v.exp2(log)):
-            v.store(v.at(base, loop.index, row), part)
-    v.store(total, v.builder.load(whole))
+    """e^g in two parts, and the sum of g in powers of 2."""
+
+    def body(offset: Any, count: int) -> None:
+        whole = [v.variable(v.full(0.0)) for _ in range(count)]
+        with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+            at = v.at(offset, loop.index, row)
+            rows = [_beside(v, v.builder.add(base, at), count) for base in (g, power, rest)]
+            for sum_, from_, *to in zip(whole, *rows):
+                log = v.builder.fmul(v.load(from_), v.full(tiles.LOG2))
+                v.builder.store(v.builder.fadd(v.builder.load(sum_), log), sum_)
+                for address, part in zip(to, v.exp2(log)):
+                    v.store(address, part)
+        for sum_, address in zip(whole, _beside(v, v.builder.add(total, offset), count)):
+            v.store(address, v.builder.load(sum_))
+
+    _columns(v, row, body)
 
 
-def _decayed(v: _Lanes, value: Any, i: Any, row: Any, power: Any, rest: Any) -> Any:
-    return v.decayed((v.load(v.at(power, i, row)), v.load(v.at(rest, i, row))), value)
+def _along(
+    v: _Lanes, steps: Any, row: Any, back: bool, left: Any, bases: tuple[Any, ...],
+    use: Callable[[Any, list[Any]], Any],
+) -> None:  # fmt: skip
+    """use(value, addresses of a step in each of bases) -> the next value, from the first step on or from the last
+    back, for all vectors of a row. Values are found where they were left and are left there."""
 
+    def body(offset: Any, count: int) -> None:
+        slots = _beside(v, v.builder.add(left, offset), count)
+        values = [v.variable(v.load(slot)) for slot in slots]
+        starts = [v.builder.add(base, offset) for base in bases]
+        with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+            i = v.builder.sub(v.builder.sub(steps, steps.type(1)), loop.index) if back else loop.index
+            at = v.builder.mul(i, row)
+            for value, *ats in zip(values, *(_beside(v, v.builder.add(start, at), count) for start in starts)):
+                v.builder.store(use(v.builder.load(value), ats), value)
+        for value, slot in zip(values, slots):
+            v.store(slot, v.builder.load(value))
 
-def _running(
-    v: _Lanes, steps: Any, row: Any, power: Any, rest: Any, back: bool, use: Callable[[Any, Any], None]
-) -> None:
-    """use(i, the product of decays from the first step to i), or that of those behind i, from the last step back."""
-    product = v.variable(v.full(1.0))
-    with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
-        i = v.builder.sub(v.builder.sub(steps, steps.type(1)), loop.index) if back else loop.index
-        so_far = v.builder.load(product)
-        new = _decayed(v, so_far, i, row, power, rest)
-        v.builder.store(new, product)
-        use(i, so_far if back else new)
+    _columns(v, row, body)
 
 
 def _scaled_by(back: bool) -> Any:
-    def body(v: _Lanes, steps: Any, row: Any, x: Any, power: Any, rest: Any, out: Any) -> None:
-        def use(i: Any, product: Any) -> None:
-            v.store(v.at(out, i, row), v.mul(v.load(v.at(x, i, row)), product))
+    """out = x times the product of decays from the first step to each, or of those behind it."""
 
-        _running(v, steps, row, power, rest, back, use)
+    def body(v: _Lanes, steps: Any, row: Any, x: Any, out: Any, power: Any, rest: Any, left: Any) -> None:
+        def use(product: Any, at: list[Any]) -> Any:
+            new = v.decayed((v.load(at[2]), v.load(at[3])), product)
+            v.store(at[1], v.mul(v.load(at[0]), product if back else new))
+            return new
+
+        _along(v, steps, row, back, left, (x, out, power, rest), use)
+
+    return _code(body, 5)
+
+
+def _through_by(back: bool) -> Any:
+    """out += the same product times dz."""
+
+    def body(v: _Lanes, steps: Any, row: Any, dz: Any, out: Any, power: Any, rest: Any, left: Any) -> None:
+        def use(product: Any, at: list[Any]) -> Any:
+            new = v.decayed((v.load(at[2]), v.load(at[3])), product)
+            v.store(at[1], v.mad(v.load(at[0]), product if back else new, v.load(at[1])))
+            return new
+
+        _along(v, steps, row, back, left, (dz, out, power, rest), use)
+
+    return _code(body, 5)
+
+
+def _across_by(back: bool) -> Any:
+    """dg += the sum of z dz over the steps whose z a step's decay is in."""
+
+    def body(v: _Lanes, steps: Any, row: Any, z: Any, dz: Any, dg: Any, left: Any) -> None:
+        def use(total: Any, at: list[Any]) -> Any:
+            new = v.mad(v.load(at[0]), v.load(at[1]), total)
+            v.store(at[2], v.builder.fadd(v.load(at[2]), total if back else new))
+            return new
+
+        _along(v, steps, row, not back, left, (z, dz, dg), use)
 
     return _code(body, 4)
 
 
-def _through_by(back: bool) -> Any:
-    """out += the product of decays times dx; dg += the sum of x dx over the steps whose x a step's decay is in, from
-    what stands in `total`."""
-
-    def body(
-        v: _Lanes, steps: Any, row: Any, x: Any, dx: Any, power: Any, rest: Any, out: Any, dg: Any, total: Any
-    ) -> None:
-        def use(i: Any, product: Any) -> None:
-            at = v.at(out, i, row)
-            v.store(at, v.mad(v.load(v.at(dx, i, row)), product, v.load(at)))
-
-        _running(v, steps, row, power, rest, back, use)
-        sum_ = v.variable(v.load(total))
-        with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
-            i = loop.index if back else v.builder.sub(v.builder.sub(steps, steps.type(1)), loop.index)
-            old = v.builder.load(sum_)
-            new = v.mad(v.load(v.at(x, i, row)), v.load(v.at(dx, i, row)), old)
-            v.builder.store(new, sum_)
-            at = v.at(dg, i, row)
-            v.store(at, v.builder.fadd(v.load(at), old if back else new))
-
-    return _code(body, 7)
-
-
 _upto, _after = _scaled_by(False), _scaled_by(True)
 _through_upto, _through_after = _through_by(False), _through_by(True)
+_across_upto, _across_after = _across_by(False), _across_by(True)
 
 
-@functools.partial(_code, addresses=7)
-def _column(v: _Lanes, steps: Any, row: Any, q: Any, k: Any, power: Any, rest: Any, seen: Any, out: Any, out_row: Any):
-    """The weights of the first of `steps` steps in each of them; seen: scratch, a row."""
-    word = steps.type
-    many = v.builder.udiv(row, word(vectors.BYTES))
-    with vectors.cgutils.for_range(v.builder, many, intp=word) as loop:
-        v.store(v.at(seen, loop.index, vectors.BYTES), v.load(v.at(k, loop.index, vectors.BYTES)))
-    with vectors.cgutils.for_range(v.builder, steps, intp=word) as step:
-        total = v.variable(v.full(0.0))
-        q_i, power_i, rest_i = (v.at(base, step.index, row) for base in (q, power, rest))
-        first = v.builder.icmp_signed("==", step.index, word(0))
-        with vectors.cgutils.for_range(v.builder, many, intp=word) as loop:
-            at = v.at(seen, loop.index, vectors.BYTES)
-            old = v.load(at)
-            new = v.builder.select(first, old, _decayed(v, old, loop.index, word(vectors.BYTES), power_i, rest_i))
-            v.store(at, new)
-            here = v.load(v.at(q_i, loop.index, vectors.BYTES))
-            v.builder.store(v.mad(here, new, v.builder.load(total)), total)
-        v.sum(v.at(out, step.index, out_row), v.builder.load(total))
+@functools.partial(_code, addresses=3)
+def _rounded(v: _Lanes, steps: Any, row: Any, power: Any, rest: Any, out: Any):
+    """Decays as one number each: within a leaf their rounding does not add up."""
+    with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        at = [v.at(base, loop.index, vectors.BYTES) for base in (power, rest, out)]
+        v.store(at[2], v.builder.fadd(v.load(at[0]), v.load(at[1])))
 
 
-@functools.partial(_code, addresses=10)
-def _column_back(
-    v: _Lanes, steps: Any, row: Any, q: Any, k: Any, power: Any, rest: Any, seen: Any, given: Any, given_row: Any,
-    dq: Any, dk: Any, dg: Any,
-):  # fmt: skip
-    """Backward of _column for one vector of keys; seen: scratch, `steps` vectors."""
-    word, value = steps.type, v.variable(v.load(k))
-    v.store(seen, v.load(k))
-    more = v.builder.sub(steps, word(1))
-    with vectors.cgutils.for_range(v.builder, more, intp=word) as loop:
-        i = v.builder.add(loop.index, word(1))
-        new = _decayed(v, v.builder.load(value), i, row, power, rest)
-        v.builder.store(new, value)
-        v.store(v.at(seen, i, vectors.BYTES), new)
-    v.builder.store(v.full(0.0), value)
+@functools.partial(_code, addresses=5)
+def _leaf(v: _Lanes, steps: Any, row: Any, q: Any, k: Any, decay: Any, out: Any, out_row: Any):
+    """The weights within a leaf, 0 above the diagonal: a row goes back from step to step with its query."""
+    word = row.type
+    for i in range(LEAF):
+        sums = [v.variable(v.full(0.0)) for _ in range(i + 1)]
+        with vectors.cgutils.for_range_slice(v.builder, word(0), row, word(vectors.BYTES), intp=word) as (offset, _):
+            at = [v.builder.add(base, offset) for base in (q, k, decay)]
+            seen = v.load(v.at(at[0], word(i), row))
+            for j in range(i, -1, -1):
+                v.builder.store(v.mad(seen, v.load(v.at(at[1], word(j), row)), v.builder.load(sums[j])), sums[j])
+                if j:
+                    seen = v.mul(seen, v.load(v.at(at[2], word(j), row)))
+        found = [v.builder.load(one) for one in sums]
+        for j in range(0, LEAF, v.count):
+            at = v.builder.add(v.at(out, word(i), out_row), word(j * v.size))
+            v.store(at, v.sums(found[j : j + v.count]))
 
-    def arrive(i: Any) -> tuple[Any, Any]:
-        weight, at, then = v.splat(v.at(given, i, given_row)), v.at(dq, i, row), v.load(v.at(seen, i, vectors.BYTES))
-        v.store(at, v.mad(weight, then, v.load(at)))
-        return v.mad(weight, v.load(v.at(q, i, row)), v.builder.load(value)), then
 
-    with vectors.cgutils.for_range(v.builder, more, intp=word) as loop:
-        i = v.builder.sub(more, loop.index)
-        mu, then = arrive(i)
-        at = v.at(dg, i, row)
-        v.store(at, v.mad(mu, then, v.load(at)))
-        v.builder.store(_decayed(v, mu, i, row, power, rest), value)
-    mu, _ = arrive(word(0))
-    v.store(dk, v.builder.fadd(mu, v.load(dk)))
+@functools.partial(_code, addresses=8)
+def _leaf_back(
+    v: _Lanes, steps: Any, row: Any, q: Any, k: Any, decay: Any, given: Any, given_row: Any, dq: Any, dk: Any, dg: Any
+):
+    """Backward, one vector of keys after another. In both halves every column goes ahead with its key and back with
+    what reaches it; between them are products about the middle."""
+    word, half = row.type, LEAF // 2
+    with vectors.cgutils.for_range_slice(v.builder, word(0), row, word(vectors.BYTES), intp=word) as (offset, _):
+        starts = [v.builder.add(base, offset) for base in (q, k, decay, dq, dk, dg)]
+        at = [[v.at(start, word(i), row) for i in range(LEAF)] for start in starts]
+        qs, ks, decays = ([v.load(a) for a in one] for one in at[:3])
+        to_q, to_k, to_g = ([v.full(0.0)] * LEAF for _ in range(3))
+
+        def weight(i: int, j: int) -> Any:
+            return v.splat(v.builder.add(v.at(given, word(i), given_row), word(j * v.size)))
+
+        for first in (0, half):
+            last = first + half - 1
+            for j in range(first, first + half):
+                seen = {j: ks[j]}
+                for i in range(j, last + 1):
+                    if i > j:
+                        seen[i] = v.mul(decays[i], seen[i - 1])
+                    to_q[i] = v.mad(weight(i, j), seen[i], to_q[i])
+                reaching = v.mul(weight(last, j), qs[last])
+                for i in range(last, j, -1):
+                    to_g[i] = v.mad(reaching, seen[i], to_g[i])
+                    reaching = v.mad(decays[i], reaching, v.mul(weight(i - 1, j), qs[i - 1]))
+                to_k[j] = reaching
+        upto, after = {half: decays[half]}, {half - 1: v.full(1.0)}
+        for n in range(1, half):
+            upto[half + n] = v.mul(upto[half + n - 1], decays[half + n])
+            after[half - 1 - n] = v.mul(after[half - n], decays[half - n])
+        read = {i: v.mul(qs[i], upto[i]) for i in range(half, LEAF)}
+        written = {j: v.mul(ks[j], after[j]) for j in range(half)}
+        of_read, of_written = ({i: v.full(0.0) for i in side} for side in (read, written))
+        for i in read:
+            for j in written:
+                of_read[i] = v.mad(weight(i, j), written[j], of_read[i])
+                of_written[j] = v.mad(weight(i, j), read[i], of_written[j])
+        total = v.full(0.0)
+        for i in reversed(read):
+            to_q[i] = v.mad(upto[i], of_read[i], to_q[i])
+            total = v.mad(read[i], of_read[i], total)
+            to_g[i] = v.builder.fadd(to_g[i], total)
+        total = v.full(0.0)
+        for j in range(half):
+            to_g[j] = v.builder.fadd(to_g[j], total)
+            total = v.mad(written[j], of_written[j], total)
+            to_k[j] = v.mad(after[j], of_written[j], to_k[j])
+        for grads, addresses in zip((to_q, to_k, to_g), at[3:]):
+            for grad, address in zip(grads, addresses):
+                v.store(address, v.builder.fadd(v.load(address), grad))
 
 
 @_compile
@@ -366,19 +459,11 @@ def key_factors(like, power, rest, total, logs, g, reset, b, start, steps, h):
     """Both parts of a chunk's decays (C, keys), and the sums of their logs in powers of 2; logs: scratch."""
     threads._apart()
     row = logs.shape[1] * logs.itemsize
-    logs[:] = 0
-    if g.shape[3]:
-        tiles.load(logs, g, b, start, steps, h)
+    tiles.load(logs, g, b, start, steps, h)
     for i in range(steps):
-        for d in range(logs.shape[1]):
-            logs[i, d] *= tiles.LOG2
         if reset.shape[0] and reset[b, start + i]:
-            logs[i] = -np.inf
-    for at in range(0, row, vectors.BYTES):
-        _factors(
-            like, logs.shape[0], row,
-            (logs.ctypes.data + at, power.ctypes.data + at, rest.ctypes.data + at, total.ctypes.data + at),
-        )  # fmt: skip
+            logs[i, : g.shape[3]] = -np.inf
+    _factors(like, logs.shape[0], row, (logs.ctypes.data, power.ctypes.data, rest.ctypes.data, total.ctypes.data))
 
 
 @_compile
@@ -387,27 +472,43 @@ def key_scales(like, x_, y_, levels, x, y, power, rest):
     about the middles of blocks."""
     threads._apart()
     size, row = x.shape[0], x.shape[1] * x.itemsize
-    for at in range(0, row, vectors.BYTES):
-        p, r = power.ctypes.data + at, rest.ctypes.data + at
-        _upto(like, size, row, (x.ctypes.data + at, p, r, x_.ctypes.data + at))
-        _after(like, size, row, (y.ctypes.data + at, p, r, y_.ctypes.data + at))
-        half = LEAF
-        for level in range(levels.shape[0]):
-            out = levels.ctypes.data + level * size * row + at
-            for i in range(0, size, 2 * half):
-                low, mid = i * row, (i + half) * row
-                _after(like, half, row, (y.ctypes.data + at + low, p + low, r + low, out + low))
-                _upto(like, half, row, (x.ctypes.data + at + mid, p + mid, r + mid, out + mid))
-            half *= 2
+    left = np.empty((levels.shape[0] + 1, x.shape[1]), x.dtype)
+    for back in range(2):
+        left[:] = 1
+        for leaf in range(0, size, LEAF):  # all that is to be made of its rows, while they are in the first cache
+            i = size - LEAF - leaf if back else leaf
+            at, p, r = i * row, power.ctypes.data + i * row, rest.ctypes.data + i * row
+            if back:
+                _after(like, LEAF, row, (y.ctypes.data + at, y_.ctypes.data + at, p, r, left.ctypes.data))
+            else:
+                _upto(like, LEAF, row, (x.ctypes.data + at, x_.ctypes.data + at, p, r, left.ctypes.data))
+            for level in range(levels.shape[0]):
+                half, of = LEAF << level, left.ctypes.data + (level + 1) * row
+                out = levels.ctypes.data + level * size * row + at
+                if back and not i & half:
+                    _after(like, LEAF, row, (y.ctypes.data + at, out, p, r, of))
+                elif not back and i & half:
+                    _upto(like, LEAF, row, (x.ctypes.data + at, out, p, r, of))
+                else:
+                    left[level + 1] = 1
+
+
+@_compile
+def _one_number(like, power, rest):
+    threads._apart()
+    decay = tiles.room(like, power.shape)
+    _rounded(
+        like, decay.size * decay.itemsize // vectors.BYTES, 0, (power.ctypes.data, rest.ctypes.data, decay.ctypes.data)
+    )  # fmt: skip
+    return decay
 
 
 @_compile
 def key_weights(like, weights, x, y, power, rest, of_x, of_y, turned):
-    """What x_i reads of y_j, j <= i, from them and their levels."""
+    """What x_i reads of y_j, j <= i, from them and their levels; what is beyond a leaf above the diagonal stays."""
     threads._apart()
     size, width, item = x.shape[0], x.shape[1], x.itemsize
-    row, block, seen, half = width * item, size * item, np.empty(width, x.dtype), LEAF
-    weights[:] = 0
+    row, block, half = width * item, size * item, LEAF
     for level in range(of_x.shape[0]):
         tiles.turn(like, turned, of_y[level])
         for i in range(0, size, 2 * half):
@@ -416,12 +517,13 @@ def key_weights(like, weights, x, y, power, rest, of_x, of_y, turned):
                 turned.ctypes.data + i * item, block, weights.ctypes.data + (i + half) * block + i * item, block,
             )  # fmt: skip
         half *= 2
-    for j in range(size):
-        at = j * row
-        _column(
-            like, LEAF - j % LEAF, row,
-            (x.ctypes.data + at, y.ctypes.data + at, power.ctypes.data + at, rest.ctypes.data + at, seen.ctypes.data,
-             weights.ctypes.data + j * block + j * item, block),
+    decay = _one_number(like, power, rest)
+    for i in range(0, size, LEAF):
+        at = i * row
+        _leaf(
+            like, LEAF, row,
+            (x.ctypes.data + at, y.ctypes.data + at, decay.ctypes.data + at,
+             weights.ctypes.data + i * block + i * item, block),
         )  # fmt: skip
 
 
@@ -453,22 +555,38 @@ def key_through(like, d_x, d_y, d_g, x_, y_, dx_, dy_, levels, d_levels, power, 
     the logs of the chunk."""
     threads._apart()
     size, row = x_.shape[0], x_.shape[1] * x_.itemsize
-    zero = np.zeros(vectors.BYTES // x_.itemsize, x_.dtype).ctypes.data
-    for at in range(0, row, vectors.BYTES):
-        p, r, dg = power.ctypes.data + at, rest.ctypes.data + at, d_g.ctypes.data + at
-        dx, dy = d_x.ctypes.data + at, d_y.ctypes.data + at
-        _through_upto(
-            like, size, row, (x_.ctypes.data + at, dx_.ctypes.data + at, p, r, dx, dg, whole.ctypes.data + at)
-        )  # fmt: skip
-        _through_after(like, size, row, (y_.ctypes.data + at, dy_.ctypes.data + at, p, r, dy, dg, zero))
-        half = LEAF
-        for level in range(levels.shape[0]):
-            z, dz = levels.ctypes.data + level * size * row + at, d_levels.ctypes.data + level * size * row + at
-            for i in range(0, size, 2 * half):
-                low, mid = i * row, (i + half) * row
-                _through_upto(like, half, row, (z + mid, dz + mid, p + mid, r + mid, dx + mid, dg + mid, zero))
-                _through_after(like, half, row, (z + low, dz + low, p + low, r + low, dy + low, dg + low, zero))
-            half *= 2
+    products, sums = np.empty((2, levels.shape[0] + 1, x_.shape[1]), x_.dtype)
+    for back in range(2):
+        products[:], sums[:] = 1, 0
+        if back:
+            sums[0] = whole
+        for leaf in range(0, size, LEAF):
+            i = size - LEAF - leaf if back else leaf
+            at, p, r = i * row, power.ctypes.data + i * row, rest.ctypes.data + i * row
+            x, dx, y, dy = x_.ctypes.data + at, dx_.ctypes.data + at, y_.ctypes.data + at, dy_.ctypes.data + at
+            to_x, to_y, to_g = d_x.ctypes.data + at, d_y.ctypes.data + at, d_g.ctypes.data + at
+            if back:
+                _through_after(like, LEAF, row, (dy, to_y, p, r, products.ctypes.data))
+                _across_upto(like, LEAF, row, (x, dx, to_g, sums.ctypes.data))
+            else:
+                _through_upto(like, LEAF, row, (dx, to_x, p, r, products.ctypes.data))
+                _across_after(like, LEAF, row, (y, dy, to_g, sums.ctypes.data))
+            for level in range(levels.shape[0]):
+                later, apart, of = i & (LEAF << level), level * size * row + at, (level + 1) * row
+                z, dz = levels.ctypes.data + apart, d_levels.ctypes.data + apart
+                product, total = products.ctypes.data + of, sums.ctypes.data + of
+                if later and back:
+                    _across_upto(like, LEAF, row, (z, dz, to_g, total))
+                elif later:
+                    _through_upto(like, LEAF, row, (dz, to_x, p, r, product))
+                elif back:
+                    _through_after(like, LEAF, row, (dz, to_y, p, r, product))
+                else:
+                    _across_after(like, LEAF, row, (z, dz, to_g, total))
+                if (later != 0) == (back != 0):
+                    products[level + 1] = 1
+                else:
+                    sums[level + 1] = 0
 
 
 @_compile
@@ -476,16 +594,15 @@ def key_leaves(like, d_x, d_y, d_g, x, y, power, rest, d_weights):
     """They grow by what the weights within leaves give."""
     threads._apart()
     size, item, row = x.shape[0], x.itemsize, x.shape[1] * x.itemsize
-    seen, block = np.empty((LEAF, vectors.BYTES // item), x.dtype), size * item
-    for at in range(0, row, vectors.BYTES):
-        for j in range(size):
-            here = at + j * row
-            _column_back(
-                like, LEAF - j % LEAF, row,
-                (x.ctypes.data + here, y.ctypes.data + here, power.ctypes.data + here, rest.ctypes.data + here,
-                 seen.ctypes.data, d_weights.ctypes.data + j * block + j * item, block,
-                 d_x.ctypes.data + here, d_y.ctypes.data + here, d_g.ctypes.data + here),
-            )  # fmt: skip
+    block, decay = size * item, _one_number(like, power, rest)
+    for i in range(0, size, LEAF):
+        at = i * row
+        _leaf_back(
+            like, LEAF, row,
+            (x.ctypes.data + at, y.ctypes.data + at, decay.ctypes.data + at,
+             d_weights.ctypes.data + i * block + i * item, block,
+             d_x.ctypes.data + at, d_y.ctypes.data + at, d_g.ctypes.data + at),
+        )  # fmt: skip
 
 
 @_compile
@@ -503,17 +620,17 @@ def _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, worker,
     threads._apart()
     steps, keys, heads, values = q.shape[1], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // q.shape[2], tiles.up(keys), tiles.up(values)
-    levels = np.zeros((key_levels(size), size, wide), v.dtype)
+    levels = tiles.room(like, (key_levels(size), size, wide))
     qs, ks, q_, k_ = (
-        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype),
-        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype),
+        tiles.room(like, (size, wide)), tiles.room(like, (size, wide)),
+        tiles.room(like, (size, wide)), tiles.room(like, (size, wide)),
     )  # fmt: skip
     power, rest, logs = (
-        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
+        tiles.room(like, (size, wide)), tiles.room(like, (size, wide)), tiles.room(like, (size, wide))
     )  # fmt: skip
-    turned, weights = np.zeros((wide, size), v.dtype), np.zeros((size, size), v.dtype)
-    vs, os, s = np.zeros((size, high), v.dtype), np.zeros((size, high), v.dtype), np.zeros((wide, high), v.dtype)
-    total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
+    turned, weights = tiles.room(like, (wide, size)), tiles.room(like, (size, size))
+    vs, os, s = tiles.room(like, (size, high)), tiles.room(like, (size, high)), tiles.room(like, (wide, high))
+    total, whole, row = np.zeros(wide, v.dtype), tiles.room(like, (2, wide)), wide * v.itemsize
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         b, h = u // heads, u % heads
@@ -521,22 +638,28 @@ def _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, worker,
         s[:keys, :values] = state[b, h]
         for c in range(-(-steps // size)):
             start = c * size
-            here = min(size, steps - start)
+            here, after = min(size, steps - start), start + size
+            more = min(size, steps - after)
             tiles.load(qs, q, b, start, here, h // group)
             tiles.load(ks, k, b, start, here, h // group)
             tiles.load(vs, v, b, start, here, h)
             key_factors(like, power, rest, total, logs, g, reset, b, start, here, h)
+            tiles.fetch(like, q, b, after, more, h // group)
             key_scales(like, q_, k_, levels, qs, ks, power, rest)
+            tiles.fetch(like, k, b, after, more, h // group)
             key_weights(like, weights, qs, ks, power, rest, levels, levels, turned)
+            tiles.fetch(like, v, b, after, more, h)
             tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
             tiles.lower_product(like, 0, os, weights, vs)
+            tiles.fetch(like, g, b, after, more, h)
             tiles.product(like, 1, os, q_, s)
-            tiles.save(o, os, b, start, here, h)
+            tiles.put(like, o, os, b, start, here, h)
             if states.shape[0]:
-                states[b, h, c] = s
+                tiles.put_state(like, states, b, h, c, s)
             tiles.pass_on(s, whole[0], whole[1])
             tiles.turned_product(like, 1, s, k_, vs)
         last[b, h] = s[:keys, :values]
+    threads._settle()
 
 
 @_compile
@@ -547,23 +670,23 @@ def _backward_keys(
     threads._apart()
     steps, keys, heads, values = q.shape[1], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // q.shape[2], tiles.up(keys), tiles.up(values)
-    levels = np.zeros((key_levels(size), size, wide), v.dtype)
-    between = np.zeros(levels.shape, v.dtype)
+    levels = tiles.room(like, (key_levels(size), size, wide))
+    between = tiles.room(like, levels.shape)
     qs, ks, q_, k_ = (
-        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype),
-        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype),
+        tiles.room(like, (size, wide)), tiles.room(like, (size, wide)),
+        tiles.room(like, (size, wide)), tiles.room(like, (size, wide)),
     )  # fmt: skip
     power, rest, logs = (
-        np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
+        tiles.room(like, (size, wide)), tiles.room(like, (size, wide)), tiles.room(like, (size, wide))
     )  # fmt: skip
-    dq_, dk_ = np.zeros((size, wide), v.dtype), np.zeros((size, wide), v.dtype)
+    dq_, dk_ = tiles.room(like, (size, wide)), tiles.room(like, (size, wide))
     turned, weights, d_weights = (
-        np.zeros((wide, size), v.dtype), np.zeros((size, size), v.dtype), np.zeros((size, size), v.dtype)
+        tiles.room(like, (wide, size)), tiles.room(like, (size, size)), tiles.room(like, (size, size))
     )  # fmt: skip
-    vs, vt, dv = np.zeros((size, high), v.dtype), np.zeros((high, size), v.dtype), np.zeros((size, high), v.dtype)
-    do, end, st = np.zeros((size, high), v.dtype), np.zeros((wide, high), v.dtype), np.zeros((high, wide), v.dtype)
-    grads = np.zeros((3, size, wide), v.dtype)
-    total, whole, row = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), wide * v.itemsize
+    vs, vt, dv = tiles.room(like, (size, high)), tiles.room(like, (high, size)), tiles.room(like, (size, high))
+    do, end, st = tiles.room(like, (size, high)), tiles.room(like, (wide, high)), tiles.room(like, (high, wide))
+    grads = tiles.room(like, (3, size, wide))
+    total, whole, row = np.zeros(wide, v.dtype), tiles.room(like, (2, wide)), wide * v.itemsize
     units = q.shape[0] * heads
     for u in range(units * worker // workers, units * (worker + 1) // workers):
         b, h = u // heads, u % heads
@@ -571,38 +694,47 @@ def _backward_keys(
         end[:keys, :values] = d_last[b, h]
         for c in range(-(-steps // size) - 1, -1, -1):
             start, s = c * size, states[b, h, c]
-            here = min(size, steps - start)
+            here, before, more = min(size, steps - start), start - size, min(size, start)
             tiles.load(qs, q, b, start, here, h // group)
             tiles.load(ks, k, b, start, here, h // group)
             tiles.load(vs, v, b, start, here, h)
             tiles.load(do, d_o, b, start, here, h)
             key_factors(like, power, rest, total, logs, g, reset, b, start, here, h)
+            tiles.fetch(like, q, b, before, more, h // group)
             key_scales(like, q_, k_, levels, qs, ks, power, rest)
+            tiles.fetch(like, k, b, before, more, h // group)
             key_weights(like, weights, qs, ks, power, rest, levels, levels, turned)
+            tiles.fetch(like, v, b, before, more, h)
             tiles.exp2(like, row // vectors.BYTES, row, (total.ctypes.data, whole.ctypes.data))
             tiles.turned_lower_product(like, 0, dv, weights, do)
+            tiles.fetch(like, g, b, before, more, h)
             tiles.product(like, 1, dv, k_, end)
-            tiles.save(d_v, dv, b, start, here, h)
+            tiles.put(like, d_v, dv, b, start, here, h)
+            if c:
+                tiles.fetch_state(like, states[b, h, c - 1])
             tiles.turn(like, vt, vs)
             tiles.lower(like, d_weights, do, vt)
             tiles.turn(like, st, s)
             tiles.product(like, 0, dq_, do, st)
+            tiles.fetch(like, d_o, b, before, more, h)
             tiles.turn(like, st, end)
             tiles.product(like, 0, dk_, vs, st)
+            tiles.dots(like, total, s, end)
             for i in range(keys):
-                total[i] = tiles.dot(s[i], end[i]) * (whole[0, i] + whole[1, i])
+                total[i] *= whole[0, i] + whole[1, i]
             grads[:] = 0
             key_between(like, 0, between, between, d_weights, levels, levels)
             key_through(
                 like, grads[0], grads[1], grads[2], q_, k_, dq_, dk_, levels, between, power, rest, total
             )  # fmt: skip
             key_leaves(like, grads[0], grads[1], grads[2], qs, ks, power, rest, d_weights)
-            tiles.save(d_q, grads[0], b, start, here, h)
-            tiles.save(d_k, grads[1], b, start, here, h)
-            tiles.save(d_g, grads[2], b, start, here, h)
+            tiles.put(like, d_q, grads[0], b, start, here, h)
+            tiles.put(like, d_k, grads[1], b, start, here, h)
+            tiles.put(like, d_g, grads[2], b, start, here, h)
             tiles.pass_on(end, whole[0], whole[1])
             tiles.turned_product(like, 1, end, q_, do)
         d_state[b, h] = end[:keys, :values]
+    threads._settle()
 
 
 @functools.partial(_compile, parallel=True)
@@ -653,9 +785,9 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     size, shape = _sizes(q, v)
     o, last, states = (
-        v.new_empty(v.shape),
-        state.new_empty(state.shape),
-        state.new_empty(shape if keep else (0, *shape[1:])),
+        fresh.empty(v, *v.shape),
+        fresh.empty(state, *state.shape),
+        fresh.empty(state, shape[0] if keep else 0, *shape[1:]),
     )
     if not (v.numel() and q.numel()):
         return o.zero_(), last.copy_(state), states
@@ -670,10 +802,10 @@ def _backward(
     reset: Tensor | None, kind: str, states: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     size, parts = _sizes(q, v)[0], _parts(q, v, kind)
-    d_q, d_k = (q.new_empty(*q.shape[:2], q.shape[2] * parts, q.shape[3]) for _ in range(2))
-    d_v, d_state = v.new_empty(v.shape), d_last.new_empty(d_last.shape)
+    d_q, d_k = (fresh.empty(q, *q.shape[:2], q.shape[2] * parts, q.shape[3]) for _ in range(2))
+    d_v, d_state = fresh.empty(v, *v.shape), fresh.empty(d_last, *d_last.shape)
     given = v.new_empty(*v.shape[:3], 0) if g is None else g
-    d_g = given.new_empty(given.shape)
+    d_g = fresh.empty(given, *given.shape)
     if v.numel() and q.numel():
         before = vectors._arrays(d_o, d_last, q, k, v, given, reset, states)
         after = vectors._arrays(d_q, d_k, d_v, d_g, d_state)

@@ -30,6 +30,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from .. import fresh
 from ..linear_scan import in_numba as threads
 from ..opaque import opaque
 
@@ -92,6 +93,22 @@ class _Lanes:
             )
         value = self.builder.extract_element(value, ir.IntType(32)(0))
         self.builder.store(value, self.builder.inttoptr(address, self.scalar.as_pointer()), align=self.size)
+
+    def sums(self, values: list[Any]) -> Any:
+        """The sums over the lanes of up to `count` values, one after the other, then zeros."""
+        none, far = self.full(0.0), self.count // 2
+        found = values + [none] * (self.count - len(values))
+        while far:
+            # lanes are in blocks of 2 far: in each, the halves of one value are added, then those of another
+            low = [i if not i & far else self.count + i - far for i in range(self.count)]
+            high = [i + far if not i & far else self.count + i for i in range(self.count)]
+            pairs = zip(found[:far], found[far : 2 * far])
+            found = [
+                none if p is none and q is none else self.builder.fadd(self.mix(p, q, low), self.mix(p, q, high))
+                for p, q in pairs
+            ]
+            far //= 2
+        return found[0]
 
     def exp2(self, z: Any) -> tuple[Any, Any]:
         """2^z in two parts, to be multiplied and added: a power of 2 and the rest, both 0 below the normal numbers."""
@@ -526,7 +543,7 @@ def _carries(x: Tensor, a: Tensor) -> Tensor:
     lanes = BYTES // x.element_size()
     vectors = max(1, min(VECTORS, -(-x.shape[2] // lanes)))
     blocks = -(-x.shape[2] // (vectors * lanes))
-    return x.new_empty(len(x), blocks, -(-x.shape[1] // TILE), vectors, a.shape[1], lanes)
+    return fresh.empty(x, len(x), blocks, -(-x.shape[1] // TILE), vectors, a.shape[1], lanes)
 
 
 def _forward(
@@ -534,7 +551,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # nothing is written past a row's end
     y, last, carries = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format),
+        fresh.empty(x, *x.shape).zero_(),
         h0.new_empty(h0.shape),
         _carries(x, a),
     )
@@ -549,12 +566,12 @@ def _backward(
     dy: Tensor, d_last: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, h0: Tensor,
     reset: Tensor | None, ends: Tensor, carries: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    dx, ddt, dh0 = x.new_zeros(x.shape), x.new_zeros(x.shape), h0.new_empty(h0.shape)
+    dx, ddt, dh0 = fresh.empty(x, *x.shape).zero_(), fresh.empty(x, *x.shape).zero_(), h0.new_empty(h0.shape)
     blocks = carries.shape[1]
     da, db, dc = (
         h0.new_zeros(h0.shape),
-        b.new_zeros(len(b), blocks, *b.shape[1:]),
-        c.new_zeros(len(c), blocks, *c.shape[1:]),
+        fresh.empty(b, len(b), blocks, *b.shape[1:]).zero_(),
+        fresh.empty(c, len(c), blocks, *c.shape[1:]).zero_(),
     )
     if x.numel() and a.numel():
         arrays = _arrays(dy, d_last, x, dt, a, b, c, reset, ends, carries, dx, ddt, da, db, dc, dh0)

@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import binding
+from llvmlite import binding, ir
 from numba.core import cgutils
 
 from ..linear_scan import in_numba as threads
@@ -65,12 +65,58 @@ def _turn_body(v: _Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, ou
         v.store(v.at(out, word(i), out_row), rows[i])
 
 
+def _fetch_body(v: _Lanes, steps: Any, row: Any, x: Any, size: Any) -> None:
+    """Begin to bring rows of `size` bytes into the second cache."""
+    byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+    begin = v.builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        at = v.at(x, loop.index, row)
+        with cgutils.for_range_slice(v.builder, size.type(0), size, size.type(BYTES), intp=size.type) as (offset, _):
+            address = v.builder.inttoptr(v.builder.add(at, offset), byte)
+            v.builder.call(begin, [address, word(0), word(2), word(1)])  # to read, not so near, data
+
+
+def _put_body(v: _Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, size: Any) -> None:
+    """Rows of `size` bytes, in whole lines, past the caches: lines are not read first only to be overwritten."""
+    flag = v.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+    with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        here, there = v.at(x, loop.index, x_row), v.at(out, loop.index, row)
+        with cgutils.for_range_slice(v.builder, size.type(0), size, size.type(BYTES), intp=size.type) as (offset, _):
+            to = v.builder.inttoptr(v.builder.add(there, offset), v.type.as_pointer())
+            store = v.builder.store(v.load(v.builder.add(here, offset)), to, align=BYTES)
+            store.set_metadata("nontemporal", flag)
+
+
+def _dots_body(v: _Lanes, steps: Any, row: Any, p: Any, q: Any, out: Any) -> None:
+    """out_i = p_i . q_i"""
+    with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        total, i = v.variable(v.full(0.0)), v.builder.mul(loop.index, row)
+        with cgutils.for_range_slice(v.builder, row.type(0), row, row.type(BYTES), intp=row.type) as (offset, _):
+            p_i, q_i = (v.load(v.builder.add(base, v.builder.add(i, offset))) for base in (p, q))
+            v.builder.store(v.mad(p_i, q_i, v.builder.load(total)), total)
+        v.sum(v.at(out, loop.index, v.size), v.builder.load(total))
+
+
 _product, _turn = _code(_product_body, 8), _code(_turn_body, 4)
+_fetch, _put, _dots = _code(_fetch_body, 2), _code(_put_body, 4), _code(_dots_body, 3)
 
 
 @_compile
 def up(n):
     return -(-n // LANES) * LANES
+
+
+@_compile
+def room(like, shape):
+    """Zeros that begin with a line of memory: a vector that lies across two takes two loads."""
+    threads._apart()
+    count = 1
+    for n in shape:
+        count *= n
+    zeros = np.zeros(count + BYTES // 4, np.asarray(like).dtype)
+    skip = -zeros.ctypes.data % BYTES // zeros.itemsize
+    return zeros[skip : skip + count].reshape(shape)
 
 
 @_compile
@@ -173,6 +219,54 @@ def save(x, tile, b, start, steps, head):
     for i in range(steps):
         for d in range(x.shape[3]):
             x[b, start + i, head, d] = tile[i, d]
+
+
+@_compile
+def fetch(like, x, b, start, steps, head):
+    """Begin to bring steps of x (B, T, H, D) nearer, which will soon be loaded."""
+    threads._apart()
+    if steps > 0:
+        size = x.shape[3] * x.itemsize
+        row = x.shape[2] * size
+        _fetch(like, steps, row, (x.ctypes.data + (b * x.shape[1] + start) * row + head * size, size))
+
+
+@_compile
+def fetch_state(like, state):
+    """The same for a state in one piece."""
+    threads._apart()
+    _fetch(like, 1, 0, (state.ctypes.data, state.size * state.itemsize))
+
+
+@_compile
+def put(like, x, tile, b, start, steps, head):
+    """save, past the caches where x would not stay in them. What does this ends with threads._settle()."""
+    threads._apart()
+    size = x.shape[3] * x.itemsize
+    row = x.shape[2] * size
+    at = x.ctypes.data + (b * x.shape[1] + start) * row + head * size
+    if x.size * x.itemsize < threads.STREAM or at % BYTES or size % BYTES:
+        save(x, tile, b, start, steps, head)
+    else:
+        _put(like, steps, row, (tile.ctypes.data, tile.shape[1] * x.itemsize, at, size))
+
+
+@_compile
+def put_state(like, states, b, h, c, state):
+    """states[b, h, c] = state, as put."""
+    threads._apart()
+    size, out = state.size * state.itemsize, states[b, h, c]
+    if states.size * states.itemsize < threads.STREAM or out.ctypes.data % BYTES:
+        out[:] = state
+    else:
+        _put(like, 1, 0, (state.ctypes.data, 0, out.ctypes.data, size))
+
+
+@_compile
+def dots(like, out, p, q):
+    """out_i = p_i . q_i"""
+    threads._apart()
+    _dots(like, p.shape[0], p.shape[1] * p.itemsize, (p.ctypes.data, q.ctypes.data, out.ctypes.data))
 
 
 @_compile
