@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...core import clear_past_end, tree_map
+from .. import fresh
 from ..linear_scan import in_numba as threads
 from ..opaque import opaque
 from ..selective_scan import in_numba as vectors
@@ -124,7 +125,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
 def _forward(
     score: Tensor, v: Tensor, m: Tensor, u: Tensor, w: Tensor, reset: Tensor | None, ends: Tensor
 ) -> tuple[Tensor, ...]:
-    o, ms, us = v.new_zeros(v.shape), score.new_empty(score.shape), score.new_empty(score.shape)
+    o, ms, us = fresh.empty(v, *v.shape).zero_(), fresh.empty(score, *score.shape), fresh.empty(score, *score.shape)
     last = m.new_empty(m.shape), u.new_empty(u.shape), w.new_empty(w.shape)
     _run(_forward_work, _forward_together, v, score, v, m, u, w, reset, ends, o, *last, ms, us)
     return o, *last, ms, us
@@ -135,7 +136,7 @@ def _backward(
     score: Tensor, v: Tensor, m: Tensor, u: Tensor, w: Tensor, reset: Tensor | None, ends: Tensor,
     o: Tensor, m1: Tensor, u1: Tensor, w1: Tensor, ms: Tensor, us: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    grads = score.new_zeros(score.shape), v.new_zeros(v.shape), *(t.new_empty(t.shape) for t in (m, u, w))
+    grads = *(fresh.empty(t, *t.shape).zero_() for t in (score, v)), *(t.new_empty(t.shape) for t in (m, u, w))
     _run(
         _backward_work, _backward_together, v, do, dm1, du1, dw1, score, v, m, u, w, reset, ends, o, ms, us, *grads
     )  # fmt: skip
