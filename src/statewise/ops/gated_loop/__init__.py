@@ -275,10 +275,9 @@ def _not_compiled(
     plain = reset is None and lengths is None and c0.dtype == torch.float32 and _dense(w_ih, w_hh) is None
     if not plain or torch.compiler.is_compiling():  # a trace is to hold for any batch
         return None
-    batch, n = c0.shape
-    if n >= 256 and 2 <= batch < 8:
-        return f"{batch} rows of {n} units: R is read for little, and aten is faster"
-    return f"{batch} rows of {n} units: aten is faster" if n <= 128 and batch >= 64 else None
+    (batch, steps), n = x.shape[:2], c0.shape[1]
+    little = batch >= 16 and steps <= 128 and 4 * batch * steps * n * n < 1 << 27
+    return f"{steps} steps of {batch} rows of {n} units: aten is as fast or faster" if little else None
 
 
 def _check_gru(

@@ -13,16 +13,11 @@ A row that has ended is passed over; a reset hands it other memory to read the p
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
@@ -31,19 +26,20 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..fresh import empty
 from ..linear_scan import in_numba as threads
 from ..opaque import opaque
+from ..products import in_numba as products
+from ..products.in_numba import PANEL
 from ..selective_scan import in_numba as vectors
+from ..teams import in_numba as teams
 from .cells import fresh_slstm
 from .in_aten import jordan_by
 
-ROWS = 6  # of a tile, at most: its sums fill the registers
-VECTORS = 4 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 1  # of a tile
 BYTES = vectors.BYTES  # of a vector
+NEAR = 1 << 23  # bytes of a stretch's gates: the third-level cache holds them and what else is wanted
 PAD = 64  # bytes between rows of h, or rows a power of 2 apart would share a few lines of the cache
-LARGE = 1 << 22  # bytes from which on memory may come in large pages
-ALONE = 1 << 24  # multiplications below which a second thread costs more than it brings
-WIDE = 1 << 19  # bytes of R that a thread keeps near: beyond, a single row is better shared out by its units
+ALONE = 1 << 20  # multiplications below which a second thread costs more than it brings
 
 _compile = threads._compile
 
@@ -53,7 +49,8 @@ class _Problem(NamedTuple):
 
     item: int  # bytes of a number
     batch: int
-    steps: int
+    steps: int  # of h and all that is kept: the times from one row of the batch to the next
+    stretch: int  # steps to be walked, which begin where the addresses of these point
     width: int  # N
     heads: int
     gates: int
@@ -64,7 +61,7 @@ class _Problem(NamedTuple):
     units: int  # of a member
     panels: int
     keep: int  # forward: whether the gates are to overwrite their inputs and more is to be kept for each step
-    x: int  # forward: (B, T, G N), the gates' inputs, then the gates; backward: their gradients
+    x: int  # forward: (B, stretch, G N), the gates' inputs, then the gates; backward: their gradients
     gates_at: int  # backward: (B, T, G N)
     w: int  # (H, members, panels, rows of a panel, its columns)
     outer: int  # (G N,), added to the gates' inputs
@@ -82,7 +79,7 @@ class _Problem(NamedTuple):
     dh: int  # backward: (B, T, N)
     d_last: int  # (S, B, N)
     d_first: int  # (S, B, N)
-    d_more: int  # (B, T, N), the gradient of what the bias is added to
+    d_more: int  # (B, stretch, N), the gradient of what the bias is added to
     near: int  # per team, twice: a row of h or of the gates' gradients for each row
     near_row: int
     near_size: int
@@ -117,67 +114,6 @@ class SlstmSigmoid(_Problem): ...
 
 
 class SlstmExp(_Problem): ...
-
-
-# ---- the products of a step
-
-
-def _tile(rows: int) -> Any:
-    """out (rows, a panel's columns) = a (rows, depth) @ panel (depth, columns)."""
-
-    @intrinsic
-    def run(context: Any, like: Any, depth: Any, where: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            v = vectors._Lanes(builder, like)
-            a, a_row, panel, out, out_row = cgutils.unpack_tuple(builder, args[2], 5)
-            each, across = range(rows), range(VECTORS)
-            sums = [[v.variable(v.full(0.0)) for _ in across] for _ in each]
-            starts = [v.at(a, a.type(r), a_row) for r in each]
-            with cgutils.for_range(builder, args[1], intp=args[1].type) as loop:
-                at = v.at(panel, loop.index, VECTORS * BYTES)
-                line = [v.load(builder.add(at, at.type(c * BYTES))) for c in across]
-                for r in each:
-                    one = v.splat(v.at(starts[r], loop.index, v.size))
-                    for c in across:
-                        builder.store(v.mad(one, line[c], builder.load(sums[r][c])), sums[r][c])
-            for r in each:
-                to = v.at(out, out.type(r), out_row)
-                for c in across:
-                    v.store(builder.add(to, to.type(c * BYTES)), builder.load(sums[r][c]))
-            return context.get_dummy_value()
-
-        return types.void(like, types.intp, types.UniTuple(types.intp, 5)), generate
-
-    return run
-
-
-_tile1, _tile2, _tile3, _tile4, _tile5, _tile6 = map(_tile, range(1, ROWS + 1))
-
-
-@_compile
-def _multiply(like, rows, depth, a, a_row, panel, panels, out, out_row):
-    """out (rows, columns) = a (rows, depth) @ the panels side by side."""
-    threads._apart()
-    blocks = (rows + ROWS - 1) // ROWS
-    for p in range(panels):
-        first = 0
-        for block in range(blocks):
-            last = rows * (block + 1) // blocks
-            where = (a + first * a_row, a_row, panel, out + first * out_row + p * VECTORS * BYTES, out_row)
-            if last - first == 6:
-                _tile6(like, depth, where)
-            elif last - first == 5:
-                _tile5(like, depth, where)
-            elif last - first == 4:
-                _tile4(like, depth, where)
-            elif last - first == 3:
-                _tile3(like, depth, where)
-            elif last - first == 2:
-                _tile2(like, depth, where)
-            else:
-                _tile1(like, depth, where)
-            first = last
-        panel += depth * VECTORS * BYTES
 
 
 # ---- the cells
@@ -501,6 +437,30 @@ _forward_row, _backward_row = _cellwise("forward", _Here), _cellwise("backward",
 # ---- the loops
 
 
+@intrinsic
+def _fetch(context, address, size):
+    """Have so many bytes brought into the second-level cache."""
+
+    def generate(context, builder, signature, args):
+        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        with cgutils.for_range_slice(builder, args[1].type(0), args[1], args[1].type(64), intp=args[1].type) as (i, _):
+            at = builder.inttoptr(builder.add(args[0], i), pointer)
+            builder.call(fetch, [at, word(0), word(2), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@_compile
+def _multiply(like, q, rows, depth, a, panel, out):
+    """The product of a step: out (rows, columns) = a (rows, depth) @ the panels side by side."""
+    for p in range(q.panels):
+        products.multiply(like, rows, depth, 0, a, q.near_row, q.item, panel, PANEL, out + p * PANEL, q.sums_row)
+        panel += depth * PANEL
+
+
 @_compile
 def _meet(q, team, goal):
     """Wait until this many have come here. Returns the goal of the next time."""
@@ -540,7 +500,7 @@ def _forward_task(like, q, team, member, head, r0, r1, goal):
     size = q.units * q.members
     at, mine = (head * size + member * q.units) * item, member * q.units * item
     near, sums = q.near + team * 2 * q.near_size, q.sums + thread * q.sums_size
-    panel = q.w + (head * q.members + member) * q.panels * size * VECTORS * BYTES
+    panel = q.w + (head * q.members + member) * q.panels * size * PANEL
     first_gap, longest = q.batch * row, _longest(q, r0, r1)
     for b in range(r0, r1):
         first = q.fresh if _resets(q, b, 0) else q.first + b * row
@@ -548,12 +508,12 @@ def _forward_task(like, q, team, member, head, r0, r1, goal):
     goal = _meet(q, team, goal)
     here, there = near, near + q.near_size
     for t in range(longest):
-        _multiply(like, r1 - r0, size, here, q.near_row, panel, q.panels, sums, q.sums_row)
+        _multiply(like, q, r1 - r0, size, here, panel, sums)
         for b in range(r0, r1):
             now = (b * q.steps + t) * row + at
             if t >= _word(q.ends + b * 8):
                 continue
-            gates = q.x + (b * q.steps + t) * row * q.gates + at
+            gates = q.x + (b * q.stretch + t) * row * q.gates + at
             more, kept = q.more + now, gates
             past, past_gap = more - row, q.more_gap
             if not q.keep:
@@ -582,12 +542,15 @@ def _forward_task(like, q, team, member, head, r0, r1, goal):
                 past_gap,
             )
             _forward_row(like, q, q.units, where)
-            if t + 1 < q.steps and _resets(q, b, t + 1):
+            if t + 1 < q.stretch:  # the processor does not foresee that all rows will be wanted a step further
+                for g in range(q.gates):
+                    _fetch(gates + (q.gates + g) * row, q.units * item)
+            if t + 1 < q.stretch and _resets(q, b, t + 1):
                 threads._copy(like, q.units, (after, q.fresh + at))
         goal = _meet(q, team, goal)
         here, there = there, here
     for b in range(r0, r1):
-        for t in range(_word(q.ends + b * 8), q.steps):
+        for t in range(_word(q.ends + b * 8), q.stretch):
             threads._zero(like, q.units, (q.h + (b * q.steps + t) * row + at,))
     return goal
 
@@ -600,14 +563,14 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
     at, mine = (head * size + member * q.units) * item, member * q.units * item
     near, sums = q.near + team * 2 * q.near_size, q.sums + thread * q.sums_size
     side, side_gap = q.side + thread * q.side_size, q.units * item
-    panel = q.w + (head * q.members + member) * q.panels * size * q.gates * VECTORS * BYTES
+    panel = q.w + (head * q.members + member) * q.panels * size * q.gates * PANEL
     first_gap, longest = q.batch * row, _longest(q, r0, r1)
     for b in range(r0, r1):
-        for t in range(_word(q.ends + b * 8), q.steps):
+        for t in range(_word(q.ends + b * 8), q.stretch):
             for g in range(q.gates):
-                threads._zero(like, q.units, (q.x + ((b * q.steps + t) * q.gates + g) * row + at,))
+                threads._zero(like, q.units, (q.x + ((b * q.stretch + t) * q.gates + g) * row + at,))
             if q.d_more != 0:
-                threads._zero(like, q.units, (q.d_more + (b * q.steps + t) * row + at,))
+                threads._zero(like, q.units, (q.d_more + (b * q.stretch + t) * row + at,))
     goal = _meet(q, team, goal)  # of rows before these, someone may still be reading what is near
     here, there = near, near + q.near_size
     for t in range(longest - 1, -1, -1):
@@ -629,8 +592,10 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
                     others, others_gap = later + first_gap, first_gap
             elif _resets(q, b, t + 1):
                 later, others, others_gap = q.zero + at, q.zero + at, 0
+            gates = q.gates_at + (b * q.steps + t) * row * q.gates + at
+            d_gates = q.x + (b * q.stretch + t) * row * q.gates + at
             where = (
-                q.gates_at + (b * q.steps + t) * row * q.gates + at,
+                gates,
                 row,
                 q.leak,
                 q.h + now,
@@ -645,14 +610,20 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
                 others_gap,
                 to,
                 side_gap,
-                q.x + (b * q.steps + t) * row * q.gates + at,
+                d_gates,
                 here + (b - r0) * q.near_row + mine,
                 size * item,
-                q.d_more + now,
+                q.d_more + (b * q.stretch + t) * row + at,
             )
             _backward_row(like, q, q.units, where)
+            if t > 0:
+                for g in range(1, q.gates + 1):
+                    _fetch(gates - g * row, q.units * item)
+                    _fetch(d_gates - g * row, q.units * item)
+                for each in (q.dh + now, before, past):
+                    _fetch(each - row, q.units * item)
         goal = _meet(q, team, goal)
-        _multiply(like, r1 - r0, size * q.gates, here, q.near_row, panel, q.panels, sums, q.sums_row)
+        _multiply(like, q, r1 - r0, size * q.gates, here, panel, sums)
         here, there = there, here
     for b in range(r0, r1):
         later, others, others_gap = sums + (b - r0) * q.sums_row, side + (b - r0) * q.side_row, side_gap
@@ -700,164 +671,114 @@ class _Plan(NamedTuple):
     teams: int
 
 
-def _plan(batch: int, steps: int, heads: int, size: int, gates: int, item: int) -> _Plan:
-    work = batch * steps * heads * size * size * gates
-    workers = 1 if work < ALONE or threads._forked else torch.get_num_threads()
-    members = 1
-    if batch * heads < workers and size * size * gates * item > WIDE:
-        members = workers // (batch * heads)
-        while members > 1 and size % (members * 16):
-            members -= 1
-    groups = min(batch, -(-workers // heads))
-    return _Plan(groups, members, min(workers // members, groups * heads))
+@functools.lru_cache(256)
+def _plan(
+    batch: int, steps: int, heads: int, size: int, gates: int, item: int, together: bool, available: int
+) -> _Plan:  # fmt: skip
+    """The fastest for so many threads, by the step that is foreseen for each. together: whether they may wait."""
+    if batch * steps * heads * size * size * gates < ALONE:
+        return _Plan(min(batch, 1), 1, 1)
+    plans = []
+    for members in range(1, available + 1):
+        if members == 1 or (together and size % (members * 16) == 0):
+            groups = min(batch, -(-(available // members) // heads))
+            plans.append(_Plan(groups, members, min(available // members, groups * heads)))
+    return min(plans, key=lambda plan: _foreseen(plan, batch, heads, size, gates, item))
 
 
-@functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """GNU's OpenMP as loaded by torch, or None.
+def _foreseen(plan: _Plan, batch: int, heads: int, size: int, gates: int, item: int) -> float:
+    """Nanoseconds of a step. Numbers of the processor that this was written on; only what they say of one plan beside
+    another matters."""
+    rows, rounds = -(-batch // plan.groups), -(-plan.groups * heads // plan.teams)
+    shared = size * size * gates * item // plan.members  # bytes of R
+    speed = next(speed for most, speed in ((1 << 15, 160), (3 << 18, 95), (math.inf, 70)) if shared <= most)
+    product = max(rows * shared / 226, shared / speed)  # as fast as it multiplies, or as R comes from its cache
+    cell = 0.44 * rows * gates * size * item / plan.members
+    lines = rows * size * item / 64 * (1 + gates) / 2 * (1 - 1 / plan.members)  # that another thread has written
+    return rounds * (product + cell + (700 + 15 * lines if plan.members > 1 else 0))
 
-    Its threads wait for more work by spinning, for milliseconds after each matrix product: other threads would share
-    the processors with them.
+
+@_compile
+def _forward_team(like, q, workers, places):
+    return teams.in_parallel(_forward_work, like, q, workers, places)
+
+
+@_compile
+def _backward_team(like, q, workers, places):
+    return teams.in_parallel(_backward_work, like, q, workers, places)
+
+
+def _walk(
+    cell: _Cell, w_hh: Tensor, outer: Tensor | None, inner: Tensor | None, leak: float, h: Tensor, more: Tensor,
+    reset: Tensor | None, ends: Tensor, *, keep: bool = True, back: tuple[Tensor, Tensor] | None = None,
+    alone: bool = False,
+) -> Callable[..., None]:  # fmt: skip
+    """run(start, x, first) fills x (B, count, G N) with the gates, and h and more, from time `start` on.
+
+    Given back = (gates, dh) it is run(start, x, first, d_last, d_first, d_more), which fills x and the last two. first
+    and d_last are of the state before the stretch and after it. alone: by one thread.
     """
-    home = os.path.join(os.path.dirname(os.path.dirname(torch.__file__)), "torch")  # torch/lib or torch.libs
-    try:
-        with open("/proc/self/maps", encoding="utf-8") as maps:
-            found = {line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}
-    except OSError:
-        return None
-    ours = [path for path in found if path.startswith(home)]
-    return ctypes.CDLL(ours[0]) if len(ours) == 1 else None
-
-
-def _on_threads_of_torch(work: Callable[[int], None], workers: int, release: Callable[[], None]) -> bool:
-    """work(thread) on each of so many threads at once; False, and nothing done, where there are not as many.
-
-    release: called where one fails, before the others can be waited for.
-    """
-    openmp = _openmp()
-    if openmp is None or openmp.omp_in_parallel():
-        return False
-    done, errors = [], []
-
-    def one(_: Any) -> None:
-        try:
-            if openmp.omp_get_num_threads() == workers:
-                thread = openmp.omp_get_thread_num()
-                work(thread)
-                done.append(thread)
-        except BaseException as error:  # none can pass through OpenMP
-            release()
-            errors.append(error)
-
-    openmp.GOMP_parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(one), None, ctypes.c_uint(workers), ctypes.c_uint(0))
-    if errors:
-        raise errors[0]
-    return len(done) == workers
-
-
-_lock = threading.Lock()  # all members of a team must run at once
-_pool: tuple[int, ThreadPoolExecutor] | None = None
-
-
-def _forget() -> None:
-    global _lock, _pool
-    _lock, _pool = threading.Lock(), None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-
-
-def _run(work: Callable[..., None], q: _Problem, like: Tensor, meeting: Tensor, held: list[Tensor | None]) -> None:
-    """work(zero, q, thread) by every thread. held: whatever q holds addresses of."""
-    global _pool
-    number = np.float64(0) if like.dtype == torch.float64 else np.float32(0)
-    workers = q.members * q.teams
-
-    def release() -> None:
-        """All are taken to have come to every meeting: nobody waits any more, and what comes out is thrown away."""
-        meeting.numpy().fill(1 << 62)
-
-    def each(thread: int, held: list[Tensor | None] = held) -> None:  # a thread may outlive the call that failed
-        try:
-            work(number, q, thread)
-        except BaseException:
-            release()
-            raise
-
-    if workers == 1:
-        each(0)
-        return
-    if _on_threads_of_torch(each, workers, release):
-        return
-    with _lock:
-        try:
-            if _pool is None or _pool[0] < workers - 1:
-                _pool = workers - 1, ThreadPoolExecutor(workers - 1)
-            jobs = [_pool[1].submit(each, thread) for thread in range(1, workers)]
-            each(0)
-        except BaseException:  # of starting a thread, or from outside
-            release()
-            raise
-        for job in jobs:
-            job.result()
-
-
-def _panels(w: Tensor) -> Tensor:
-    """(H, members, depth, columns) -> (H, members, panels, depth, a panel's columns)."""
-    columns = VECTORS * BYTES // w.element_size()
-    w = F.pad(w, (0, -w.shape[-1] % columns))
-    return w.unflatten(3, (-1, columns)).transpose(2, 3).contiguous()
-
-
-def _solve(
-    cell: _Cell, x: Tensor, w_hh: Tensor, outer: Tensor | None, inner: Tensor | None, leak: float, h: Tensor,
-    more: Tensor, first: Tensor,
-    reset: Tensor | None, ends: Tensor, keep: bool = True, back: tuple[Tensor | None, ...] | None = None,
-) -> None:  # fmt: skip
-    """Fill x with the gates, and h and more; given back (gates, dh, d_last, d_first, d_more), x and the last two."""
     batch, steps, width = h.shape
     heads, size, item = len(w_hh), w_hh.shape[2], h.element_size()
-    plan = _plan(batch, steps, heads, size, cell.gates, item)
+    available = 1 if alone or threads._forked else torch.get_num_threads()
+    plan = _plan(batch, steps, heads, size, cell.gates, item, teams.can_wait(), available)
     units = size // plan.members
-    blocks = w_hh.view(heads, cell.gates, size, size)
+    blocks = w_hh.reshape(heads, cell.gates, size, size)
     if back is None:
         w = blocks.unflatten(2, (plan.members, units)).permute(0, 2, 4, 1, 3).flatten(3)
     else:
         w = blocks.unflatten(3, (plan.members, units)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    w = _panels(w)
+    w = products.panels(w)
     rows, workers = -(-batch // plan.groups), plan.members * plan.teams
-    depth, panel = w.shape[3], VECTORS * BYTES
-    near_row, sums_row, side_row = depth * item + PAD, w.shape[2] * panel + PAD, cell.side * units * item
+    depth = w.shape[3]
+    near_row, sums_row, side_row = depth * item + PAD, w.shape[2] * PANEL + PAD, cell.side * units * item
     sizes = plan.teams * 2 * rows * near_row, workers * rows * sums_row, workers * rows * side_row
     near, sums, side = (torch.zeros(size, dtype=torch.uint8) for size in sizes)
-    spare = h.new_empty(workers, cell.gates * width) if back is None else None
-    meeting, zero = torch.zeros(plan.teams * 8, dtype=torch.int64), h.new_zeros(cell.gates * width)
-    fresh = torch.cat(fresh_slstm(1, width, like=h)) if cell.parts == 4 else h.new_zeros(cell.parts + 1, width)
-    leaks = h.new_full((1,), leak)
-    outer, inner = (zero if b is None else b.contiguous() for b in (outer, inner))
-    ends, reset = ends.contiguous(), None if reset is None else reset.contiguous()
-    gates, dh, d_last, d_first, d_more = (None,) * 5 if back is None else back
-    at = dict(
-        x=x, gates_at=gates, w=w, outer=outer, inner=inner, leak=leaks, h=h, more=more, spare=spare, first=first,
-        fresh=fresh, zero=zero, reset=reset, ends=ends, dh=dh, d_last=d_last, d_first=d_first, d_more=d_more,
-        near=near, sums=sums, side=side, meeting=meeting,
+    zero, meeting = h.new_zeros(cell.gates * width), torch.zeros(plan.teams * 8, dtype=torch.int64)
+    gates, dh = (None, None) if back is None else back
+    fixed = dict(
+        w=w, outer=zero if outer is None else outer.contiguous(), inner=zero if inner is None else inner.contiguous(),
+        leak=h.new_full((1,), leak), spare=h.new_empty(workers, cell.gates * width) if back is None else None,
+        fresh=torch.cat(fresh_slstm(1, width, like=h)) if cell.parts == 4 else h.new_zeros(cell.parts + 1, width),
+        zero=zero, near=near, sums=sums, side=side, meeting=meeting,
     )  # fmt: skip
-    q = cell.problem(
-        **{name: 0 if t is None else t.data_ptr() for name, t in at.items()},
-        item=item, batch=batch, steps=steps, width=width, heads=heads, gates=cell.gates, parts=cell.parts,
-        groups=plan.groups, members=plan.members, teams=plan.teams, units=units, panels=w.shape[2], keep=int(keep),
-        more_gap=batch * more.shape[2] * width * item, near_row=near_row, near_size=rows * near_row,
+    if not keep:
+        fixed["more"] = more
+    gates = gates if gates is not None and gates.numel() else None  # where h is the gate there are none
+    timed = dict(h=h, more=more if keep else None, reset=reset, gates_at=gates, dh=dh)
+    work, team = (_forward_work, _forward_team) if back is None else (_backward_work, _backward_team)
+    problem = functools.partial(
+        cell.problem, item=item, batch=batch, steps=steps, width=width, heads=heads, gates=cell.gates,
+        parts=cell.parts, groups=plan.groups, members=plan.members, teams=plan.teams, units=units, panels=w.shape[2],
+        keep=int(keep), more_gap=batch * more.shape[2] * width * item, near_row=near_row, near_size=rows * near_row,
         sums_row=sums_row, sums_size=rows * sums_row, side_row=side_row, side_size=rows * side_row,
     )  # fmt: skip
-    _run(_forward_work if back is None else _backward_work, q, h, meeting, [*at.values()])
+
+    def run(
+        start: int, x: Tensor, first: Tensor, d_last: Tensor | None = None, d_first: Tensor | None = None,
+        d_more: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        count = x.shape[1]
+        given = dict(
+            x=x, first=first, d_last=d_last, d_first=d_first, d_more=d_more, ends=(ends - start).clamp(0, count)
+        )
+        here = {name: t.narrow(t.ndim - 2 + (t is reset), start, count) for name, t in timed.items() if t is not None}
+        meeting.zero_()
+        at = dict.fromkeys(timed) | fixed | given | here
+        q = problem(stretch=count, **{name: 0 if t is None else t.data_ptr() for name, t in at.items()})
+        if not teams.run(work, team, products.LIKE[h.dtype], q, workers, at, waits=plan.members > 1):
+            again = _walk(
+                cell, w_hh, outer, inner, leak, h, more, reset, ends, keep=keep, back=back, alone=True
+            )  # fmt: skip
+            again(start, x, first, d_last, d_first, d_more)
+
+    return run
 
 
-def _room(like: Tensor, *shape: int) -> Tensor:
-    """Empty memory. What numpy hands out in large pieces comes in large pages: it is mapped, and found, far sooner."""
-    if like.numel() and math.prod(shape) * like.element_size() >= LARGE and type(like) is Tensor:
-        return torch.from_numpy(np.empty(shape, np.float64 if like.dtype == torch.float64 else np.float32))
-    return like.new_empty(shape)
+def _stretch(batch: int, steps: int, row: int) -> int:
+    """Steps whose gates, `row` bytes for each row of the batch, stay in the caches, or all of a little more."""
+    few = max(1, NEAR // max(1, batch * row))
+    return few if few * 3 // 2 < steps else steps
 
 
 def _forward(
@@ -865,24 +786,35 @@ def _forward(
     first: Tensor, reset: Tensor | None, ends: Tensor, kind: str, leak: float, keep: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """outer (G N,): added to the gates' inputs. inner (N,): of a GRU, inside the product with r. first: (S, B, N)."""
-    cell, width = CELLS[kind], first.shape[2]
-    gates = _room(x, *x.shape[:2], cell.gates * width)
-    if w_ih is None:
-        gates.copy_(x)
+    cell, (batch, steps), width = CELLS[kind], x.shape[:2], first.shape[2]
+    stretch = steps if keep or w_ih is None else _stretch(batch, steps, cell.gates * width * x.element_size())
+    laid = None if w_ih is None else products.panels(w_ih.T)
+    in_place = stretch == steps and cell.gates == 1 and not cell.side
+    gates = h = _gates(x, w_ih, laid) if stretch == steps else x[:, :0]
+    if not in_place:
+        h = empty(x, batch, steps, width)
+    more = empty(x, cell.more, batch, steps if keep else 1, width)
+    before, reset = first.contiguous(), None if reset is None else reset.contiguous()
+    if batch * steps == 0:
+        return h, first.clone(), gates.new_empty(0) if in_place else gates, more
+    run = _walk(cell, w_hh, outer, inner, leak, h, more, reset, ends, keep=keep)
+    if stretch == steps:
+        run(0, gates, before)
     else:
-        torch.mm(x.flatten(0, 1), w_ih.T, out=gates.flatten(0, 1))
-    in_place = cell.gates == 1 and not cell.side
-    h = gates if in_place else _room(x, *x.shape[:2], width)
-    more = _room(x, cell.more, len(x), x.shape[1] if keep else 1, width)
-    first = first.contiguous()
-    if h.numel():
-        _solve(cell, gates, w_hh.contiguous(), outer, inner, leak, h, more, first, reset, ends, keep)
-    last = first.clone()
-    if h.shape[1]:
-        rows, at = torch.arange(len(h)), (ends - 1).clamp(min=0)
-        parts = [h[rows, at], *more[: cell.parts - 1, rows, at if keep else 0]]
-        last = torch.where((ends > 0)[:, None], torch.stack(parts), first)
+        for start in range(0, steps, stretch):
+            run(start, _gates(x[:, start : start + stretch], w_ih, laid), before)
+            before = torch.cat([h[None, :, min(start + stretch, steps) - 1], more[: cell.parts - 1, :, 0]])
+    rows, at = torch.arange(batch), (ends - 1).clamp(min=0)
+    parts = [h[rows, at], *more[: cell.parts - 1, rows, at if keep else 0]]
+    last = torch.where((ends > 0)[:, None], torch.stack(parts), first)
     return h, last, gates.new_empty(0) if in_place else gates, more
+
+
+def _gates(x: Tensor, w_ih: Tensor | None, laid: Tensor | None) -> Tensor:
+    """The inputs of the gates."""
+    if w_ih is None:
+        return empty(x, *x.shape).copy_(x)
+    return products.by(x.flatten(0, 1), w_ih.T, laid).unflatten(0, x.shape[:2])
 
 
 def _backward(
@@ -890,38 +822,56 @@ def _backward(
     inner: Tensor | None, first: Tensor, reset: Tensor | None, ends: Tensor, kind: str, leak: float, h: Tensor,
     last: Tensor, gates: Tensor, more: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    cell, width = CELLS[kind], first.shape[2]
-    d_gates, d_last, first = _room(x, *x.shape[:2], cell.gates * width), d_last.contiguous(), first.contiguous()
-    d_first = torch.empty_like(first) if h.numel() else d_last.clone()
-    d_more = _room(x, *h.shape) if kind == "gru" else None
-    if h.numel():
-        back = (gates, dh.contiguous(), d_last, d_first, d_more)
-        _solve(cell, d_gates, w_hh.contiguous(), outer, inner, leak, h, more, first, reset, ends, back=back)
-    flat = d_gates.flatten(0, 1)
-    grads = [d_gates] if w_ih is None else [(flat @ w_ih).view(x.shape), flat.T @ x.flatten(0, 1)]
-    heard = [flat] if d_more is None else [flat[:, : 2 * width], d_more.flatten(0, 1)]
-    grads.append(_by_recurrent(heard, h, first[0], reset, len(w_hh)))
-    if outer is not None:
-        grads.append(flat.sum(0))
-    if inner is not None:
-        grads.append(heard[1].sum(0))
-    return *grads, d_first
+    """From stretch to stretch, last to first: the gradients of the gates are wanted no longer than that."""
+    cell, (batch, steps), width = CELLS[kind], x.shape[:2], first.shape[2]
+    high, item, dense = cell.gates * width, x.element_size(), len(w_hh) == 1
+    stretch = steps if w_ih is None else _stretch(batch, steps, high * item)
+    room = empty(x, batch * stretch * high)
+    dx = empty(x, *x.shape) if w_ih is not None else room.view(x.shape)
+    by_x = None if w_ih is None else torch.zeros_like(w_ih)
+    by_h, total, by_inner = torch.zeros_like(w_hh), x.new_zeros(high), x.new_zeros(width)
+    d_first, first, reset = d_last.clone(), first.contiguous(), None if reset is None else reset.contiguous()
+    laid = None if w_ih is None else products.panels(w_ih)
+    if batch * steps:
+        run = _walk(cell, w_hh, outer, inner, leak, h, more, reset, ends, back=(gates, dh.contiguous()))
+    for start in reversed(range(0, steps if batch else 0, max(1, stretch))):
+        stop = min(start + stretch, steps)
+        now, count = slice(start, stop), stop - start
+        found = torch.cat([h[None, :, start - 1], more[: cell.parts - 1, :, start - 1]]) if start else first
+        d_last, d_first = d_first, torch.empty_like(first)
+        d_gates = room[: batch * count * high].view(batch, count, high)
+        d_more = x.new_empty(batch, count, width) if kind == "gru" else None
+        run(start, d_gates, found, d_last, d_first, d_more)
+        flat, before = d_gates.flatten(0, 1), _before(h[:, now], found[0], None if reset is None else reset[:, now])
+        heard = [flat] if d_more is None else [flat[:, : 2 * width], d_more.flatten(0, 1)]
+        at_once = dense and d_more is None
+        part_x, part_h, part = products.sums(
+            flat, x[:, now].flatten(0, 1) if by_x is not None else before[:, :0], before if at_once else None
+        )
+        total += part
+        by_h += part_h[None] if at_once else _outer(heard, before, len(w_hh))
+        if w_ih is not None and by_x is not None:
+            by_x += part_x
+            dx[:, now] = products.by(flat, w_ih, laid).view(batch, count, -1)
+        if d_more is not None:
+            by_inner += heard[1].sum(0)
+    grads = [dx, by_x, by_h, None if outer is None else total, None if inner is None else by_inner, d_first]
+    return tuple(g for g in grads if g is not None)
 
 
-def _by_recurrent(grads: list[Tensor], h: Tensor, first: Tensor, reset: Tensor | None, heads: int) -> Tensor:
-    """The gradient of R, (H, G N/H, N/H), from those (B T, * N) of what it is added to."""
-    before = _room(h, *h.shape)
-    if h.numel():
-        torch.cat([first[:, None], h[:, :-1]], 1, out=before)
+def _before(h: Tensor, first: Tensor, reset: Tensor | None) -> Tensor:
+    """(B count, N), the state that each step found."""
+    before = empty(h, *h.shape)
+    torch.cat([first[:, None], h[:, :-1]], 1, out=before)
     if reset is not None:
         before.masked_fill_(reset[..., None], 0)
-    return _outer(grads, before.flatten(0, 1), heads)
+    return before.flatten(0, 1)
 
 
 def _outer(grads: list[Tensor], h: Tensor, heads: int) -> Tensor:
     """The sum over rows of grads h^T, head by head."""
     if heads == 1:
-        return torch.cat([g.T @ h for g in grads])[None]
+        return torch.cat([products.sums(g, h)[0] for g in grads])[None]
     of_heads = lambda t: t.unflatten(1, (heads, -1)).transpose(0, 1)
     width = h.shape[1]
     each = [one for g in grads for one in g.split(width, 1)]

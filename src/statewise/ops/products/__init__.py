@@ -1,0 +1,1 @@
+"""Products of large matrices by small ones."""

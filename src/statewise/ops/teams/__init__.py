@@ -1,0 +1,1 @@
+"""Compiled work shared out among threads."""
