@@ -17,9 +17,10 @@ def test_the_crossover_is_the_first_length_that_pays():
     assert newton.crossovers(rows[:1]) == [{"cell": "a", "width": 4, "measured": None, "predicted": None}]
 
 
-def test_a_cell_is_run_both_ways(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["para_gru", "para_lstm"])
+def test_a_cell_is_run_both_ways(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(newton, "LENGTHS", (8, 32))
-    found = newton.run(["para_gru"], widths=[2], repeats=1)
+    found = newton.run([name], widths=[2], repeats=1)
     assert [r["steps"] for r in found] == [8, 32]
     for r in found:
         assert r["iterations"] >= 1 and r["chosen"] in ("loop", "newton")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import Cell, UsageError, layers
 from ..layers.parallelized import Parallelized, parallelize
+from ..ops.newton import Layout
 from .clock import seconds
 
 Row = dict[str, Any]
@@ -28,7 +29,7 @@ class _Bare(Cell[Any]):
         self.inner, self.traits, self.width, self.out_width = cell, cell.traits, cell.width, cell.out_width
         if hasattr(cell, "linearise"):
             linearise: Any = cell.linearise
-            self.jacobian = lambda u, state: linearise(u, state)[1]
+            self.jacobian = lambda u, state: linearise(u, Layout.of(state).rows(state))[1]
 
     def initial_state(self, batch: int) -> Any:
         return self.inner.initial_state(batch)
