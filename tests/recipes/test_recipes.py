@@ -25,7 +25,7 @@ from statewise.training import Experiment, Train, fit
 
 ROOT = Path(__file__).parents[2]
 NAMES = names()
-COUNT = 20
+COUNT = 22
 
 
 def test_recipes_were_found() -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +15,46 @@ from torch import Tensor
 
 from ..core import RecurrentLayer, layers, unroll
 from ..models import Stack
+from ..tasks import Batch, Task
 from ..training import Experiment, Result, fit, load
+from ..training.evaluate import evaluate
 
 
 @torch.enable_grad()
-def trained(experiment: Experiment) -> tuple[Result, RecurrentLayer[Any]]:
-    """What `fit` found, and the model with its best weights."""
+def trained(
+    experiment: Experiment, run: Path | None = None, on_event: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[Result, RecurrentLayer[Any]]:
+    """What `fit` found, and the model with its best weights. run: where it stays, as a teacher of others must."""
     with tempfile.TemporaryDirectory() as folder:
-        return fit(experiment, folder, tensorboard=False), load(folder)[0]
+        result = fit(experiment, run or folder, tensorboard=False, on_event=on_event)
+        return result, load(run or folder)[0]
+
+
+@torch.no_grad()
+def test_score(model: RecurrentLayer[Any], task: Task) -> float:
+    """The task's metric of a model that was not trained as it is."""
+
+    def run(batch: Batch, state: Any) -> tuple[Tensor, Any]:
+        found: tuple[Tensor, Any] = model(batch.x, state, reset=batch.reset, lengths=batch.lengths)
+        return found
+
+    model.eval()
+    return evaluate(task, task.batches("test"), run, torch.device("cpu"))[task.metric]
+
+
+def training_times(
+    models: Mapping[str, RecurrentLayer[Any]], *, batch: int, length: int, rounds: int = 7
+) -> dict[str, float]:
+    """Seconds of a forward and a backward pass: the median over rounds in which the models take turns."""
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            x = torch.randn(batch, length, model.width)
+            began = time.perf_counter()
+            model(x)[0].square().mean().backward()
+            if turn:
+                found[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 @torch.no_grad()
