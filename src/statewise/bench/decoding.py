@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -38,12 +39,15 @@ def run(
     ours = {
         "step": model,
         "step, for_streaming": for_streaming(model),
+        "step, for_streaming bfloat16": for_streaming(model, weights="bfloat16"),
         "step, for_streaming int8": for_streaming(model, weights="int8"),
     }
     ways = {way: _stepper(m) for way, m in ours.items()}
     sizes = {way: _bytes(m) for way, m in ours.items()}
     if isinstance(theirs, nn.Module):
         ways["transformers"], sizes["transformers"] = _their_stepper(theirs), sizes["step"]
+        half = "transformers bfloat16"
+        ways[half], sizes[half] = _their_stepper(copy.deepcopy(theirs).bfloat16()), sizes["step"] // 2
     arrays = {size: torch.ones(size // 4) for size in set(sizes.values())}
     times: dict[str, list[float]] = {way: [] for way in ways}
     reads: dict[str, list[float]] = {way: [] for way in ways}

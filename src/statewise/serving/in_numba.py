@@ -24,12 +24,15 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ..ops.linear_scan import in_numba as threads
-from ..ops.selective_scan.in_numba import BYTES, _code, _Lanes
+from ..ops.selective_scan import in_numba as lanes  # by name, so that its file counts for the cache of compiled code
+from ..ops.selective_scan.in_numba import _code, _Lanes
 
+BYTES = lanes.BYTES  # of a vector
 LANES = 16  # numbers in a vector
 STRIP = 1024  # numbers that go through a group of operations at a time
 REGISTERS = 24  # strips of a thread: what passes between operations, and what had to be laid out for them
-UNROLL = 4  # vectors of a row at a time: sums that do not wait for each other
+UNROLL = 8  # sums at a time, which do not wait for each other
+STREAMS = 4  # rows at a time where weights need no conversion
 AHEAD = 3 << 18  # bytes of weights that are fetched before their product begins: they fit the second-level cache
 PIECE = 32  # lines of them between two looks at the flag
 PATIENCE = 4000  # looks at a flag before another thread is let in
@@ -53,21 +56,25 @@ def _weights(v: _Lanes, kind: str, address: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(raw, v.bits), v._bits(16)), v.type)
 
 
-def _dot_by(kind: str, size: int) -> Any:
-    """The product of one row of weights with x (depth,), depth >= LANES."""
+def _dot_by(kind: str, size: int, rows: int = 1) -> Any:
+    """Products of rows of weights, `row` bytes apart, with x (depth,), depth >= LANES; of results likewise `apart`."""
+    unroll = UNROLL // rows
 
-    def body(v: _Lanes, depth: Any, row: Any, w: Any, x: Any, out: Any) -> None:
+    def body(v: _Lanes, depth: Any, row: Any, w: Any, x: Any, out: Any, apart: Any) -> None:
         builder, word = v.builder, depth.type
-        sums = [v.variable(v.full(0.0)) for _ in range(UNROLL)]
+        sums = [[v.variable(v.full(0.0)) for _ in range(unroll)] for _ in range(rows)]
+        starts = [v.at(w, word(r), row) for r in range(rows)]
 
         def add(k: Any, u: int, own: Any = None) -> None:
-            here, weights = v.load(v.at(x, k, 4)), _weights(v, kind, v.at(w, k, size))
-            if own is not None:
-                here, weights = (builder.select(own, p, v.full(0.0)) for p in (here, weights))
-            builder.store(v.mad(weights, here, builder.load(sums[u])), sums[u])
+            here = v.load(v.at(x, k, 4))
+            here = here if own is None else builder.select(own, here, v.full(0.0))
+            for r in range(rows):
+                weights = _weights(v, kind, v.at(starts[r], k, size))
+                weights = weights if own is None else builder.select(own, weights, v.full(0.0))
+                builder.store(v.mad(weights, here, builder.load(sums[r][u])), sums[r][u])
 
         start = word(0)
-        for count in (UNROLL, 1):
+        for count in dict.fromkeys((unroll, 1)):
             stop = builder.and_(depth, word(-count * LANES))
             with cgutils.for_range_slice(builder, start, stop, word(count * LANES), intp=word) as (k, _):
                 for u in range(count):
@@ -79,15 +86,17 @@ def _dot_by(kind: str, size: int) -> Any:
             first = builder.insert_element(ir.Constant(v.bits, ir.Undefined), counted, ir.IntType(32)(0))
             own = builder.icmp_signed(">=", ir.Constant(v.bits, list(range(LANES))), v._shuffle(first, [0] * LANES))
             add(last, 0, own)
-        total = builder.load(sums[0])
-        for other in sums[1:]:
-            total = v.add(total, builder.load(other))
-        v.sum(out, total)
+        for r in range(rows):
+            total = builder.load(sums[r][0])
+            for other in sums[r][1:]:
+                total = v.add(total, builder.load(other))
+            v.sum(v.at(out, word(r), apart), total)
 
-    return _code(body, 3)
+    return _code(body, 4)
 
 
-_dot_float32, _dot_int8, _dot_bfloat16 = (_dot_by("float32", 4), _dot_by("int8", 1), _dot_by("bfloat16", 2))
+_dot_float32, _dot_int8, _dot_bfloat16 = _dot_by("float32", 4), _dot_by("int8", 1), _dot_by("bfloat16", 2)
+_dots_float32 = _dot_by("float32", 4, STREAMS)
 
 
 @intrinsic
@@ -155,17 +164,22 @@ def products(like, w, size, scale, bias, x, y, start, stop, depth, batch, column
     if depth < LANES:
         _short_dots(w, size, x, y, start, stop, depth, batch, columns)
     elif size == 4:
-        for n in range(start, stop):
+        apart = (stop - start) // STREAMS  # a processor reads faster in several places at once
+        for n in range(start, start + apart):
             for b in range(batch):
-                _dot_float32(like, depth, 0, (w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n)))
+                at = w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n), 4 * apart
+                _dots_float32(like, depth, apart * row, at)
+        for n in range(start + STREAMS * apart, stop):
+            for b in range(batch):
+                _dot_float32(like, depth, 0, (w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n), 0))
     elif size == 2:
         for n in range(start, stop):
             for b in range(batch):
-                _dot_bfloat16(like, depth, 0, (w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n)))
+                _dot_bfloat16(like, depth, 0, (w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n), 0))
     else:
         for n in range(start, stop):
             for b in range(batch):
-                _dot_int8(like, depth, 0, (w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n)))
+                _dot_int8(like, depth, 0, (w + n * row, x + 4 * b * depth, y + 4 * (b * columns + n), 0))
     for b in range(batch):
         to = _floats(y + 4 * b * columns, columns)
         if scale:
@@ -312,8 +326,12 @@ def _choose(v: _Lanes, condition: Any, yes: Any, no: Any) -> Any:
     return v.builder.select(v.builder.fcmp_unordered("!=", condition, v.full(0.0)), yes, no)
 
 
-def _compared(how: str) -> Callable[..., Any]:
-    return lambda v, x, y: v.builder.select(v.builder.fcmp_ordered(how, x, y), v.full(1.0), v.full(0.0))
+def _compared(how: str) -> tuple[int, Callable[..., Any]]:
+    return 2, lambda v, x, y, p, q: v.builder.select(v.builder.fcmp_ordered(how, x, y), v.full(1.0), v.full(0.0))
+
+
+def _compared_with_p(how: str) -> tuple[int, Callable[..., Any]]:
+    return 1, lambda v, x, p, q: v.builder.select(v.builder.fcmp_ordered(how, x, p), v.full(1.0), v.full(0.0))
 
 
 # name: how many operands, and f(v, *operands, p, q) with the numbers p and q in every lane
@@ -338,8 +356,14 @@ OPERATIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     "softplus": (1, lambda v, x, p, q: _softplus(v, x)),
     "log_sigmoid": (1, lambda v, x, p, q: _negative(v, _softplus(v, _negative(v, x)))),
     "logaddexp": (2, lambda v, x, y, p, q: _logaddexp(v, x, y)),
-    "greater": (2, lambda v, x, y, p, q: _compared(">")(v, x, y)),
-    "above": (1, lambda v, x, p, q: _compared(">")(v, x, p)),
+    "gt": _compared(">"),
+    "ge": _compared(">="),
+    "lt": _compared("<"),
+    "le": _compared("<="),
+    "gt p": _compared_with_p(">"),
+    "ge p": _compared_with_p(">="),
+    "lt p": _compared_with_p("<"),
+    "le p": _compared_with_p("<="),
     "where": (3, lambda v, x, y, z, p, q: _choose(v, x, y, z)),
 }
 CODES = {name: code for code, name in enumerate(OPERATIONS)}
@@ -679,7 +703,7 @@ def _share(like, table, i, bases, numbers, scratch, flags):
     """Parts of instruction i until none is left."""
     claims = flags + 8 * (CLAIMS + 2 * i)
     while True:
-        part = threads._claim(claims)
+        part: Any = threads._claim(claims)
         if part >= table[i, 1]:
             return
         _part(like, table, i, bases, numbers, scratch, part)

@@ -30,7 +30,7 @@ FRESH = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
 }  # fmt: skip  # of a tensor only its shape is wanted
 SHARED = 1 << 13  # places from which on a group of operations is shared out
-PART = 1 << 17  # bytes of weights that are claimed at a time
+PART = 1 << 19  # bytes of weights that are claimed at a time
 KEPT = 4  # records of a step: one for each batch
 
 
@@ -188,7 +188,12 @@ def _memory(t: Tensor) -> int:
 
 
 def _places(t: Tensor) -> Places:
-    return Places(_memory(t), t.storage_offset(), tuple(t.shape), tuple(t.stride()))
+    return Places(_memory(t), int(t.storage_offset()), tuple(t.shape), tuple(t.stride()))
+
+
+def _own(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers that hold plain numbers."""
+    return [t for t in (*model.parameters(), *model.buffers()) if type(t) in (Tensor, nn.Parameter)]
 
 
 # ---- translating
@@ -200,9 +205,8 @@ class _Translation:
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor]):
         self.inputs = {_memory(t): t for t in inputs}
         self.constants: dict[int, Tensor] = {}  # by memory: a tensor that has all of it
-        for t in (*model.parameters(), *model.buffers()):
-            if type(t) in (Tensor, nn.Parameter):
-                self.constants[_memory(t)] = t.detach()
+        for t in _own(model):
+            self.constants[_memory(t)] = t.detach()
         self.own = set(self.constants)
         self.folded: set[int] = set()  # parameters of which something was computed once
         self.made: dict[int, int] = {}  # memory that a step writes: how many numbers
@@ -293,7 +297,8 @@ class _Translation:
         )
         turn = lambda o: o._replace(sizes=tuple(o.sizes[d] for d in order), strides=tuple(o.strides[d] for d in order))
         point.out, point.operands = turn(point.out), [turn(o) for o in point.operands]
-        sizes, after = point.out.sizes, set()
+        sizes = point.out.sizes
+        after: set[int] = set()
         for at in range(len(self.instructions) - 1, max(-1, len(self.instructions) - 24), -1):
             group = self.instructions[at]
             if isinstance(group, Group) and group.sizes == sizes and _in_step(group, point):
@@ -432,7 +437,8 @@ for _function, _name, _count in (
     (aten.exp.default, "exp", 1), (aten.expm1.default, "expm1", 1), (aten.sigmoid.default, "sigmoid", 1),
     (aten.silu.default, "silu", 1), (aten.tanh.default, "tanh", 1), (aten.softplus.default, "softplus", 1),
     (aten.log_sigmoid_forward.default, "log_sigmoid", 1), (aten.abs.default, "abs", 1),
-    (aten.maximum.default, "maximum", 2), (aten.gt.Tensor, "greater", 2), (aten.where.self, "where", 3),
+    (aten.maximum.default, "maximum", 2), (aten.where.self, "where", 3), (aten.gt.Tensor, "gt", 2),
+    (aten.ge.Tensor, "ge", 2), (aten.lt.Tensor, "lt", 2), (aten.le.Tensor, "le", 2),
     (aten.logaddexp.default, "logaddexp", 2),
 ):  # fmt: skip
     TRANSLATIONS[_function] = _plainly(_name, _count)
@@ -497,14 +503,23 @@ def _pow(tr: _Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: T
 
 @_translates(aten.clamp.default, aten.clamp_min.default, aten.relu.default)
 def _clamp(tr: _Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    x, least, most, *_ = *args, *([0.0] if len(args) == 1 and not kwargs else []), None, None
+    least: Any = args[1] if len(args) > 1 else None if kwargs else 0.0  # relu has no arguments
+    most: Any = args[2] if len(args) > 2 else None
     least, most = kwargs.get("min", least), kwargs.get("max", most)
-    tr.point("clamp", out, [x], p=-math.inf if least is None else least, q=math.inf if most is None else most)
+    tr.point("clamp", out, args[:1], p=-math.inf if least is None else least, q=math.inf if most is None else most)
 
 
-@_translates(aten.gt.Scalar)
-def _above(tr: _Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    tr.point("above", out, args[:1], p=args[1])
+def _compared(name: str) -> Translate:
+    def translate(tr: _Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        tr.point(name, out, args[:1], p=args[1])
+
+    return translate
+
+
+TRANSLATIONS |= {
+    aten.gt.Scalar: _compared("gt p"), aten.ge.Scalar: _compared("ge p"), aten.lt.Scalar: _compared("lt p"),
+    aten.le.Scalar: _compared("le p"),
+}  # fmt: skip
 
 
 @_translates(aten.addcmul.default)
@@ -600,8 +615,8 @@ class Program:
                 memory = tr.point("copy", tr.new(out.shape), [tr.read(out)]).memory
             self.outputs.append(tuple(out.shape))
             self.written.append(memory)
-        self.kept: list[Any] = [tr.constants]  # their addresses stand in the table
-        self.folded = [t for t in model.parameters() if _memory(t) in tr.folded and not t.is_inference()]
+        self.kept: list[Any] = []  # their addresses stand in the table
+        self.folded = [t for t in _own(model) if _memory(t) in tr.folded and not t.is_inference()]
         self.versions = list(map(_version, self.folded))
         instructions = _needed(tr.instructions, set(self.written))
         registers = _registers(instructions, set(self.written), in_numba.REGISTERS)
@@ -643,7 +658,8 @@ class Program:
         self.kept.append(arena)
         used = set().union(*(each.reads() for each in instructions)) if instructions else set()
         addresses = dict.fromkeys((*tr.inputs, *self.written), 0)
-        addresses |= {m: tr.constants[m].untyped_storage().data_ptr() for m in used & tr.constants.keys()}
+        self.kept.append({m: tr.constants[m] for m in used & tr.constants.keys()})
+        addresses |= {m: t.untyped_storage().data_ptr() for m, t in self.kept[-1].items()}
         addresses |= {memory: start + at for memory, at in where.items()}
         self.base = {memory: i for i, memory in enumerate(addresses)}
         self.bases = np.array(list(addresses.values()), np.int64)

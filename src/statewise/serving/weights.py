@@ -66,6 +66,8 @@ class StreamedWeight(Tensor):
     ) -> Any:
         if func is F.linear and not kwargs and type(args[1]) is cls:
             return args[1]._linear(*args)
+        if func is Tensor.to and args[1:] == (torch.float32,) and not kwargs:
+            return args[0]  # it is that already
         if func in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -117,9 +119,13 @@ _FACTS = {
 def for_streaming(model: M, *, weights: Kind = "float32") -> M:
     """A copy of a model on a CPU, in evaluation mode, whose linear maps and embeddings are read at the speed of memory.
 
-    weights "float32": the same numbers, shared with the model, its sums in another order. "int8": each row of a matrix
-    rounded to 255 levels, a quarter of the bytes; biases, norms, decays and states stay as they are.
-    The copy takes the states of the model and gives them back. It does not train, compile or export; export the model.
+    weights "float32": the same numbers, shared with the model, its sums in another order. "bfloat16": half of the
+    bytes, each weight off by at most 1 / 256 of itself. "int8": each row of a matrix rounded to 255 levels, a quarter
+    of the bytes. Biases, norms, decays and states stay as they are.
+    The copy takes the states of the model and gives them back. Its step is recorded when it first meets a batch, of
+    up to FEW rows, and then runs without Python (`recorded`): hooks on its parts are not called, and no gradient is
+    kept unless its inputs ask for one. What cannot be recorded, such as attention, takes the step that it always took.
+    The copy does not train, compile or export; export the model.
 
     Raises UsageError for another kind and for parameters that are not float32 on a CPU, NumericError for weights that
     are not finite and int8.
