@@ -7,11 +7,11 @@ fail or be interrupted in one thread while the others wait for it: a Ctrl-C is h
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -90,18 +90,6 @@ def can_wait() -> bool:
     return openmp is not None and not openmp.omp_in_parallel()
 
 
-_pool: tuple[int, ThreadPoolExecutor] | None = None
-
-
-def _forget() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-
-
 def run(
     work: Callable[..., None],
     team: Callable[..., bool],
@@ -117,7 +105,6 @@ def run(
     held: what q holds addresses of, kept for as long as any thread may use it.
     waits: whether threads wait for one another. That takes OpenMP: in threads of Python one could be interrupted.
     """
-    global _pool
     if workers == 1:
         work(like, q, 0)
         return True
@@ -126,14 +113,25 @@ def run(
         return True
     if waits:
         return False
-    if _pool is None or _pool[0] < workers - 1:
-        _pool = workers - 1, ThreadPoolExecutor(workers - 1)
+    errors: list[BaseException] = []
 
-    def each(thread: int, held: object = held) -> None:  # it may outlive a call that was interrupted
-        work(like, q, thread)
+    def each(thread: int, done: _thread.LockType, held: object = held) -> None:  # it may outlive an interrupted call
+        try:
+            work(like, q, thread)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.release()
 
-    jobs = [_pool[1].submit(each, thread) for thread in range(1, workers)]
-    each(0)
-    for job in jobs:
-        job.result()
+    ends = []
+    for thread in range(1, workers):  # locks of this call alone: an interrupted pool may leave one of its own closed
+        done = _thread.allocate_lock()
+        done.acquire()
+        _thread.start_new_thread(each, (thread, done))
+        ends.append(done)
+    work(like, q, 0)
+    for done in ends:
+        done.acquire()
+    if errors:
+        raise errors[0]
     return True
