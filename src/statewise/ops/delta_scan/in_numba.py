@@ -156,7 +156,8 @@ def _triangle_by(back: bool, scaled: bool) -> Any:
         with cgutils.for_range(v.builder, steps, intp=word) as loop:
             at = v.builder.mul(loop.index, word(vectors.BYTES))
             places = [v.builder.add(v.at(x, word(r), row), at) for r in range(tiles.ROWS)]
-            xs, zs = [v.load(place) for place in places], []
+            xs = [v.load(place) for place in places]
+            zs: list[Any] = []
             for r in reversed(range(tiles.ROWS)) if back else range(tiles.ROWS):
                 for j in range(r):
                     if not back:
