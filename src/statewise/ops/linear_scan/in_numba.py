@@ -579,39 +579,35 @@ def _flag(q, b, i):
 
 
 @_compile
-def _work(like, q, worker, workers, guess, back):
-    """One thread's share: a part of batch and channels over all time, or tiles of time until none is left."""
+def _units(like, q, worker, workers, back):
+    """One thread's share: a part of batch and channels over all time."""
     _apart()
-    row = q.width * q.item
+    row, blocks = q.width * q.item, (q.width + q.block - 1) // q.block
     spread = q.rows + worker * q.own * row
-    carry = spread + row
-    if q.share_time:
-        _tiles(like, q, spread, guess, back)
-    else:
-        blocks = (q.width + q.block - 1) // q.block
-        units = q.batch * blocks
-        for unit in range(units * worker // workers, units * (worker + 1) // workers):
-            b, start = unit // blocks, unit % blocks * q.block
-            n, first = min(q.block, q.width - start), start * q.item
-            _copy(like, n, (carry, q.start + b * row + first))
-            for i in range(q.tiles):
-                k = i if back is None else q.tiles - 1 - i
-                _span(like, q, b, start, n, k, 0, min(q.tile, q.steps - k * q.tile), carry, spread, back)
-            _copy(like, n, (q.end + b * row + first, carry))
+    carry, units = spread + row, q.batch * blocks
+    for unit in range(units * worker // workers, units * (worker + 1) // workers):
+        b, start = unit // blocks, unit % blocks * q.block
+        n, first = min(q.block, q.width - start), start * q.item
+        _copy(like, n, (carry, q.start + b * row + first))
+        for i in range(q.tiles):
+            k = i if back is None else q.tiles - 1 - i
+            _span(like, q, b, start, n, k, 0, min(q.tile, q.steps - k * q.tile), carry, spread, back)
+        _copy(like, n, (q.end + b * row + first, carry))
     if q.stream:
         _settle()
 
 
 @_compile
-def _tiles(like, q, spread, guess, back):
-    """Tiles of time, each for the thread that claims it, until none is left."""
+def _tiles(like, q, worker, guess, back):
+    """One thread's share of time: tiles, each for the thread that claims it, until none is left."""
     _apart()
     row = q.width * q.item
+    spread = q.rows + worker * q.own * row
     carry, end, product, marks = spread + row, spread + 2 * row, spread + 3 * row, spread + 4 * row
     while True:
         unit = _claim(_flag(q, q.batch, 0))
         if unit >= q.batch * q.tiles:
-            return
+            break
         b, i = unit % q.batch, unit // q.batch
         k = i if back is None else q.tiles - 1 - i
         steps, flag_into, flag_past = min(q.tile, q.steps - k * q.tile), _flag(q, b, i), _flag(q, b, i + 1)
@@ -627,56 +623,35 @@ def _tiles(like, q, spread, guess, back):
             _copy(like, q.width, (carry, into))
             _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
         else:
-            _guess(like, q, b, k, steps, carry, marks, spread, back)
+            _zero(like, q.width, (carry,))
+            _by_marks(like, q, b, k, steps, carry, marks, spread, True, back)
+            if q.stream:
+                _settle()
             _wait(flag_into)
             _copy(like, q.width, (carry, into))
-            _correct(like, q, b, k, steps, carry, marks, spread, back)
+            _by_marks(like, q, b, k, steps, carry, marks, spread, False, back)
         _copy(like, q.width, (past, carry))
         _set(flag_past)
-
-
-@_compile
-def _forgets(like, q, back):
-    """Whether next to nothing is left of a state after the first tile, so that guesses are soon right.
-
-    The way is chosen for all tiles at once, and by the numbers alone: not all ways round alike.
-    """
-    spread = q.rows
-    end, product = spread + 2 * q.width * q.item, spread + 3 * q.width * q.item
-    for b in range(q.batch):
-        _summary(like, q, b, 0 if back is None else q.tiles - 1, end, product, spread, back)
-        for i in range(q.width * q.item // q.real):
-            if not abs(_real(like, product + i * q.real)) < LEFT:
-                return False
-    return True
-
-
-@_compile
-def _guess(like, q, b, k, steps, carry, marks, spread, back):
-    """Run a tile as if nothing came into it. Marks: what is carried after FIRST rows, twice as many, and so on."""
-    row, done, stop = q.width * q.item, 0, FIRST
-    _zero(like, q.width, (carry,))
-    while done < steps:
-        stop = min(stop, steps)
-        _span(like, q, b, 0, q.width, k, done, stop, carry, spread, back)
-        _copy(like, q.width, (marks, carry))
-        done, stop, marks = stop, 2 * stop, marks + row
     if q.stream:
         _settle()
 
 
 @_compile
-def _correct(like, q, b, k, steps, carry, marks, spread, back):
-    """Run a tile again until it carries what was guessed, to the last bit: whatever comes after that is right."""
-    row, done, stop = q.width * q.item, 0, FIRST
+def _by_marks(like, q, b, k, steps, carry, marks, spread, guess, back):
+    """Run a tile. guess: keep in marks what is carried after FIRST rows, twice as many, and so on, to the end.
+
+    Else until that is carried, to the last bit, which stands in a mark: what was guessed after it is right.
+    """
+    row, done, stop, right = q.width * q.item, 0, FIRST, False
     while done < steps:
         stop = min(stop, steps)
-        _span(like, q, b, 0, q.width, k, done, stop, carry, spread, back)
-        if _same(like, q, carry, marks):
-            while stop < steps:
-                stop, marks = 2 * stop, marks + row
+        if not right:
+            _span(like, q, b, 0, q.width, k, done, stop, carry, spread, back)
+            right = not guess and _same(like, q, carry, marks)
+        if guess:
+            _copy(like, q.width, (marks, carry))
+        elif right:
             _copy(like, q.width, (carry, marks))
-            return
         done, stop, marks = stop, 2 * stop, marks + row
 
 
@@ -703,10 +678,15 @@ def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
 
 
 @functools.partial(_compile, parallel=True)
-def _together(like, q, workers, back):
-    guess = q.share_time != 0 and q.sum_da == 0 and _forgets(like, q, back)
+def _units_together(like, q, workers, back):
     for worker in numba.prange(workers):
-        _work(like, q, np.int64(worker), workers, guess, back)
+        _units(like, q, np.int64(worker), workers, back)
+
+
+@functools.partial(_compile, parallel=True)
+def _tiles_together(like, q, workers, guess, back):
+    for worker in numba.prange(workers):
+        _tiles(like, q, np.int64(worker), guess, back)
 
 
 _one_at_a_time = threading.Lock()
@@ -727,12 +707,14 @@ def _workers(elements: int) -> int:
     return 1 if elements < SMALL or _forked else min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
-def _run(like: Any, q: _Problem, backward: bool, workers: int) -> None:
+def _run(like: Any, q: _Problem, backward: bool, workers: int, guess: bool) -> None:
     back = 0 if backward else None
-    if workers == 1:
-        _work(like, q, 0, 1, False, back)
+    if q.share_time:
+        on_threads(_tiles_together, like, q, workers, guess, back)
+    elif workers > 1:
+        on_threads(_units_together, like, q, workers, back)
     else:
-        on_threads(_together, like, q, workers, back)
+        _units(like, q, 0, 1, back)
 
 
 def on_threads(together: Callable[..., None], like: Any, q: Any, workers: int, *more: Any) -> None:
@@ -804,8 +786,18 @@ def _solve(
         carries=rows.data_ptr() + own * workers * row,
         flags=flags.ctypes.data,
     )
-    _run(_LIKE[x.dtype], q, backward, workers)
+    _run(_LIKE[x.dtype], q, backward, workers, bool(share_time) and not sum_da and _forgets(a, tile, backward))
     return end, da
+
+
+def _forgets(a: Tensor, tile: int, backward: bool) -> bool:
+    """Whether next to nothing is left of a state after one tile, so that guesses are soon right. a: (B, T, N), or 1s.
+
+    The way is chosen for all tiles at once, and by the numbers alone: not all ways round alike.
+    """
+    some = a[:, -tile:] if backward else a[:, :tile]
+    left = some.abs().prod(1) if some.shape[1] > 1 else some.abs() ** tile
+    return bool(left.amax() < LEFT)
 
 
 def _streams(width: int, block: int, results: list[Tensor]) -> bool:
