@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell that runs us in the background; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny recurrent steps: two threads on two busy cores only wait for each other
 
 # Not layers, ops and models, where the wrappers would stand in the way of full-graph compilation; test_shapes.py wraps

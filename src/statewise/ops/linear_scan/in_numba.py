@@ -41,6 +41,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ..fresh import empty
+from ..teams import in_numba as teams
 from .adjoint import differentiable
 from .edges import at_lengths, normal
 
@@ -356,6 +357,7 @@ class _Problem(NamedTuple):
     tile: int  # steps in a tile of time
     tiles: int
     share_time: int
+    guess: int  # whether tiles are run before it is known what comes into them
     a: int
     a_batch: int
     a_time: int
@@ -598,9 +600,10 @@ def _units(like, q, worker, workers, back):
 
 
 @_compile
-def _tiles(like, q, worker, guess, back):
-    """One thread's share of time: tiles, each for the thread that claims it, until none is left."""
+def _tiles(like, given, worker):
+    """One thread's share of time: tiles, each for the thread that claims it, until none is left. given: q, back."""
     _apart()
+    q, back = given
     row = q.width * q.item
     spread = q.rows + worker * q.own * row
     carry, end, product, marks = spread + row, spread + 2 * row, spread + 3 * row, spread + 4 * row
@@ -612,7 +615,7 @@ def _tiles(like, q, worker, guess, back):
         k = i if back is None else q.tiles - 1 - i
         steps, flag_into, flag_past = min(q.tile, q.steps - k * q.tile), _flag(q, b, i), _flag(q, b, i + 1)
         into, past = _slot(q, b, i), _slot(q, b, i + 1)
-        if not guess:
+        if not q.guess:
             cut = _summary(like, q, b, k, end, product, carry, back)
             known = _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past)
             _copy(like, q.width, (carry, into))
@@ -683,10 +686,9 @@ def _units_together(like, q, workers, back):
         _units(like, q, np.int64(worker), workers, back)
 
 
-@functools.partial(_compile, parallel=True)
-def _tiles_together(like, q, workers, guess, back):
-    for worker in numba.prange(workers):
-        _tiles(like, q, np.int64(worker), guess, back)
+@_compile
+def _tiles_together(like, given, workers, places):
+    return teams.in_parallel(_tiles, like, given, workers, places)
 
 
 _one_at_a_time = threading.Lock()
@@ -707,10 +709,11 @@ def _workers(elements: int) -> int:
     return 1 if elements < SMALL or _forked else min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
-def _run(like: Any, q: _Problem, backward: bool, workers: int, guess: bool) -> None:
+def _run(like: Any, q: _Problem, backward: bool, workers: int, held: object) -> None:
+    """held: what q holds addresses of."""
     back = 0 if backward else None
-    if q.share_time:
-        on_threads(_tiles_together, like, q, workers, guess, back)
+    if q.share_time:  # whoever comes late finds nothing left to claim: no thread waits for one that has not begun
+        teams.run(_tiles, _tiles_together, like, (q, back), workers, held)
     elif workers > 1:
         on_threads(_units_together, like, q, workers, back)
     else:
@@ -765,6 +768,7 @@ def _solve(
         tile=tile,
         tiles=tiles,
         share_time=int(share_time),
+        guess=int(share_time and not sum_da and _forgets(a, tile, backward)),
         a=a.data_ptr(),
         a_batch=a.stride(0) * item if a.shape[0] > 1 else 0,
         a_time=a.stride(1) * item if a.shape[1] > 1 else 0,
@@ -786,7 +790,7 @@ def _solve(
         carries=rows.data_ptr() + own * workers * row,
         flags=flags.ctypes.data,
     )
-    _run(_LIKE[x.dtype], q, backward, workers, bool(share_time) and not sum_da and _forgets(a, tile, backward))
+    _run(_LIKE[x.dtype], q, backward, workers, (a, x, h0, h, dx, da, reset, start, end, rows, flags))
     return end, da
 
 
