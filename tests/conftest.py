@@ -10,7 +10,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell that runs us in the background; children would inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell, in the background; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny recurrent steps: two threads on two busy cores only wait for each other
 
