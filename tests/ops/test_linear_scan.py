@@ -21,6 +21,8 @@ in_numba = importlib.import_module("statewise.ops.linear_scan.in_numba")  # the 
 def shared_time(monkeypatch):
     """Two threads and tiles of a few steps, so that small inputs take every path of the numba kernel."""
     monkeypatch.setattr(in_numba, "SMALL", 0)
+    monkeypatch.setattr(in_numba, "ALONE", 1)
+    monkeypatch.setattr(in_numba, "FAR", 0)
     monkeypatch.setattr(in_numba, "TILE", 0)
     monkeypatch.setattr(in_numba, "SHORTEST", 8)
     torch.set_num_threads(2)

@@ -52,6 +52,8 @@ SHORTEST = 64  # steps in a tile, at least
 AT_ONCE = 256  # bytes of a row that are carried in registers
 LINE = 64  # bytes of a cache line
 STREAM = 1 << 22  # bytes from which on results go past the caches: they would not stay there
+ALONE = 2  # threads for each row up to which one runs it alone, unless guesses pay: else every tile is run twice
+FAR = 1 << 24  # bytes of x from which on guesses pay: with results and decays they are more than the caches hold
 FIRST = 64  # rows of a tile after which a guess is checked first
 LEFT = 1e-18  # part of a state that a tile leaves where guessing pays
 SMALL = 1 << 15  # elements below which a second thread costs more than it brings
@@ -744,13 +746,16 @@ def _solve(
     workers, blocks = _workers(x.numel()), -(-width // BLOCK)
     while batch * blocks < workers and width >= 2 * NARROW * blocks:
         blocks += 1
-    share_time = batch * blocks < workers
-    sum_da = backward and a.shape[1] == 1
-    tile = max(SHORTEST, TILE // (2 * width * item)) if share_time or sum_da else steps
+    sum_da, row = backward and a.shape[1] == 1, width * item
+    a, x, h0 = _rows_of(a, width), _rows_of(x, width), plain(h0)
+    tile = max(SHORTEST, TILE // (2 * row))
+    far = batch * steps * row >= FAR and batch * blocks < workers
+    guess = far and not sum_da and _forgets(a, tile, backward)
+    share_time = guess or batch * blocks * ALONE < workers
+    tile = tile if share_time or sum_da else steps
     tiles = -(-steps // tile)
     workers = max(1, min(workers, batch * (tiles if share_time else blocks)))
 
-    a, x, h0, row = _rows_of(a, width), _rows_of(x, width), plain(h0), width * item
     start, end = plain(start), start.new_empty(start.shape)
     reset = None if reset is None else reset.contiguous()
     da = empty(x, batch, (tiles if sum_da else steps) if backward else 0, width)
@@ -768,7 +773,7 @@ def _solve(
         tile=tile,
         tiles=tiles,
         share_time=int(share_time),
-        guess=int(share_time and not sum_da and _forgets(a, tile, backward)),
+        guess=int(guess),
         a=a.data_ptr(),
         a_batch=a.stride(0) * item if a.shape[0] > 1 else 0,
         a_time=a.stride(1) * item if a.shape[1] > 1 else 0,
