@@ -65,6 +65,43 @@ while heard < 200:
 other.join()
 print(same, torch.equal(gru_loop(*call, backend="numba")[0], want))
 """
+OUTLIVES = """
+import _thread, time, weakref
+from statewise.ops.teams import in_numba as teams
+
+teams._openmp, allocate = lambda: None, _thread.allocate_lock
+
+class Lingers:
+    def __init__(self):
+        self.lock = allocate()
+        self.acquire = self.lock.acquire
+
+    def release(self):
+        self.lock.release()
+        time.sleep(0.2)
+
+class Held:
+    pass
+
+def work(like, q, thread):
+    if q and thread:
+        time.sleep(0.5)
+        print("ended")
+    elif q:
+        time.sleep(0.1)
+        raise KeyboardInterrupt
+
+teams._thread.allocate_lock = Lingers
+held = Held()
+found = weakref.ref(held)
+teams.run(work, None, None, False, 2, held)
+del held
+print(found() is None)
+try:
+    teams.run(work, None, None, True, 2, None)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
 
 
 WITHOUT = """
@@ -93,3 +130,8 @@ def test_interrupted_calls_leave_nobody_waiting(shared: bool) -> None:
 
 def test_without_openmp_nobody_waits() -> None:
     assert printed(WITHOUT, shared=True) == ["True"]
+
+
+def test_a_thread_keeps_nothing_past_its_call_and_is_waited_for_at_the_end() -> None:
+    """A tensor that another thread frees while Python ends aborts the process."""
+    assert printed(OUTLIVES, shared=False) == ["True", "interrupted", "ended"]

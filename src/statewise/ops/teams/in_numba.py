@@ -8,6 +8,7 @@ fail or be interrupted in one thread while the others wait for it: a Ctrl-C is h
 from __future__ import annotations
 
 import _thread
+import atexit
 import ctypes
 import functools
 import os
@@ -114,20 +115,11 @@ def run(
     if waits:
         return False
     errors: list[BaseException] = []
-
-    def each(thread: int, done: _thread.LockType, held: object = held) -> None:  # it may outlive an interrupted call
-        try:
-            work(like, q, thread)
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            done.release()
-
     ends = []
     for thread in range(1, workers):  # locks of this call alone: an interrupted pool may leave one of its own closed
         done = _thread.allocate_lock()
         done.acquire()
-        _thread.start_new_thread(each, (thread, done))
+        _thread.start_new_thread(_each, ([work, like, q, thread, held], errors, done))
         ends.append(done)
     work(like, q, 0)
     for done in ends:
@@ -135,3 +127,31 @@ def run(
     if errors:
         raise errors[0]
     return True
+
+
+_under_way: set[_thread.LockType] = set()  # closed for as long as their threads work
+
+
+def _each(job: list[Any], errors: list[BaseException], done: _thread.LockType) -> None:
+    """It may outlive an interrupted call, and keeps no tensor past `done`: one freed while Python ends aborts it."""
+    try:
+        _under_way.add(done)
+        _work(job)
+    except BaseException as error:
+        errors.append(error.with_traceback(None))
+    finally:
+        _under_way.discard(done)
+        done.release()
+
+
+def _work(job: list[Any]) -> None:
+    work, like, q, thread, _held = job  # held: until this returns
+    job.clear()
+    work(like, q, thread)
+
+
+@atexit.register
+def _wait() -> None:
+    """For what interrupted calls left."""
+    for done in tuple(_under_way):
+        done.acquire()
