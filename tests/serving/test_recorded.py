@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from statewise.core import RecurrentLayer, layers, leaves, stream
 from statewise.models import LanguageModel
 from statewise.serving import for_streaming
-from statewise.serving.recorded import Program
+from statewise.ops.recorded import Program
 
 RECORDED = [
     "conv_slstm", "delta_net", "delta_product", "elman", "gated_delta_net", "gla", "gru", "hgrn2", "lightnet",

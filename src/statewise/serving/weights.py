@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import NumericError, RecurrentLayer, UsageError
-from .recorded import FEW, RecordedStep, Weights, watching
+from ..ops.recorded import Weights, watching
+from .recorded import FEW, RecordedStep
 
 LEAST = 1 << 12  # weights: a smaller matrix is left as it is
 
@@ -94,7 +95,7 @@ class StreamedWeight(Tensor):
         return self._product(x, rows, bias)
 
     def _product(self, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
-        from .in_numba import product
+        from ..ops.recorded.in_numba import product
 
         y = product(self.kept, self.scale, x.detach().reshape(rows, -1).contiguous())
         y = y if x.ndim == 2 else y.view(*x.shape[:-1], -1)

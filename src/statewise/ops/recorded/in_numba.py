@@ -5,7 +5,7 @@ any of them. Here one call runs them all. Operations on the same places go strip
 stays in the nearest cache. Threads share out products and what else is large: the first one goes through the table and
 opens each such instruction, whoever is free claims a part of it, and the first waits only for parts that were claimed.
 
-Pointers are integers. Rows of the table, in words: see `recorded`, which writes them.
+Pointers are integers. Rows of the table, in words: see `program`, which writes them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ..ops.linear_scan import in_numba as threads
-from ..ops.selective_scan import in_numba as lanes  # by name, so that its file counts for the cache of compiled code
-from ..ops.selective_scan.in_numba import _code, _Lanes
+from ..linear_scan import in_numba as threads
+from ..selective_scan import in_numba as lanes  # by name, so that its file counts for the cache of compiled code
+from ..selective_scan.in_numba import _code, _Lanes
 
 BYTES = lanes.BYTES  # of a vector
 LANES = 16  # numbers in a vector

@@ -1,0 +1,262 @@
+"""A table of instructions that compiled code goes through.
+
+One eager call is watched from below: every operation of torch, on which tensors, and the views that these are of each
+other's memory. Each becomes a row of a table (`in_numba`); what depends on parameters alone is computed once and kept.
+Memory is used again as soon as nobody reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .instructions import (
+    Group,
+    Instruction,
+    Lookup,
+    Places,
+    Point,
+    Product,
+    Unrecordable,
+    Weights,
+    in_order,
+    memory_of,
+    numbers_of,
+    places_of,
+)
+from .translation import Translation
+from .watch import Watch
+
+_version = operator.attrgetter("_version")
+SHARED = 1 << 13  # places from which on a group of operations is shared out
+PART = 1 << 19  # bytes of weights that are claimed at a time
+
+
+class Program:
+    """What was recorded, ready to run on other inputs of the same shapes.
+
+    Inputs and outputs are the step's tensors, contiguous. Raises Unrecordable for a step that has what the table has
+    not.
+    """
+
+    def __init__(self, model: nn.Module, watched: Watch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]):
+        from . import in_numba
+
+        self.code = in_numba
+        tr = Translation(model, inputs)
+        tr.all(watched.seen)
+        self.inputs = [(t.shape, t.dtype) for t in inputs]
+        self.outputs: list[int | tuple[int, ...]] = []  # an input again, or the shape of what is new
+        given = {memory: i for i, memory in enumerate(tr.inputs)}
+        self.written: list[int] = []  # by output that is new: its memory
+        for out in outputs:
+            memory, at = memory_of(out), places_of(out)
+            if memory in given and at == places_of(inputs[given[memory]]):
+                self.outputs.append(given[memory])
+                continue
+            whole = memory in tr.made and in_order(at) and at.offset == 0 and tr.made[memory] == out.numel()
+            if not whole or memory in self.written:
+                memory = tr.point("copy", tr.new(out.shape), [tr.read(out)]).memory
+            self.outputs.append(tuple(out.shape))
+            self.written.append(memory)
+        self.kept: list[Any] = []  # their addresses stand in the table
+        self.folded = [t for t in numbers_of(model) if memory_of(t) in tr.folded and not t.is_inference()]
+        self.versions = list(map(_version, self.folded))
+        instructions = _needed(tr.instructions, set(self.written))
+        registers = _registers(instructions, set(self.written), in_numba.REGISTERS)
+        self._lay_out(tr, instructions, registers)
+        self._write(tr, instructions, registers)
+        self.lock = threading.Lock()
+
+    def current(self) -> bool:
+        """Whether the parameters that were made into something else are as they were."""
+        return self.versions == list(map(_version, self.folded))
+
+    def takes(self, inputs: Sequence[Tensor]) -> bool:
+        return self.inputs == [(t.shape, t.dtype) for t in inputs]
+
+    def _lay_out(self, tr: Translation, instructions: list[Instruction], registers: dict[int, int]) -> None:
+        """Addresses: inputs, outputs, constants, then one piece of memory for all that lives between instructions."""
+        last: dict[int, int] = {}
+        for i, each in enumerate(instructions):
+            for memory in each.reads() | each.writes():
+                last[memory] = i
+        where: dict[int, int] = {}
+        free: list[tuple[int, int]] = []
+        end = 0
+        for i, each in enumerate(instructions):
+            for memory in sorted(each.writes() - where.keys() - registers.keys() - set(self.written)):
+                size = -(-4 * tr.made[memory] // 64) * 64
+                fits = next((k for k, (_, room) in enumerate(free) if room >= size), None)
+                if fits is None:
+                    where[memory], end = end, end + size
+                else:
+                    at, room = free.pop(fits)
+                    where[memory] = at
+                    if room > size:
+                        free.append((at + size, room - size))
+            for memory in [m for m, when in last.items() if when == i and m in where]:
+                free.append((where[memory], -(-4 * tr.made[memory] // 64) * 64))
+        arena = torch.zeros(end // 4 + 16)
+        start = -(-arena.data_ptr() // 64) * 64
+        self.kept.append(arena)
+        used = set().union(*(each.reads() for each in instructions)) if instructions else set()
+        addresses = dict.fromkeys((*tr.inputs, *self.written), 0)
+        self.kept.append({m: tr.constants[m] for m in used & tr.constants.keys()})
+        addresses |= {m: t.untyped_storage().data_ptr() for m, t in self.kept[-1].items()}
+        addresses |= {memory: start + at for memory, at in where.items()}
+        self.base = {memory: i for i, memory in enumerate(addresses)}
+        self.bases = np.array(list(addresses.values()), np.int64)
+
+    def _write(self, tr: Translation, instructions: list[Instruction], registers: dict[int, int]) -> None:
+        code = self.code
+        rows: list[list[int]] = []
+        products: list[int] = []
+        numbers: list[float] = [1.0, 0.0]
+
+        def at(o: Places) -> list[int]:
+            return [self.base[o.memory], 4 * o.offset]
+
+        def number(*given: float) -> int:
+            numbers.extend(given)
+            return 4 * (len(numbers) - len(given))
+
+        def weights(w: Weights) -> list[int]:
+            self.kept.append(w)
+            return [w.kept.element_size(), w.kept.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()]
+
+        def operand(o: Places, dims: list[int]) -> list[int]:
+            if o.memory in registers:
+                return [code.REGISTER, registers[o.memory], 0, 0, 0, 0, 0]
+            strides = _merge(o, dims)
+            mode = code.PLAIN if in_order(o) else code.SPREAD
+            return [mode, *at(o), *[0] * (4 - len(strides)), *strides]
+
+        for each in instructions:
+            if isinstance(each, Group):
+                everything = [o for p in each.points for o in (p.out, *p.operands)]
+                dims = _dims(each.sizes, everything)
+                sizes = [math.prod(each.sizes[a:b]) for a, b in zip(dims, [*dims[1:], len(each.sizes)], strict=False)]
+                if len(sizes) > 4:
+                    raise Unrecordable("a result of too many dimensions")
+                count = math.prod(each.sizes)
+                strips = -(-count // code.STRIP)
+                parts = max(1, strips // 2) if count >= SHARED else 1
+                rows.append([code.GROUP, parts, len(each.points), count, *[1] * (4 - len(sizes)), *sizes])
+                for p in each.points:
+                    row = [code.CODES[p.name], number(p.p, p.q), *operand(p.out, dims)]
+                    rows.append(row + [word for o in p.operands for word in operand(o, dims)])
+            elif isinstance(each, Product):
+                columns, depth = each.w.kept.shape
+                size = each.w.kept.element_size()
+                batch = math.prod(each.x.sizes) // depth
+                parts = min(columns // 4, max(4, columns * depth * size // PART)) if columns * depth > 4 * SHARED else 1
+                bias = [-1, 0] if each.bias is None else at(each.bias)
+                more = [*bias, *at(each.x), *at(each.y), depth, batch, columns]
+                products.append(len(rows))
+                rows.append([code.PRODUCT, parts, 0, *weights(each.w), *more])
+            elif isinstance(each, Lookup):
+                count, (many, width) = math.prod(each.ids.sizes), each.w.kept.shape
+                size, w, scale = weights(each.w)
+                ids = [self.base[each.ids.memory], each.id_size * each.ids.offset]
+                more = [*ids, each.id_size, count, w, size, scale, many, width, *at(each.out)]
+                rows.append([code.LOOKUP, 1, 0, *more])
+            else:
+                kept = [(1, 0)] * (3 - len(each.kept)) + each.kept
+                gone = [(1, 0)] * (2 - len(each.gone)) + each.gone
+                total = math.prod(n for n, _ in (*kept, *gone))
+                by_rows = each.what == code.SUM and kept[2][1] == 1 and gone[1][1] != 1
+                most = kept[0][0] * kept[1][0] * (1 if by_rows else kept[2][0])
+                parts = min(most, max(1, total // SHARED)) if total >= SHARED else 1
+                more = [n for n, _ in (*kept, *gone)] + [s for _, s in (*kept, *gone)]
+                rows.append(
+                    [code.REDUCTION, parts, 0, each.what, *at(each.out), *at(each.x), *more, number(each.factor)]
+                )
+        self.table = np.zeros((len(rows), code.WIDTH), np.int64)
+        for i, row in enumerate(rows):
+            self.table[i, : len(row)] = row
+        self.table[:, code.NEXT] = -1
+        for before, following in zip([0, *products], products, strict=False):
+            self.table[before:following, code.NEXT] = following
+        self.numbers = np.array(numbers, np.float32)
+        self.flags = np.zeros(code.CLAIMS + 2 * len(rows), np.int64)
+        self.scratch = torch.empty(0)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs. Raises IndexError for an id out of range."""
+        made = [torch.empty(shape) for shape in self.outputs if isinstance(shape, tuple)]
+        workers = self.code.threads._workers(1 << 30)
+        with self.lock:
+            room = workers * self.code.STRIP * (self.code.REGISTERS + 4) + 16
+            if self.scratch.numel() < room:
+                self.scratch = torch.zeros(room)
+            given = [t.data_ptr() for t in (*inputs, *made)]
+            self.bases[: len(given)] = given
+            self.flags.fill(0)
+            start = -(-self.scratch.data_ptr() // 64) * 64
+            fine = self.code.run(self.table, self.bases, self.numbers.ctypes.data, start, self.flags, workers)
+        if not fine:
+            raise IndexError("index out of range in self")
+        fresh = iter(made)
+        return [inputs[out] if isinstance(out, int) else next(fresh) for out in self.outputs]
+
+
+def _needed(instructions: list[Instruction], wanted: set[int]) -> list[Instruction]:
+    """Those that something wanted depends on."""
+    found: list[Instruction] = []
+    for each in reversed(instructions):
+        if isinstance(each, Group):
+            points: list[Point] = []
+            for point in reversed(each.points):
+                if point.writes() & wanted:
+                    points.append(point)
+                    wanted = wanted | point.reads()
+            if points:
+                found.append(Group(each.sizes, points[::-1]))
+        elif each.writes() & wanted:
+            found.append(each)
+            wanted = wanted | each.reads()
+    return found[::-1]
+
+
+def _registers(instructions: list[Instruction], wanted: set[int], most: int) -> dict[int, int]:
+    """A register for what one point writes and only its group reads."""
+    writes: dict[int, int] = {}
+    outside: set[int] = set(wanted)
+    for i, each in enumerate(instructions):
+        for point in each.points if isinstance(each, Group) else []:
+            outside |= point.writes() & writes.keys()
+            writes |= dict.fromkeys(point.writes(), i)
+    for i, each in enumerate(instructions):
+        outside |= {m for m in each.reads() if writes.get(m) != i}
+    found: dict[int, int] = {}
+    for group in (each for each in instructions if isinstance(each, Group)):
+        last = {m: k for k, point in enumerate(group.points) for m in point.reads()}
+        free = list(range(most))
+        for k, point in enumerate(group.points):
+            memory = point.out.memory
+            if memory not in outside and free:
+                found[memory] = free.pop()
+            free += [found[m] for m, when in last.items() if when == k and m in found]
+    return found
+
+
+def _dims(sizes: tuple[int, ...], operands: list[Places]) -> list[int]:
+    """Where the dimensions start that remain when those that follow each other in every operand are joined."""
+    starts = [0] if sizes else []
+    for d in range(1, len(sizes)):
+        if not all(o.strides[d - 1] == sizes[d] * o.strides[d] for o in operands):
+            starts.append(d)
+    return starts
+
+
+def _merge(o: Places, dims: list[int]) -> list[int]:
+    """The strides of the joined dimensions."""
+    return [o.strides[d - 1] for d in (*dims[1:], len(o.sizes))] if dims else []
