@@ -543,6 +543,16 @@ class LosesPrecision(Decay):
         return super().scan((u + 1e3) - 1e3, state, reset, lengths)
 
 
+class LosesPrecisionInGradients(Gated):
+    """h_t = ..., its gradient rounded to bfloat16 on the way."""
+
+    def encode(self, x):
+        u = super().encode(x)
+        if u.requires_grad and u.dtype == torch.float32:
+            u.register_hook(lambda g: g.bfloat16().float())
+        return u
+
+
 class WideOutput(Gated):
     """h_t = ...; y_t in the state's dtype."""
 
@@ -725,6 +735,7 @@ EXPECTED: list[tuple[type, dict[str, Any], str]] = [
     (KeepsHistory, DECAY, "state_holds_no_history"),
     (OverflowsInHalf, GATED, "bfloat16_near_float64"),
     (LosesPrecision, DECAY, "float32_near_float64"),
+    (LosesPrecisionInGradients, GATED, "float32_gradients_near_float64"),
     (WideOutput, GATED, "float16_dtypes"),
     (SpreadsNan, GATED, "nan_stays_in_its_row"),
     (SwallowsNan, GATED, "nan_is_not_swallowed"),

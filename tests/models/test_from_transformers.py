@@ -24,7 +24,8 @@ from statewise import chunked, unroll
 from statewise.core import DataError, Unknown, UsageError, read_tensors, write_tensors
 from statewise.decoding import generate
 from statewise.models import from_transformers
-from statewise.testing import check_layer
+from statewise.testing import check_layer, checks
+from statewise.testing.sample import prepare
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -524,6 +525,26 @@ def test_what_is_built_obeys_the_protocol(name: str):
     rounding = {"nan_in_a_state_stays_in_its_row"} if "experts" in name else set()
     assert {outcome.name for outcome in report.failed} <= rounding, report
     assert len(report.outcomes) > 100
+
+
+def test_gradients_through_a_read_of_almost_nothing_are_checked_to_their_conditioning():
+    """A query nearly orthogonal to the only key: the norm after it multiplies rounding by 300, forward's and step's."""
+    model = prepare(from_transformers(random("qwen3_next_experts", torch.float64)))
+    check = checks["float32_gradients_near_float64"]
+    delta, reads = model.body.blocks[0].layer, []
+    watch = delta.norm.register_forward_pre_hook(lambda _, args: reads.append(args[0].detach().square().mean(-1)))
+    check(model)
+    watch.remove()
+    read = torch.cat([r.double().flatten() for r in reads]).sqrt()
+    assert read.min() < 1e-5 and read.median() > 1e-2 and len(reads) > 2  # it is there, and was measured by
+
+    def rounded(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        if y.dtype == torch.float32:
+            y.register_hook(lambda g: g.bfloat16().float())
+
+    delta.qkv.register_forward_hook(rounded)
+    with pytest.raises(AssertionError, match="in float32 the gradient to"):
+        check(model)
 
 
 def test_something_was_found():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,15 @@ def check_float32_near_float64(layer: Layer) -> None:
 
 @check("numbers")
 def check_float32_gradients_near_float64(layer: Layer) -> None:
-    """In float32 the gradients are those of float64 to 1e-4 of their size."""
+    """In float32 the gradients are those of float64 to 1e-4 of their size, or as near as the conditioning allows.
+
+    That is within 8 times what float64's move by when the parameters are moved within half a step of float32: a way
+    through the layer and back rounds dozens of times where the parameters are rounded once. A norm over a vector that
+    is nearly zero, such as a read by a query nearly orthogonal to all keys, needs it.
+    """
     low = copy.deepcopy(layer).float()
     high, x = copy.deepcopy(low).double(), inputs(low)
+    exact = _to(x, torch.float64)
     named = [n for n, p in low.named_parameters() if p.requires_grad]
     if not named:
         raise Skipped("the layer has no parameters to train")
@@ -40,10 +46,19 @@ def check_float32_gradients_near_float64(layer: Layer) -> None:
         wrt = dict(one.named_parameters())
         return list(torch.autograd.grad(one(x)[0].sin().sum(), [wrt[n] for n in named], allow_unused=True))
 
-    for name, g, w in zip(named, grads(low, x), grads(high, _to(x, torch.float64)), strict=True):
+    allowed: list[float] = []
+    want = grads(high, exact)
+    for i, (name, g, w) in enumerate(zip(named, grads(low, x), want, strict=True)):
         if g is not None and w is not None:
-            error = _error(g, w)
-            assert error <= 1e-4, f"in float32 the gradient to {name} is {error:.2g} from that of float64"
+            error, bound = _error(g, w), 1e-4
+            if error > bound:  # rarely, as in _near
+                allowed = allowed or _moved(
+                    high, lambda one: grads(one, exact), want, torch.finfo(torch.float32).eps / 2
+                )
+                bound = max(bound, 8 * allowed[i])
+            assert error <= bound, (
+                f"in float32 the gradient to {name} is {error:.2g} from that of float64; allowed {bound:.2g}"
+            )
 
 
 @check("numbers")
@@ -243,7 +258,7 @@ def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _error(got: Tensor, want: Tensor) -> float:
     """rms of the difference over rms of what is wanted."""
     size = want.abs().pow(2).mean().sqrt().clamp_min(1e-3)
-    return float((got.to(want.dtype) - want).abs().pow(2).mean().sqrt() / size)
+    return float((got.to(want.dtype) - want).detach().abs().pow(2).mean().sqrt() / size)
 
 
 def _half(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -255,24 +270,34 @@ def _half(layer: Layer, dtype: torch.dtype) -> Layer:
 def _near(low: Layer, bound: float) -> None:
     low_dtype = dtype_of(low)
     high, x = copy.deepcopy(low).double(), inputs(low)
+    exact = _to(x, torch.float64)
     with torch.no_grad():
-        want = unroll(high, _to(x, torch.float64))[0]
+        want = unroll(high, exact)[0]
         for name, y in (("forward", low(x)[0]), ("step repeated", unroll(low, x)[0])):
             error = _error(y, want)
             if error > bound:  # rarely: what is asked costs eight more runs
-                bound = max(bound, 2 * _moved(high, _to(x, torch.float64), want, torch.finfo(low_dtype).eps / 2))
+                by = _moved(high, lambda one: [unroll(one, exact)[0]], [want], torch.finfo(low_dtype).eps / 2)
+                bound = max(bound, 2 * by[0])
             assert error <= bound, f"{name} is {error:.2g} (relative rms) from float64; allowed {bound:.2g}"
 
 
-def _moved(layer: Layer, x: Tensor, y: Tensor, step: float, draws: int = 8) -> float:
-    """How far the output moves from y, on average, when every parameter is moved by up to `step` of its size."""
-    rng, moved = torch.Generator().manual_seed(0), 0.0
+def _moved(
+    layer: Layer,
+    get: Callable[[Layer], Sequence[Tensor | None]],
+    want: Sequence[Tensor | None],
+    step: float,
+    draws: int = 8,
+) -> list[float]:
+    """How far each tensor of get(layer) moves on average when each parameter is moved by up to `step` of its size."""
+    rng, moved = torch.Generator().manual_seed(0), [0.0] * len(want)
     for _ in range(draws):
         other = copy.deepcopy(layer)
-        for p in other.parameters():
-            if p.is_floating_point():
-                p.mul_(1 + step * (2 * torch.rand(p.shape, generator=rng, dtype=torch.float64).to(p.device) - 1))
-        moved += _error(unroll(other, x)[0], y) / draws
+        with torch.no_grad():
+            for p in other.parameters():
+                if p.is_floating_point():
+                    p.mul_(1 + step * (2 * torch.rand(p.shape, generator=rng, dtype=torch.float64).to(p.device) - 1))
+        for i, (got, w) in enumerate(zip(get(other), want, strict=True)):
+            moved[i] += 0.0 if got is None or w is None else _error(got, w) / draws
     return moved
 
 
