@@ -66,13 +66,14 @@ class Program:
                 memory = tr.point("copy", tr.new(out.shape), [tr.read(out)]).memory
             self.outputs.append(tuple(out.shape))
             self.written.append(memory)
-        self.kept: list[Any] = []  # their addresses stand in the table
         self.folded = [t for t in numbers_of(model) if memory_of(t) in tr.folded and not t.is_inference()]
         self.versions = list(map(_version, self.folded))
-        instructions = _needed(tr.instructions, set(self.written))
-        registers = _registers(instructions, set(self.written), in_numba.REGISTERS)
-        self._lay_out(tr, instructions, registers)
-        self._write(tr, instructions, registers)
+        self.table = Table(tr, tr.instructions, (*tr.inputs, *self.written), set(self.written))
+        self.arena = torch.zeros(self.table.room // 4 + 16)
+        start = -(-self.arena.data_ptr() // 64) * 64
+        self.bases = self.table.addresses([0] * (len(tr.inputs) + len(self.written)), start)
+        self.flags = np.zeros(in_numba.CLAIMS + 2 * len(self.table.rows), np.int64)
+        self.scratch = torch.empty(0)
         self.lock = threading.Lock()
 
     def current(self) -> bool:
@@ -82,8 +83,50 @@ class Program:
     def takes(self, inputs: Sequence[Tensor]) -> bool:
         return self.inputs == [(t.shape, t.dtype) for t in inputs]
 
-    def _lay_out(self, tr: Translation, instructions: list[Instruction], registers: dict[int, int]) -> None:
-        """Addresses: inputs, outputs, constants, then one piece of memory for all that lives between instructions."""
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs. Raises IndexError for an id out of range."""
+        made = [torch.empty(shape) for shape in self.outputs if isinstance(shape, tuple)]
+        workers = self.code.threads._workers(1 << 30)
+        with self.lock:
+            room = workers * self.code.STRIP * (self.code.REGISTERS + 4) + 16
+            if self.scratch.numel() < room:
+                self.scratch = torch.zeros(room)
+            given = [t.data_ptr() for t in (*inputs, *made)]
+            self.bases[: len(given)] = given
+            self.flags.fill(0)
+            start = -(-self.scratch.data_ptr() // 64) * 64
+            numbers = self.table.numbers.ctypes.data
+            fine = self.code.run(self.table.rows, self.bases, numbers, start, self.flags, workers)
+        if not fine:
+            raise IndexError("index out of range in self")
+        fresh = iter(made)
+        return [inputs[out] if isinstance(out, int) else next(fresh) for out in self.outputs]
+
+
+class Table:
+    """Instructions as rows of a table that compiled code goes through; addresses are told at each call.
+
+    given: memory whose address the caller tells. wanted: what the caller reads of what is written.
+    """
+
+    def __init__(self, tr: Translation, instructions: list[Instruction], given: Sequence[int], wanted: set[int]):
+        from . import in_numba
+
+        self.code = in_numba
+        self.kept: list[Any] = []  # their addresses stand in the table
+        instructions = needed(instructions, wanted)
+        registers = _registers(instructions, wanted, in_numba.REGISTERS)
+        self._lay_out(tr, instructions, registers, given)
+        self._write(instructions, registers)
+
+    def addresses(self, given: Sequence[int], arena: int) -> np.ndarray:
+        """Of each memory: those given, those of constants, and those within an arena of `room` bytes."""
+        return np.array([*given, *self.constants, *(arena + at for at in self.within)], np.int64)
+
+    def _lay_out(
+        self, tr: Translation, instructions: list[Instruction], registers: dict[int, int], given: Sequence[int]
+    ) -> None:
+        """Addresses: those given, constants, then one piece of memory for all that lives between instructions."""
         last: dict[int, int] = {}
         for i, each in enumerate(instructions):
             for memory in each.reads() | each.writes():
@@ -92,7 +135,7 @@ class Program:
         free: list[tuple[int, int]] = []
         end = 0
         for i, each in enumerate(instructions):
-            for memory in sorted(each.writes() - where.keys() - registers.keys() - set(self.written)):
+            for memory in sorted(each.writes() - where.keys() - registers.keys() - set(given)):
                 size = -(-4 * tr.made[memory] // 64) * 64
                 fits = next((k for k, (_, room) in enumerate(free) if room >= size), None)
                 if fits is None:
@@ -104,18 +147,14 @@ class Program:
                         free.append((at + size, room - size))
             for memory in [m for m, when in last.items() if when == i and m in where]:
                 free.append((where[memory], -(-4 * tr.made[memory] // 64) * 64))
-        arena = torch.zeros(end // 4 + 16)
-        start = -(-arena.data_ptr() // 64) * 64
-        self.kept.append(arena)
         used = set().union(*(each.reads() for each in instructions)) if instructions else set()
-        addresses = dict.fromkeys((*tr.inputs, *self.written), 0)
-        self.kept.append({m: tr.constants[m] for m in used & tr.constants.keys()})
-        addresses |= {m: t.untyped_storage().data_ptr() for m, t in self.kept[-1].items()}
-        addresses |= {memory: start + at for memory, at in where.items()}
-        self.base = {memory: i for i, memory in enumerate(addresses)}
-        self.bases = np.array(list(addresses.values()), np.int64)
+        constants = {m: tr.constants[m] for m in used & tr.constants.keys() - set(given)}
+        self.kept.append(constants)
+        self.constants = [t.untyped_storage().data_ptr() for t in constants.values()]
+        self.within, self.room = list(where.values()), end
+        self.base = {memory: i for i, memory in enumerate((*given, *constants, *where))}
 
-    def _write(self, tr: Translation, instructions: list[Instruction], registers: dict[int, int]) -> None:
+    def _write(self, instructions: list[Instruction], registers: dict[int, int]) -> None:
         code = self.code
         rows: list[list[int]] = []
         products: list[int] = []
@@ -179,36 +218,16 @@ class Program:
                 rows.append(
                     [code.REDUCTION, parts, 0, each.what, *at(each.out), *at(each.x), *more, number(each.factor)]
                 )
-        self.table = np.zeros((len(rows), code.WIDTH), np.int64)
+        self.rows = np.zeros((len(rows), code.WIDTH), np.int64)
         for i, row in enumerate(rows):
-            self.table[i, : len(row)] = row
-        self.table[:, code.NEXT] = -1
+            self.rows[i, : len(row)] = row
+        self.rows[:, code.NEXT] = -1
         for before, following in zip([0, *products], products, strict=False):
-            self.table[before:following, code.NEXT] = following
+            self.rows[before:following, code.NEXT] = following
         self.numbers = np.array(numbers, np.float32)
-        self.flags = np.zeros(code.CLAIMS + 2 * len(rows), np.int64)
-        self.scratch = torch.empty(0)
-
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs. Raises IndexError for an id out of range."""
-        made = [torch.empty(shape) for shape in self.outputs if isinstance(shape, tuple)]
-        workers = self.code.threads._workers(1 << 30)
-        with self.lock:
-            room = workers * self.code.STRIP * (self.code.REGISTERS + 4) + 16
-            if self.scratch.numel() < room:
-                self.scratch = torch.zeros(room)
-            given = [t.data_ptr() for t in (*inputs, *made)]
-            self.bases[: len(given)] = given
-            self.flags.fill(0)
-            start = -(-self.scratch.data_ptr() // 64) * 64
-            fine = self.code.run(self.table, self.bases, self.numbers.ctypes.data, start, self.flags, workers)
-        if not fine:
-            raise IndexError("index out of range in self")
-        fresh = iter(made)
-        return [inputs[out] if isinstance(out, int) else next(fresh) for out in self.outputs]
 
 
-def _needed(instructions: list[Instruction], wanted: set[int]) -> list[Instruction]:
+def needed(instructions: list[Instruction], wanted: set[int]) -> list[Instruction]:
     """Those that something wanted depends on."""
     found: list[Instruction] = []
     for each in reversed(instructions):
