@@ -317,6 +317,120 @@ def _logaddexp(v: _Lanes, x: Any, y: Any) -> Any:
     return b.fadd(most, _log1p_of_exp(v, _negative(v, apart)))
 
 
+# erf: x times a polynomial of x^2 up to NEAR, then 1 - exp of one of |x|; both are Chebyshev fits, off by 2e-7 at most
+NEAR = 0.9
+ERF_NEAR = (
+    1.12837917, -0.376126387, 0.112837867, -0.0268657214, 0.00522198761, -0.000850010773, 0.000113984864,
+    -1.00955675e-05,
+)  # fmt: skip
+ERF_FAR = (
+    0.000334540859, -1.13031767, -0.631625999, -0.110338149, 0.0266227383, -0.00485932046, 0.000628239634,
+    -5.217786e-05, 2.30780125e-06, -3.16354122e-08,
+)  # fmt: skip
+
+
+def _series(v: _Lanes, factors: tuple[float, ...], x: Any) -> Any:
+    found = v.full(factors[-1])
+    for factor in reversed(factors[:-1]):
+        found = v.mad(found, x, v.full(factor))
+    return found
+
+
+def _erf(v: _Lanes, x: Any) -> Any:
+    b, square = v.builder, v.mul(x, x)
+    near = v.mul(x, _series(v, ERF_NEAR, square))
+    far = b.fsub(v.full(1.0), _exp_of(v, _series(v, ERF_FAR, _at_most(v, _size_of(v, x), v.full(4.0)))))
+    far = b.select(b.fcmp_ordered("<", x, v.full(0.0)), _negative(v, far), far)
+    return b.select(b.fcmp_ordered("<", square, v.full(NEAR)), near, far)
+
+
+def _gelu(v: _Lanes, x: Any) -> Any:
+    half = v.mul(x, v.full(0.5))
+    return v.mad(half, _erf(v, v.mul(x, v.full(0.5**0.5))), half)
+
+
+# the parts of pi / 2; times a whole number below 2^50 the first, rounded once, leaves float64 the rest of a float32
+QUARTER = math.pi / 2, 6.123233995736766e-17
+FAR = 2.0**50
+
+
+def _turn(v: _Lanes, x: Any, quarters: int) -> Any:
+    """sin(x + quarters pi / 2)."""
+    b, doubles, words = v.builder, ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)
+    full = lambda value: ir.Constant(doubles, [value] * LANES)
+    kind = ir.FunctionType(doubles, [doubles] * 3)
+    fma = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v16f64")  # rounded once
+    wide, shift = b.fpext(x, doubles), full(1.5 * 2.0**52)  # added, it leaves the nearest whole number in the last bits
+    shifted = b.fadd(b.fmul(wide, full(2 / math.pi)), shift)
+    whole = b.fsub(shifted, shift)
+    for part in QUARTER:
+        wide = b.call(fma, [whole, full(-part), wide])
+    r = b.fptrunc(wide, v.type)
+    number = b.add(b.trunc(b.bitcast(shifted, words), v.bits), v._bits(quarters))
+    square = v.mul(r, r)
+    sin = v.mul(r, _series(v, tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(6)), square))
+    cos = _series(v, tuple((-1) ** k / math.factorial(2 * k) for k in range(7)), square)
+    odd = b.icmp_signed("!=", b.and_(number, v._bits(1)), v._bits(0))
+    found = b.select(odd, cos, sin)
+    negative = b.icmp_signed("!=", b.and_(number, v._bits(2)), v._bits(0))
+    result = v.variable(b.select(negative, _negative(v, found), found))
+    far = b.bitcast(b.fcmp_ordered(">=", _size_of(v, x), v.full(FAR)), ir.IntType(LANES))
+    with b.if_then(b.icmp_signed("!=", far, far.type(0)), likely=False):  # numbers that only a library turns right
+        one = ir.FunctionType(ir.FloatType(), [ir.FloatType()])
+        each = cgutils.get_or_insert_function(b.module, one, f"llvm.{'cos' if quarters else 'sin'}.f32")
+        slow = ir.Constant(v.type, ir.Undefined)
+        for lane in range(LANES):
+            index = ir.IntType(32)(lane)
+            slow = b.insert_element(slow, b.call(each, [b.extract_element(x, index)]), index)
+        b.store(slow, result)
+    return b.load(result)
+
+
+def _log(v: _Lanes, x: Any) -> Any:
+    """e log 2 + 2 artanh(f / (2 + f)) of x = 2^e (1 + f), 1 + f from sqrt(1/2) to sqrt(2)."""
+    b = v.builder
+    small = b.fcmp_ordered("<", x, v.full(2.0**-126))
+    bits = b.bitcast(b.select(small, v.mul(x, v.full(2.0**24)), x), v.bits)
+    e = b.ashr(b.sub(bits, v._bits(0x3F3504F3)), v._bits(23))  # of sqrt(1/2)
+    f = b.fsub(b.bitcast(b.sub(bits, b.shl(e, v._bits(23))), v.type), v.full(1.0))
+    e = b.fsub(b.sitofp(e, v.type), b.select(small, v.full(24.0), v.full(0.0)))
+    s = b.fdiv(f, b.fadd(f, v.full(2.0)))
+    found = v.mul(v.mul(v.full(2.0), s), _series(v, tuple(1 / k for k in range(1, 14, 2)), v.mul(s, s)))
+    found = v.mad(e, v.full(0.693359375), v.mad(e, v.full(-2.12194440054690583e-4), found))
+    found = b.select(b.fcmp_ordered("<", x, v.full(0.0)), v.full(math.nan), found)
+    found = b.select(b.fcmp_ordered("==", x, v.full(0.0)), v.full(-math.inf), found)
+    return b.select(b.fcmp_ordered("<", x, v.full(math.inf)), found, x)
+
+
+def _log1p(v: _Lanes, x: Any) -> Any:
+    """log(1 + x), by how much 1 + x was rounded."""
+    b = v.builder
+    whole = b.fadd(x, v.full(1.0))
+    rounded = b.fsub(whole, v.full(1.0))
+    found = b.fmul(_log(v, whole), b.fdiv(x, rounded))
+    plain = b.or_(b.fcmp_ordered("==", rounded, v.full(0.0)), b.fcmp_ordered("==", x, v.full(math.inf)))
+    found = b.select(plain, x, found)
+    return b.select(b.fcmp_ordered("==", x, v.full(-1.0)), v.full(-math.inf), found)
+
+
+def _sign(v: _Lanes, x: Any) -> Any:
+    b = v.builder
+    below = b.select(b.fcmp_ordered("<", x, v.full(0.0)), v.full(-1.0), v.full(0.0))
+    return b.select(b.fcmp_ordered(">", x, v.full(0.0)), v.full(1.0), below)
+
+
+def _smaller(v: _Lanes, x: Any, y: Any) -> Any:
+    return _negative(v, _larger(v, _negative(v, x), _negative(v, y)))
+
+
+def _tanh_adjoint(v: _Lanes, g: Any, y: Any) -> Any:
+    return v.builder.fmul(g, v.mad(_negative(v, y), y, v.full(1.0)))
+
+
+def _sigmoid_adjoint(v: _Lanes, g: Any, y: Any) -> Any:
+    return v.builder.fmul(v.builder.fmul(g, y), v.builder.fsub(v.full(1.0), y))
+
+
 def _root(v: _Lanes, x: Any) -> Any:
     kind = ir.FunctionType(v.type, [v.type])
     return v.builder.call(cgutils.get_or_insert_function(v.builder.module, kind, "llvm.sqrt.v16f32"), [x])
@@ -355,16 +469,27 @@ OPERATIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     "tanh": (1, lambda v, x, p, q: _tanh(v, x)),
     "softplus": (1, lambda v, x, p, q: _softplus(v, x)),
     "log_sigmoid": (1, lambda v, x, p, q: _negative(v, _softplus(v, _negative(v, x)))),
+    "gelu": (1, lambda v, x, p, q: _gelu(v, x)),
     "logaddexp": (2, lambda v, x, y, p, q: _logaddexp(v, x, y)),
     "gt": _compared(">"),
     "ge": _compared(">="),
     "lt": _compared("<"),
     "le": _compared("<="),
+    "eq": _compared("=="),
     "gt p": _compared_with_p(">"),
     "ge p": _compared_with_p(">="),
     "lt p": _compared_with_p("<"),
     "le p": _compared_with_p("<="),
+    "eq p": _compared_with_p("=="),
     "where": (3, lambda v, x, y, z, p, q: _choose(v, x, y, z)),
+    "sin": (1, lambda v, x, p, q: _turn(v, x, 0)),
+    "cos": (1, lambda v, x, p, q: _turn(v, x, 1)),
+    "log": (1, lambda v, x, p, q: _log(v, x)),
+    "log1p": (1, lambda v, x, p, q: _log1p(v, x)),
+    "sign": (1, lambda v, x, p, q: _sign(v, x)),
+    "minimum": (2, lambda v, x, y, p, q: _smaller(v, x, y)),
+    "tanh adjoint": (2, lambda v, x, y, p, q: _tanh_adjoint(v, x, y)),
+    "sigmoid adjoint": (2, lambda v, x, y, p, q: _sigmoid_adjoint(v, x, y)),
 }
 CODES = {name: code for code, name in enumerate(OPERATIONS)}
 
@@ -396,7 +521,7 @@ def _apply(context, like, operation, vectors, where):
 
 # ---- instructions
 
-GROUP, PRODUCT, REDUCTION, LOOKUP = range(4)
+GROUP, PRODUCT, REDUCTION, LOOKUP, EXACT, TILES = range(6)  # tiles are run by `recorded_loop`
 WIDTH = 32  # words of a row of the table
 NEXT = 31  # word of a row that names the row of the next product
 OUT, FIRST, OPERAND = 2, 9, 7  # where in a row the result stands, the first operand, and words from one to the next
@@ -651,6 +776,144 @@ def _look_up(table, i, bases):
     return True
 
 
+KINDS = {"float32": 1, "float64": 2, "int64": 3, "int32": 4}  # of an operand, where 0 is none
+SIZES = 0, 4, 8, 8, 4
+_EXACTLY = "copy add mul div where clamp maximum minimum eq gt ge lt le cos sin exp pow gather argmax"
+EXACTLY = {name: code for code, name in enumerate(_EXACTLY.split())}
+_COPY, _ADD, _MUL, _DIV, _WHERE, _CLAMP, _MAXIMUM, _MINIMUM, _EQ, _GT = range(10)
+_GE, _LT, _LE, _COS, _SIN, _EXP, _POW, _GATHER, _ARGMAX = range(10, 19)
+
+
+def _number_at(kind: ir.Type, number: Any) -> Any:
+    @intrinsic
+    def pointer(context, address):
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], kind.as_pointer())
+
+        return types.CPointer(number)(types.intp), generate
+
+    return pointer
+
+
+_double_at, _long_at = _number_at(ir.DoubleType(), types.float64), _number_at(ir.IntType(64), types.int64)
+_int_at = _number_at(ir.IntType(32), types.int32)
+
+
+@_compile
+def _taken(kind, address):
+    """A number as float64."""
+    if kind == 1:
+        return np.float64(_floats(address, 1)[0])
+    if kind == 2:
+        return numba.carray(_double_at(address), (1,))[0]
+    if kind == 3:
+        return np.float64(numba.carray(_long_at(address), (1,))[0])
+    if kind == 4:
+        return np.float64(numba.carray(_int_at(address), (1,))[0])
+    return 0.0
+
+
+@_compile
+def _given(kind, address, value):
+    if kind == 1:
+        _floats(address, 1)[0] = np.float32(value)
+    elif kind == 2:
+        numba.carray(_double_at(address), (1,))[0] = value
+    elif kind == 3:
+        numba.carray(_long_at(address), (1,))[0] = np.int64(value)
+    else:
+        numba.carray(_int_at(address), (1,))[0] = np.int32(value)
+
+
+@_compile
+def _exactly(what, x, y, z, p):
+    if what == _ADD:
+        return x + p * y
+    if what == _MUL:
+        return x * y
+    if what == _DIV:
+        return x / y
+    if what == _WHERE:
+        return y if x != 0 else z
+    if what == _CLAMP:
+        least = y if x < y else x
+        return z if least > z else least
+    if what == _MAXIMUM:
+        return y if x < y or y != y else x
+    if what == _MINIMUM:
+        return y if x > y or y != y else x
+    if what == _EQ:
+        return 1.0 if x == y else 0.0
+    if what == _GT:
+        return 1.0 if x > y else 0.0
+    if what == _GE:
+        return 1.0 if x >= y else 0.0
+    if what == _LT:
+        return 1.0 if x < y else 0.0
+    if what == _LE:
+        return 1.0 if x <= y else 0.0
+    if what == _COS:
+        return math.cos(x)
+    if what == _SIN:
+        return math.sin(x)
+    if what == _EXP:
+        return math.exp(x)
+    if what == _POW:
+        return x**y
+    return x
+
+
+@_compile
+def _place(table, i, at, bases):
+    base = table[i, at + 1]
+    return table[i, at], bases[base] + table[i, at + 2]
+
+
+@_compile
+def _first_of_most(at, step, count):
+    best, found = _floats(at, 1)[0], 0
+    for k in range(1, count):
+        value = _floats(at + 4 * k * step, 1)[0]
+        if value > best or (value != value and best == best):
+            best, found = value, k
+    return np.float64(found)
+
+
+@_compile
+def _exact(table, i, bases, numbers):
+    """A group of one operation, whose operands say of what kind they are."""
+    threads._apart()
+    what, pq = table[i + 1, 0], numbers + table[i + 1, 1]
+    p, q = _taken(2, pq), _taken(2, pq + 8)
+    d1, d2, d3 = table[i, 5], table[i, 6], table[i, 7]
+    to, out = _place(table, i + 1, OUT, bases)
+    kind_x, x = _place(table, i + 1, FIRST, bases)
+    kind_y, y = _place(table, i + 1, FIRST + OPERAND, bases)
+    kind_z, z = _place(table, i + 1, FIRST + 2 * OPERAND, bases)
+    size_o, size_x, size_y, size_z = SIZES[to], SIZES[kind_x], SIZES[kind_y], SIZES[kind_z]
+    o0, o1, o2, o3 = _strides(table, i + 1, OUT)
+    x0, x1, x2, x3 = _strides(table, i + 1, FIRST)
+    y0, y1, y2, y3 = _strides(table, i + 1, FIRST + OPERAND)
+    z0, z1, z2, z3 = _strides(table, i + 1, FIRST + 2 * OPERAND)
+    for row in range(table[i, 4] * d1 * d2):
+        i2, rest = row % d2, row // d2
+        i1, i0 = rest % d1, rest // d1
+        at_o, at_x = i0 * o0 + i1 * o1 + i2 * o2, i0 * x0 + i1 * x1 + i2 * x2
+        at_y, at_z = i0 * y0 + i1 * y1 + i2 * y2, i0 * z0 + i1 * z1 + i2 * z2
+        for k in range(d3):
+            here = x + size_x * (at_x + k * x3)
+            if what == _ARGMAX:
+                value = _first_of_most(here, np.int64(p), np.int64(q))
+            else:
+                other = _taken(kind_y, y + size_y * (at_y + k * y3))
+                if what == _GATHER:
+                    value = _taken(kind_x, here + size_x * np.int64(p) * np.int64(other))
+                else:
+                    third = _taken(kind_z, z + size_z * (at_z + k * z3))
+                    value = _exactly(what, _taken(kind_x, here), other, third, p)
+            _given(to, out + size_o * (at_o + k * o3), value)
+
+
 @_compile
 def _part(like, table, i, bases, numbers, scratch, part):
     """One part of instruction i."""
@@ -667,6 +930,8 @@ def _part(like, table, i, bases, numbers, scratch, part):
         depth, batch, columns = table[i, 12], table[i, 13], table[i, 14]
         start, stop = columns * part // parts, columns * (part + 1) // parts
         products(like, table[i, 4], table[i, 3], table[i, 5], bias, x, y, start, stop, depth, batch, columns)
+    elif kind == EXACT:
+        _exact(table, i, bases, numbers)
     else:
         _reduce(like, table, i, bases, numbers, part, parts)
 

@@ -69,6 +69,26 @@ class Product:
 
 
 @dataclass
+class Tiles:
+    """y (batch, columns) = x (batch, depth) w + bias for several rows, with w (depth, columns) laid out in panels.
+
+    spare: room for (batch, a panel's columns) where part of the last panel is beyond the columns.
+    """
+
+    w: Places  # as it stands where it is kept: it is laid out before each call
+    x: Places
+    y: Places
+    bias: Places | None
+    spare: Places | None
+
+    def reads(self) -> set[int]:
+        return {self.x.memory} | (set() if self.bias is None else {self.bias.memory})
+
+    def writes(self) -> set[int]:
+        return {self.y.memory} | (set() if self.spare is None else {self.spare.memory})
+
+
+@dataclass
 class Lookup:
     """Rows of w by ids."""
 
@@ -102,7 +122,25 @@ class Reduction:
         return {self.out.memory}
 
 
-Instruction = Group | Product | Lookup | Reduction
+@dataclass
+class Exact:
+    """A Point on numbers of several kinds, of the result and of each operand, computed in float64."""
+
+    name: str
+    out: Places
+    operands: list[Places]
+    kinds: tuple[str, ...]
+    p: float
+    q: float
+
+    def reads(self) -> set[int]:
+        return {o.memory for o in self.operands}
+
+    def writes(self) -> set[int]:
+        return {self.out.memory}
+
+
+Instruction = Group | Product | Tiles | Lookup | Reduction | Exact
 
 
 class Weights(NamedTuple):
@@ -121,8 +159,10 @@ def places_of(t: Tensor) -> Places:
 
 
 def numbers_of(model: nn.Module) -> list[Tensor]:
-    """The parameters and buffers that hold plain numbers."""
-    return [t for t in (*model.parameters(), *model.buffers()) if type(t) in (Tensor, nn.Parameter)]
+    """The parameters and buffers that hold plain numbers, and what stands behind those that do not."""
+    everything = [*model.parameters(), *model.buffers()]
+    behind = [getattr(t, name, None) for t in everything for name in ("kept", "scale")]
+    return [t for t in (*everything, *behind) if type(t) in (Tensor, nn.Parameter)]
 
 
 def spread(o: Places, sizes: tuple[int, ...]) -> Places:

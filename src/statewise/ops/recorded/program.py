@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import complex_numbers, composed, exact_numbers  # noqa: F401  # translations
 from .instructions import (
+    Exact,
     Group,
     Instruction,
     Lookup,
     Places,
     Point,
     Product,
+    Tiles,
     Unrecordable,
     Weights,
     in_order,
@@ -31,7 +34,7 @@ from .instructions import (
     numbers_of,
     places_of,
 )
-from .translation import Translation
+from .translation import KINDS, Translation
 from .watch import Watch
 
 _version = operator.attrgetter("_version")
@@ -53,7 +56,7 @@ class Program:
         tr = Translation(model, inputs)
         tr.all(watched.seen)
         self.inputs = [(t.shape, t.dtype) for t in inputs]
-        self.outputs: list[int | tuple[int, ...]] = []  # an input again, or the shape of what is new
+        self.outputs: list[int | tuple[torch.Size, torch.dtype]] = []  # an input again, or what is new
         given = {memory: i for i, memory in enumerate(tr.inputs)}
         self.written: list[int] = []  # by output that is new: its memory
         for out in outputs:
@@ -62,9 +65,13 @@ class Program:
                 self.outputs.append(given[memory])
                 continue
             whole = memory in tr.made and in_order(at) and at.offset == 0 and tr.made[memory] == out.numel()
-            if not whole or memory in self.written:
+            if out.dtype in KINDS:
+                memory = exact_numbers.whole(tr, out)
+            elif out.is_complex():
+                memory = complex_numbers.in_turn(tr, out)
+            elif not whole or memory in self.written:
                 memory = tr.point("copy", tr.new(out.shape), [tr.read(out)]).memory
-            self.outputs.append(tuple(out.shape))
+            self.outputs.append((out.shape, out.dtype))
             self.written.append(memory)
         self.folded = [t for t in numbers_of(model) if memory_of(t) in tr.folded and not t.is_inference()]
         self.versions = list(map(_version, self.folded))
@@ -85,7 +92,7 @@ class Program:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs. Raises IndexError for an id out of range."""
-        made = [torch.empty(shape) for shape in self.outputs if isinstance(shape, tuple)]
+        made = [torch.empty(out[0], dtype=out[1]) for out in self.outputs if isinstance(out, tuple)]
         workers = self.code.threads._workers(1 << 30)
         with self.lock:
             room = workers * self.code.STRIP * (self.code.REGISTERS + 4) + 16
@@ -201,12 +208,33 @@ class Table:
                 more = [*bias, *at(each.x), *at(each.y), depth, batch, columns]
                 products.append(len(rows))
                 rows.append([code.PRODUCT, parts, 0, *weights(each.w), *more])
+            elif isinstance(each, Tiles):
+                depth, columns = each.w.sizes
+                batch = math.prod(each.x.sizes) // depth
+                bias = [-1, 0] if each.bias is None else at(each.bias)
+                spare = [-1, 0] if each.spare is None else at(each.spare)
+                panels = self.base[panel_of(each.w)]
+                rows.append([code.TILES, 1, 0, panels, *at(each.x), *at(each.y), depth, batch, columns, *bias, *spare])
             elif isinstance(each, Lookup):
                 count, (many, width) = math.prod(each.ids.sizes), each.w.kept.shape
                 size, w, scale = weights(each.w)
                 ids = [self.base[each.ids.memory], each.id_size * each.ids.offset]
                 more = [*ids, each.id_size, count, w, size, scale, many, width, *at(each.out)]
                 rows.append([code.LOOKUP, 1, 0, *more])
+            elif isinstance(each, Exact):
+                everything = [each.out, *each.operands]
+                dims = _dims(each.out.sizes, everything)
+                sizes = [math.prod(each.out.sizes[a:b]) for a, b in zip(dims, [*dims[1:], None], strict=False)]
+                if len(sizes) > 4:
+                    raise Unrecordable("a result of too many dimensions")
+                rows.append([code.EXACT, 1, 1, math.prod(sizes), *[1] * (4 - len(sizes)), *sizes])
+                numbers.extend([0.0] * (len(numbers) % 2))
+                row = [code.EXACTLY[each.name], number(*np.array([each.p, each.q]).view(np.float32).tolist())]
+                for o, kind in zip(everything, each.kinds, strict=True):
+                    which, strides = code.KINDS[kind], _merge(o, dims)
+                    at_ = [self.base[o.memory], code.SIZES[which] * o.offset]
+                    row += [which, *at_, *[0] * (4 - len(strides)), *strides]
+                rows.append(row)
             else:
                 kept = [(1, 0)] * (3 - len(each.kept)) + each.kept
                 gone = [(1, 0)] * (2 - len(each.gone)) + each.gone
@@ -225,6 +253,11 @@ class Table:
         for before, following in zip([0, *products], products, strict=False):
             self.rows[before:following, code.NEXT] = following
         self.numbers = np.array(numbers, np.float32)
+
+
+def panel_of(w: Places) -> int:
+    """What stands for the panels of w among memories."""
+    return -1 - abs(hash(w))
 
 
 def needed(instructions: list[Instruction], wanted: set[int]) -> list[Instruction]:

@@ -19,6 +19,7 @@ from .instructions import (
     Reduction,
     Unrecordable,
     Weights,
+    in_order,
     in_step,
     memory_of,
     numbers_of,
@@ -43,6 +44,9 @@ class Translation:
         self.own = set(self.constants)
         self.folded: set[int] = set()  # parameters of which something was computed once
         self.made: dict[int, int] = {}  # memory that a step writes: how many numbers
+        self.kinds: dict[int, str] = {}  # of such memory, what is not float32
+        self.planes: dict[int, tuple[int, int]] = {}  # complex memory that it writes: that of real and imaginary parts
+        self.interleaved: dict[int, int] = {}  # such memory, with both in turn
         self.instructions: list[Instruction] = []
         self.alive: list[Any] = []  # memory is known by its address
 
@@ -65,7 +69,10 @@ class Translation:
     def _one(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         tensors = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
         results = [t for t in flat(result) if isinstance(t, Tensor)]
-        if func in (aten._local_scalar_dense.default, aten.equal.default) or not results:
+        if func is aten._linalg_check_errors.default:  # what is factored does not change: it was fine
+            return
+        known = all(memory_of(t) in self.constants for t in tensors)
+        if func in (aten._local_scalar_dense.default, aten.equal.default) or not (results or known):
             raise Unrecordable(f"{func} asks for a number")
         if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
             raise Unrecordable(f"{func} is not pure")
@@ -74,7 +81,7 @@ class Translation:
             return  # views
         if any(memory_of(r) in given for r in results):
             raise Unrecordable(f"{func} gives a view and more")
-        if func in FRESH or all(memory_of(t) in self.constants for t in tensors):
+        if func in FRESH or known:
             self.folded |= {m for m in given if m in self.own}
             if "empty" in str(func):
                 raise Unrecordable(f"{func} holds no numbers")
@@ -82,22 +89,30 @@ class Translation:
                 if memory_of(r) not in self.constants:
                     self.constants[memory_of(r)] = r
             return
-        translate = TRANSLATIONS.get(func)
+        kinds = {t.dtype for t in (*tensors, *results)}
+        table = COMPLEX if torch.complex64 in kinds else EXACT if kinds & KINDS.keys() else TRANSLATIONS
+        translate = table.get(func)
         if translate is None:
-            raise Unrecordable(f"{func} has no translation")
+            raise Unrecordable(f"{func} has no translation for {', '.join(sorted(map(str, kinds)))}")
         translate(self, args, kwargs, results[0])
 
     def read_any(self, t: Tensor) -> Places:
         memory = memory_of(t)
+        if memory in self.planes and t.dtype == torch.float32:
+            return self.part_of(t)
         if memory not in self.made and memory not in self.constants and memory not in self.inputs:
             raise Unrecordable("a tensor comes from outside of the step")
         return places_of(t)
 
     def read(self, t: Tensor) -> Places:
-        """An operand: float32, or truth values that the step itself made."""
-        if t.dtype != torch.float32 and not (t.dtype == torch.bool and memory_of(t) in self.made):
+        """An operand: float32, or truth values, which as such are kept as 0 and 1."""
+        memory = memory_of(t)
+        if t.dtype == torch.bool and memory in self.constants:
+            return self.fixed(t.float())
+        if t.dtype != torch.float32 and not (t.dtype == torch.bool and memory in self.made):
             raise Unrecordable(f"{t.dtype} takes part")
-        return self.read_any(t)
+        at = self.read_any(t)
+        return self.point("affine", self.new(t.shape), [at], p=-1.0) if t.is_neg() else at
 
     def make(self, t: Tensor) -> None:
         if t.dtype not in (torch.float32, torch.bool):
@@ -145,22 +160,44 @@ class Translation:
             after |= group.writes()
         self.instructions.append(Group(sizes, [point]))
 
+    def fixed(self, t: Tensor) -> Places:
+        """A constant that the step did not have as such."""
+        self.alive.append(t)
+        self.constants[memory_of(t)] = t
+        return places_of(t)
+
     def contiguous(self, t: Tensor) -> Places:
         at = self.read(t)
-        if t.is_contiguous():
+        if in_order(at):
             return at
         return self.point("copy", self.new(t.shape), [at])
 
+    def part_of(self, t: Tensor) -> Places:
+        """Real numbers that are a view of complex ones which the step made."""
+        memory = memory_of(t)
+        at, strides = places_of(t), [s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1]
+        if any(s % 2 for s in strides):  # real and imaginary parts in turn
+            return at._replace(memory=self._in_turn(memory))
+        return Places(self.planes[memory][at.offset % 2], at.offset // 2, at.sizes, tuple(s // 2 for s in at.strides))
+
+    def _in_turn(self, memory: int) -> int:
+        if memory not in self.interleaved:
+            count = self.made[self.planes[memory][0]]
+            whole = self.new((count, 2))
+            for part, plane in enumerate(self.planes[memory]):
+                out = Places(whole.memory, part, (count,), (2,))
+                self.point("copy", out, [Places(plane, 0, (count,), (1,))])
+            self.interleaved[memory] = whole.memory
+        return self.interleaved[memory]
+
     def product(self, x: Tensor, w: Weights, bias: Tensor | None, y: Tensor) -> None:
         """x (..., K), w (N, K), y (..., N)."""
-        if bias is not None and not bias.is_contiguous():
-            raise Unrecordable("a bias that is a view")
         if not y.is_contiguous():
             raise Unrecordable("a product that is not laid out in rows")
-        given = self.contiguous(x)
+        given, more = self.contiguous(x), None if bias is None else self.contiguous(bias)
         if memory_of(y) not in self.made:
             self.make(y)
-        self.instructions.append(Product(w, given, places_of(y), None if bias is None else self.read(bias)))
+        self.instructions.append(Product(w, given, places_of(y), more))
 
     def constant(self, t: Tensor) -> Tensor:
         if memory_of(t) not in self.constants or t.dtype != torch.float32:
@@ -175,27 +212,44 @@ class Translation:
             w = w.contiguous()
         return Weights(w, None)
 
+    def changing(self, x: Places, w: Places, y: Tensor) -> None:
+        """x (B, M, K), w (B, K, N), y (B, M, N): a product of two factors that change."""
+        (batch, rows, depth), columns = x.sizes, w.sizes[2]
+        x_at, w_at = (x.strides[0], x.strides[1], x.strides[2]), (w.strides[0], w.strides[1], w.strides[2])
+        if w_at[1] == 1 or columns == 1:  # (B, M, N, K)
+            sizes, last = (batch, rows, columns, depth), 3
+            left, right = (x_at[0], x_at[1], 0, x_at[2]), (w_at[0], 0, w_at[2], w_at[1])
+        else:  # (B, M, K, N)
+            sizes, last = (batch, rows, depth, columns), 2
+            left, right = (x_at[0], x_at[1], x_at[2], 0), (w_at[0], 0, w_at[1], w_at[2])
+        each = x._replace(sizes=sizes, strides=left), w._replace(sizes=sizes, strides=right)
+        self.reduce(0, [self.point("mul", self.new(sizes), each), [last]], y)
+
     def look_up(self, w: Weights, ids: Tensor, out: Tensor) -> None:
         if not (ids.is_contiguous() and out.is_contiguous()):
             raise Unrecordable("ids that are not laid out in rows")
         self.make(out)
         self.instructions.append(Lookup(w, self.read_any(ids), ids.element_size(), places_of(out)))
 
-    def reduce(self, what: int, args: Sequence[Any], out: Tensor, *, mean: bool = False) -> None:
-        x, dims = args[0], args[1] if len(args) > 1 else None
-        dims = range(x.ndim) if dims is None or dims == [] else ([dims] if isinstance(dims, int) else dims)
-        gone_dims = {d % max(1, x.ndim) for d in dims} if x.ndim else set()
-        at = self.read(x)
-        kept = [(at.sizes[d], at.strides[d]) for d in range(x.ndim) if d not in gone_dims and at.sizes[d] != 1]
+    def reduce(self, what: int, args: Sequence[Any], out: Tensor | Places, *, mean: bool = False) -> Places:
+        """args: a tensor or places, and dimensions, all where there are none."""
+        at = args[0] if isinstance(args[0], Places) else self.read(args[0])
+        count, dims = len(at.sizes), args[1] if len(args) > 1 else None
+        dims = range(count) if dims is None or dims == [] else ([dims] if isinstance(dims, int) else dims)
+        gone_dims = {d % max(1, count) for d in dims} if count else set()
+        kept = [(at.sizes[d], at.strides[d]) for d in range(count) if d not in gone_dims and at.sizes[d] != 1]
         gone = [(at.sizes[d], at.strides[d]) for d in sorted(gone_dims) if at.sizes[d] != 1]
-        if not out.is_contiguous() or 0 in at.sizes:
-            raise Unrecordable("a reduction that is not laid out in rows, or of nothing")
-        self.make(out)
+        if isinstance(out, Tensor):
+            if not out.is_contiguous() or 0 in at.sizes:
+                raise Unrecordable("a reduction that is not laid out in rows, or of nothing")
+            self.make(out)
+            out = places_of(out)
         kept, gone = joined(kept), joined(gone)
         if len(kept) > 3 or len(gone) > 2:
             raise Unrecordable("a reduction over too many dimensions")
         factor = 1 / math.prod(n for n, _ in gone) if mean else 1.0
-        self.instructions.append(Reduction(what, places_of(out), at, kept, gone, factor))
+        self.instructions.append(Reduction(what, out, at, kept, gone, factor))
+        return out
 
 
 def flat(tree: Any) -> Iterator[Any]:
@@ -223,11 +277,14 @@ def joined(dims: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 Translate = Callable[[Translation, tuple[Any, ...], dict[str, Any], Tensor], None]
 TRANSLATIONS: dict[Any, Translate] = {}
+COMPLEX: dict[Any, Translate] = {}  # where a complex number takes part
+EXACT: dict[Any, Translate] = {}  # where a number of one of these kinds does
+KINDS = {torch.float64: "float64", torch.int64: "int64", torch.int32: "int32"}
 
 
-def _translates(*functions: Any) -> Callable[[Translate], Translate]:
+def translates(*functions: Any, table: dict[Any, Translate] = TRANSLATIONS) -> Callable[[Translate], Translate]:
     def register(translate: Translate) -> Translate:
-        TRANSLATIONS.update(dict.fromkeys(functions, translate))
+        table.update(dict.fromkeys(functions, translate))
         return translate
 
     return register
@@ -248,7 +305,7 @@ for _function, _name, _count in (
     (aten.silu.default, "silu", 1), (aten.tanh.default, "tanh", 1), (aten.softplus.default, "softplus", 1),
     (aten.log_sigmoid_forward.default, "log_sigmoid", 1), (aten.abs.default, "abs", 1),
     (aten.maximum.default, "maximum", 2), (aten.where.self, "where", 3), (aten.gt.Tensor, "gt", 2),
-    (aten.ge.Tensor, "ge", 2), (aten.lt.Tensor, "lt", 2), (aten.le.Tensor, "le", 2),
+    (aten.ge.Tensor, "ge", 2), (aten.lt.Tensor, "lt", 2), (aten.le.Tensor, "le", 2), (aten.eq.Tensor, "eq", 2),
     (aten.logaddexp.default, "logaddexp", 2),
 ):  # fmt: skip
     TRANSLATIONS[_function] = _plainly(_name, _count)
@@ -269,12 +326,12 @@ def _sum_of(sign: float) -> Translate:
 TRANSLATIONS[aten.add.Tensor], TRANSLATIONS[aten.sub.Tensor] = _sum_of(1.0), _sum_of(-1.0)
 
 
-@_translates(aten.rsub.Scalar)
+@translates(aten.rsub.Scalar)
 def _rsub(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     tr.point("affine", out, args[:1], p=-float(args[2] if len(args) > 2 else 1), q=args[1])
 
 
-@_translates(aten.mul.Tensor)
+@translates(aten.mul.Tensor)
 def _mul(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     x, y = args
     if isinstance(y, Tensor):
@@ -283,7 +340,7 @@ def _mul(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Te
         tr.point("affine", out, [x], p=y)
 
 
-@_translates(aten.div.Tensor)
+@translates(aten.div.Tensor)
 def _div(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     if kwargs:
         raise Unrecordable("division that rounds")
@@ -294,12 +351,12 @@ def _div(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Te
         tr.point("affine", out, [x], p=1 / y)
 
 
-@_translates(aten.neg.default)
+@translates(aten.neg.default)
 def _neg(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     tr.point("affine", out, args, p=-1.0)
 
 
-@_translates(aten.pow.Tensor_Scalar)
+@translates(aten.pow.Tensor_Scalar)
 def _pow(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     x, power = args
     names = {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
@@ -311,7 +368,7 @@ def _pow(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Te
         raise Unrecordable(f"the power {power}")
 
 
-@_translates(aten.clamp.default, aten.clamp_min.default, aten.relu.default)
+@translates(aten.clamp.default, aten.clamp_min.default, aten.relu.default)
 def _clamp(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     least: Any = args[1] if len(args) > 1 else None if kwargs else 0.0  # relu has no arguments
     most: Any = args[2] if len(args) > 2 else None
@@ -328,21 +385,21 @@ def _compared(name: str) -> Translate:
 
 TRANSLATIONS |= {
     aten.gt.Scalar: _compared("gt p"), aten.ge.Scalar: _compared("ge p"), aten.lt.Scalar: _compared("lt p"),
-    aten.le.Scalar: _compared("le p"),
+    aten.le.Scalar: _compared("le p"), aten.eq.Scalar: _compared("eq p"),
 }  # fmt: skip
 
 
-@_translates(aten.addcmul.default)
+@translates(aten.addcmul.default)
 def _addcmul(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     tr.point("addcmul", out, args, p=kwargs.get("value", 1))
 
 
-@_translates(aten.clone.default, aten._to_copy.default)
+@translates(aten.clone.default, aten._to_copy.default)
 def _copy(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     tr.point("copy", out, args[:1])
 
 
-@_translates(aten.cat.default)
+@translates(aten.cat.default)
 def _cat(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     parts, dim = args[0], (args[1] if len(args) > 1 else 0) % out.ndim
     tr.make(out)
@@ -353,12 +410,16 @@ def _cat(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Te
             start += part.shape[dim]
 
 
-@_translates(aten.mm.default)
+@translates(aten.mm.default)
 def _mm(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    tr.product(args[0], tr.weights(args[1]), None, out)
+    x, w = args
+    if memory_of(w) in tr.constants:
+        tr.product(x, tr.weights(w), None, out)
+    else:
+        _bmm(tr, (x[None], w[None]), {}, out[None])
 
 
-@_translates(aten.addmm.default)
+@translates(aten.addmm.default)
 def _addmm(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     bias, x, w = args
     if kwargs or bias.shape != out.shape[1:]:
@@ -366,30 +427,39 @@ def _addmm(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
     tr.product(x, tr.weights(w), bias, out)
 
 
-@_translates(aten.bmm.default)
+@translates(aten.bmm.default)
 def _bmm(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     x, w = args
+    if memory_of(w) not in tr.constants and memory_of(x) not in tr.constants:
+        tr.changing(tr.read(x), tr.read(w), out)
+        return
+    if memory_of(w) not in tr.constants:  # the way round in which rows of what is constant stand first
+        turned = torch.empty(out.mT.shape)
+        tr.alive.append(turned)
+        _bmm(tr, (w.mT, x.mT), {}, turned)
+        tr.point("copy", out, [turned.mT])
+        return
     tr.make(out)
     for each in zip(x, w, out, strict=True):
         tr.product(each[0], tr.weights(each[1]), None, each[2])
 
 
-@_translates(aten.embedding.default)
+@translates(aten.embedding.default)
 def _embedding(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     w, ids = args[:2]
     tr.look_up(Weights(tr.constant(w).contiguous(), None), ids, out)
 
 
-@_translates(aten.sum.dim_IntList, aten.sum.default)
+@translates(aten.sum.dim_IntList, aten.sum.default)
 def _sum(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     tr.reduce(0, args, out)
 
 
-@_translates(aten.mean.dim, aten.mean.default)
+@translates(aten.mean.dim, aten.mean.default)
 def _mean(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     tr.reduce(0, args, out, mean=True)
 
 
-@_translates(aten.amax.default)
+@translates(aten.amax.default)
 def _amax(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     tr.reduce(1, args, out)
