@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from statewise.cli.stream import Streamer
+from statewise.ops.recorded import Program
 from statewise.tasks import Series
 from statewise.training import load
 
@@ -29,6 +31,24 @@ def test_the_answers_are_those_of_forward(runs, call):
     said = call("stream", runs["adding"], stdin=LINES)
     assert said.code == 0
     torch.testing.assert_close(values(said.out), model(NUMBERS[None])[0][0].detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("run", "lines"),
+    [("adding", LINES), ("copy", b"1 2 3\n4\n"), ("text", b"the quick\nbrown "), ("classes", b"0.1,100\n0.2,105\n")],
+)
+def test_fast_steps_are_recorded_and_give_the_same_answers(runs, call, run, lines, monkeypatch):
+    kept, record = [], Streamer.record
+    monkeypatch.setattr(Streamer, "record", lambda self: (kept.append(self), record(self)))
+    fast, plain = (call("stream", runs[run], *more, stdin=lines).out for more in (["--fast"], []))
+    assert all(isinstance(program, Program) for program in kept[0].step.programs.values())
+    found, want = (re.split(r"[\s,]+", out.replace("- ", "nan ").strip()) for out in (fast, plain))
+    assert len(found) == len(want)
+    for one, other in zip(found, want, strict=True):
+        try:
+            assert float(one) == pytest.approx(float(other), rel=1e-4, abs=2e-4, nan_ok=True)
+        except ValueError:
+            assert one == other
 
 
 @pytest.mark.parametrize("written", [b"1, 0.5\n", b"1 0.5\n", b"1;0.5\r\n", b"  1\t0.5  \n", b"1,0.5"])
