@@ -20,7 +20,7 @@ in_numba = importlib.import_module("statewise.ops.linear_scan.in_numba")  # the 
 @pytest.fixture
 def shared_time(monkeypatch):
     """Two threads and tiles of a few steps, so that small inputs take every path of the numba kernel."""
-    monkeypatch.setattr(in_numba, "SMALL", 0)
+    monkeypatch.setattr(in_numba.teams, "SMALL", 0)
     monkeypatch.setattr(in_numba, "ALONE", 1)
     monkeypatch.setattr(in_numba, "FAR", 0)
     monkeypatch.setattr(in_numba, "TILE", 0)
@@ -105,7 +105,7 @@ def test_results_past_the_caches_are_the_same_bits(monkeypatch, dtype, width, ba
 def test_sharing_out_rows_gives_the_same_bits(monkeypatch, shape):
     inputs = _inputs(*shape)
     alone = _outcome(inputs, backend="numba")
-    monkeypatch.setattr(in_numba, "SMALL", 0)
+    monkeypatch.setattr(in_numba.teams, "SMALL", 0)
     torch.set_num_threads(2)
     try:
         assert all(torch.equal(p, q) for p, q in zip(alone, _outcome(inputs, backend="numba")))
@@ -398,7 +398,7 @@ def test_guessed_tiles_are_the_same_bits(monkeypatch, shared_time, dtype, with_r
     run = in_numba._run
     monkeypatch.setattr(in_numba, "_run", lambda like, q, *rest: called.append(q.share_time) or run(like, q, *rest))
     shared = _outcome((a, x, h0), reset=reset, backend="numba")
-    monkeypatch.setattr(in_numba, "SMALL", 1 << 60)  # one thread
+    monkeypatch.setattr(in_numba.teams, "SMALL", 1 << 60)  # one thread
     for got, want in zip(shared, _outcome((a, x, h0), reset=reset, backend="numba"), strict=True):
         assert torch.equal(got, want)
     assert called == [1, 1, 0, 0]

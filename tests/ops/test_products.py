@@ -30,7 +30,7 @@ def near(got: Tensor, exact: Tensor, library: Tensor, terms: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_products_are_the_library_s(dtype: torch.dtype, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_workers", lambda: workers)
+    monkeypatch.setattr(products.teams, "available", lambda: workers)
     rng = torch.Generator().manual_seed(0)
     for rows, depth, columns in SHAPES:
         wide = torch.randn(rows, depth + 3, generator=rng, dtype=dtype)

@@ -179,7 +179,7 @@ def test_padding_may_hold_anything(backend):
 def test_threads_change_nothing(monkeypatch):
     inputs, reset = _inputs(3, 100, 150, 5), torch.rand(3, 100) < 0.05
     one = _outcome(inputs, reset=reset, backend="numba")
-    monkeypatch.setattr(in_numba.threads, "SMALL", 0)
+    monkeypatch.setattr(in_numba.teams, "SMALL", 0)
     torch.set_num_threads(2)
     try:
         two = _outcome(inputs, reset=reset, backend="numba")

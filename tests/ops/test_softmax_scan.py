@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from statewise.core import UsageError
 from statewise.ops import log_sum_exp_scan, softmax_scan
 from statewise.ops.softmax_scan import SoftmaxState, nothing_seen
+from statewise.ops.teams import in_numba as teams
 
 ON_CPU = [name for name in softmax_scan.backends if name != "triton"]  # test_softmax_triton.py
 BACKENDS = [*ON_CPU, "reference"]
@@ -225,7 +224,6 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_threads_change_nothing(monkeypatch):
-    threads = importlib.import_module("statewise.ops.linear_scan.in_numba")
     score, v, *state = (t.requires_grad_() for t in _inputs(3, 50, 4, 5))
 
     def outcome() -> list[Tensor]:
@@ -234,7 +232,7 @@ def test_threads_change_nothing(monkeypatch):
         return [o, *last, *torch.autograd.grad(loss, (score, v, *state))]
 
     one = outcome()
-    monkeypatch.setattr(threads, "SMALL", 0)
+    monkeypatch.setattr(teams, "SMALL", 0)
     torch.set_num_threads(2)
     try:
         two = outcome()

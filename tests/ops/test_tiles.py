@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from statewise.ops import delta_scan, dplr_scan, outer_scan
+from statewise.ops.compiled import in_numba as compiled
 
 tiles = importlib.import_module("statewise.ops.tiles.in_numba")
 
@@ -72,21 +73,20 @@ def test_no_step_leaves_a_state_that_is_not_finite():
 
 
 def test_compiled_code_is_not_kept_beyond_a_change_in_what_it_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    threads = importlib.import_module("statewise.ops.linear_scan.in_numba")
     monkeypatch.syspath_prepend(tmp_path)
-    head = "from statewise.ops.linear_scan.in_numba import _compile\n"
-    (tmp_path / "last_in_numba.py").write_text(f"{head}@_compile\ndef number():\n    return 1\n")
+    head = "from statewise.ops.compiled.in_numba import function\n"
+    (tmp_path / "last_in_numba.py").write_text(f"{head}@function\ndef number():\n    return 1\n")
     (tmp_path / "second_in_numba.py").write_text("import last_in_numba\n")
     code = "import second_in_numba\nlast = second_in_numba.last_in_numba\n"
-    (tmp_path / "first_in_numba.py").write_text(f"{head}{code}@_compile\ndef call():\n    return last.number()\n")
+    (tmp_path / "first_in_numba.py").write_text(f"{head}{code}@function\ndef call():\n    return last.number()\n")
 
     def anew() -> int:
-        threads._stamp.cache_clear()
+        compiled._stamp.cache_clear()
         for name in ("first", "second", "last"):
             sys.modules.pop(f"{name}_in_numba", None)
         return importlib.import_module("first_in_numba").call()
 
     assert anew() == 1 and list((tmp_path / "__pycache__").glob("first_in_numba.call*.nbi"))
     assert anew() == 1
-    (tmp_path / "last_in_numba.py").write_text(f"{head}@_compile\ndef number():\n    return 1 + 1\n")
+    (tmp_path / "last_in_numba.py").write_text(f"{head}@function\ndef number():\n    return 1 + 1\n")
     assert anew() == 2

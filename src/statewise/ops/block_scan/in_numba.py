@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linear_scan.in_numba import _compile
+from ..compiled import in_numba as compiled
 from ..opaque import opaque
 
 _SUMS = {"reassoc", "contract", "nsz"}  # sums may be taken in any order; infinities and NaN keep their meaning
 
 
-@functools.partial(_compile, fastmath=_SUMS)
+@functools.partial(compiled.function, fastmath=_SUMS)
 def _forward_kernel(a, x, reset, h0, h):
     rows, steps, groups, size = x.shape
     for b in range(rows):
@@ -36,7 +36,7 @@ def _forward_kernel(a, x, reset, h0, h):
                     h[b, t, g, i] = total
 
 
-@functools.partial(_compile, fastmath=_SUMS)
+@functools.partial(compiled.function, fastmath=_SUMS)
 def _backward_kernel(d_out, a, reset, h0, h, da, dx, mu):
     """mu comes as the gradient of the last state and leaves as the gradient of h0."""
     rows, steps, groups, size = dx.shape

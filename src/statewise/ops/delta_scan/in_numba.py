@@ -18,7 +18,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -26,18 +25,19 @@ from numba.core import cgutils
 from torch import Tensor
 
 from .. import fresh
+from ..compiled import in_numba as compiled
 from ..contain import contained
-from ..linear_scan import in_numba as threads
 from ..opaque import opaque
 from ..selective_scan import in_numba as vectors
 from ..selective_scan.in_numba import _code, _Lanes
+from ..teams import in_numba as teams
 from ..tiles import in_numba as tiles
 from ..tiles.in_numba import LOG2
 from . import dplr_in_torch, in_torch
 from .chunks import CUT
 from .in_torch import ARGUMENTS, by_loop
 
-_compile = threads._compile
+_compile = compiled.function
 ROWS = 64  # corrections in a chunk
 
 
@@ -127,7 +127,7 @@ def _add(x, y):
 @_compile
 def _scores(like, kk, qk, decay, qs, ks, kt, ones, logs, each):
     """What a correction sees of those before it, with a minus (C, C), and a query of all up to it (C / each, C)."""
-    threads._apart()
+    compiled.apart()
     tiles.weighed(like, decay, ones, logs)
     tiles.turn(like, kt, ks)
     tiles.lower(like, kk, ks, kt)
@@ -179,7 +179,7 @@ _read_rows, _read_rows_back = _triangle_by(False, False), _triangle_by(True, Fal
 @_compile
 def _solve(like, missing, new, kk, betas):
     """missing becomes the solution of missing = missing + kk new, new = beta missing, from the first row on."""
-    threads._apart()
+    compiled.apart()
     size, item = missing.shape[0], missing.itemsize
     row, block = missing.shape[1] * item, size * item
     for i in range(0, size, tiles.ROWS):
@@ -197,7 +197,7 @@ def _solve(like, missing, new, kk, betas):
 @_compile
 def _solve_back(like, given, y, kk, betas):
     """The adjoint, from the last row on: given, the gradient of new, becomes all of it, and y that of missing."""
-    threads._apart()
+    compiled.apart()
     size, item = given.shape[0], given.itemsize
     row, block = given.shape[1] * item, size * item
     for last in range(size, 0, -tiles.ROWS):
@@ -214,9 +214,12 @@ def _solve_back(like, given, y, kk, betas):
 
 
 @_compile
-def _forward_work(like, q, k, v, beta, g, state, tokens, each, o, last, states, missed, worker, workers):
+def _forward_work(like, given, me):
     """Units are rows of the batch by heads; missed: what the corrections found missing, (B, n T, H, V), or nothing."""
-    threads._apart()
+    compiled.apart()
+    if teams.started(me):
+        return
+    q, k, v, beta, g, state, tokens, each, o, last, states, missed = given
     steps, heads, keys, values, size = q.shape[1], q.shape[2], q.shape[3], v.shape[3], tokens * each
     wide, high = tiles.up(keys), tiles.up(values)
     qs, ks, kt = np.zeros((tokens, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((wide, size), v.dtype)
@@ -227,7 +230,7 @@ def _forward_work(like, q, k, v, beta, g, state, tokens, each, o, last, states, 
     logs, betas = np.zeros(size, v.dtype), np.zeros(size, v.dtype)
     factors, whole = np.zeros((2, size), v.dtype), np.zeros((2, 1), v.dtype)
     units = q.shape[0] * heads
-    for u in range(units * worker // workers, units * (worker + 1) // workers):
+    for u in teams.share(units, me):
         b, h = u // heads, u % heads
         s[:] = 0  # what fills up the tile too: of the head before, it may not be finite
         s[:keys, :values] = state[b, h]
@@ -258,11 +261,11 @@ def _forward_work(like, q, k, v, beta, g, state, tokens, each, o, last, states, 
 
 
 @_compile
-def _backward_work(
-    like, d_o, d_last, q, k, v, beta, g, states, missed, tokens, each, d_q, d_k, d_v, d_beta, d_g, d_state,
-    worker, workers,
-):  # fmt: skip
-    threads._apart()
+def _backward_work(like, given, me):
+    compiled.apart()
+    if teams.started(me):
+        return
+    d_o, d_last, q, k, v, beta, g, states, missed, tokens, each, d_q, d_k, d_v, d_beta, d_g, d_state = given
     steps, heads, keys, values, size = q.shape[1], q.shape[2], q.shape[3], v.shape[3], tokens * each
     wide, high = tiles.up(keys), tiles.up(values)
     qs, ks, kt = np.zeros((tokens, wide), v.dtype), np.zeros((size, wide), v.dtype), np.zeros((wide, size), v.dtype)
@@ -277,7 +280,7 @@ def _backward_work(
     of_q, of_read, of_write = np.zeros(tokens, v.dtype), np.zeros(size, v.dtype), np.zeros(size, v.dtype)
     factors, whole = np.zeros((2, size), v.dtype), np.zeros((2, 1), v.dtype)
     units = q.shape[0] * heads
-    for u in range(units * worker // workers, units * (worker + 1) // workers):
+    for u in teams.share(units, me):
         b, h = u // heads, u % heads
         end[:] = 0
         end[:keys, :values] = d_last[b, h]
@@ -346,18 +349,6 @@ def _backward_work(
         d_state[b, h] = end[:keys, :values]
 
 
-@functools.partial(_compile, parallel=True)
-def _forward_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _forward_work(like, *arrays, np.int64(worker), workers)
-
-
-@functools.partial(_compile, parallel=True)
-def _backward_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _backward_work(like, *arrays, np.int64(worker), workers)
-
-
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """Steps of a chunk, corrections of a step, and the shape of the states between chunks."""
     each = k.shape[1] // q.shape[1]
@@ -376,7 +367,7 @@ def _forward(
     states, missed = (fresh.empty(state, *(size if keep else (0, *size[1:]))) for size in (shape, v.shape))
     given = q.new_empty(*q.shape[:2], 0) if g is None else g
     before, after = vectors._arrays(q, k, v, beta, given, state), vectors._arrays(o, last, states, missed)
-    vectors._run(_forward_work, _forward_together, v, 1, len(q) * q.shape[2], *before, tokens, each, *after)
+    vectors._run(_forward_work, v, 1, len(q) * q.shape[2], *before, tokens, each, *after)
     return o, last, states, missed
 
 
@@ -389,7 +380,7 @@ def _backward(
     grads = [fresh.empty(t, *t.shape) for t in (q, k, v, beta, given, d_last)]
     before = vectors._arrays(d_o, d_last, q, k, v, beta, given, states, missed)
     arrays = *before, tokens, each, *vectors._arrays(*grads)
-    vectors._run(_backward_work, _backward_together, v, 1, len(q) * q.shape[2], *arrays)
+    vectors._run(_backward_work, v, 1, len(q) * q.shape[2], *arrays)
     return tuple(grads if g is not None else [*grads[:4], grads[5]])
 
 
@@ -693,7 +684,7 @@ def _first_back(d_a, end, a, b, t, h, s, given):
 @_compile
 def _read(like, read, weights):
     """read_i += sum_{j < i} weights_{i - 1, j} read_j, from the first row on."""
-    threads._apart()
+    compiled.apart()
     size, item = weights.shape[0], read.itemsize
     row, block = read.shape[1] * item, size * item
     for i in range(0, size, tiles.ROWS):
@@ -706,7 +697,7 @@ def _read(like, read, weights):
 @_compile
 def _read_back(like, given, weights):
     """The adjoint: given, the gradient of read, becomes all of it, that of what stood there before."""
-    threads._apart()
+    compiled.apart()
     size, item = weights.shape[0], given.itemsize
     row, block = given.shape[1] * item, size * item
     for last in range(size, 0, -tiles.ROWS):
@@ -724,7 +715,7 @@ def _read_back(like, given, weights):
 def _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, start, steps, h, ahead):
     """A chunk's rows as they come and as they are scaled, in t, and those of k and b in levels (2, _, C, keys), the
     weights (4, C, C) of q and a against k and b, and the decays of all of it; turned, seen: scratch."""
-    threads._apart()
+    compiled.apart()
     size, wide, item = w.shape[1], turned.shape[1], w.itemsize
     qs, ks, as_, bs, logs = t[0, :size], t[1, :size], t[2, :size], t[3, :size], t[10, :size]
     row, block = wide * item, size * item
@@ -770,7 +761,7 @@ def _prepare(like, t, levels, w, total, whole, turned, seen, q, k, a, b, g, n, s
 def _prepare_back(like, t, levels, d_levels, w, total, zero, seen):
     """From the gradients of the scaled rows and of the weights, d_levels being scratch, those of the rows and of the
     logs of the decays."""
-    threads._apart()
+    compiled.apart()
     size, wide, item, half = w.shape[1], levels.shape[3], w.itemsize, LEAF
     row, block = wide * item, size * item
     at = t.ctypes.data + np.arange(20) * t.shape[1] * row
@@ -816,12 +807,15 @@ def _prepare_back(like, t, levels, d_levels, w, total, zero, seen):
 
 
 @_compile
-def _dplr_forward_work(like, q, k, v, a, b, g, state, size, o, last, states, read, worker, workers):
+def _dplr_forward_work(like, given, me):
     """Units are rows of the batch by heads; read: what a reads, (B, T, H, V), or nothing.
 
     A tile has a row to spare: at multiples of 4 KiB from each other they would push each other out of the cache.
     """
-    threads._apart()
+    compiled.apart()
+    if teams.started(me):
+        return
+    q, k, v, a, b, g, state, size, o, last, states, read = given
     steps, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
     wide, high, spare = tiles.up(keys), tiles.up(values), size + 1
     t, levels = np.zeros((11, spare, wide), v.dtype), np.zeros((2, _levels(size), size, wide), v.dtype)
@@ -832,7 +826,7 @@ def _dplr_forward_work(like, q, k, v, a, b, g, state, size, o, last, states, rea
     seen, s = np.zeros((2, wide), v.dtype), np.zeros((wide, high), v.dtype)
     total, whole = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype)
     units = q.shape[0] * heads
-    for u in range(units * worker // workers, units * (worker + 1) // workers):
+    for u in teams.share(units, me):
         n, h = u // heads, u % heads
         s[:] = 0
         s[:keys, :values] = state[n, h]
@@ -859,10 +853,11 @@ def _dplr_forward_work(like, q, k, v, a, b, g, state, size, o, last, states, rea
 
 
 @_compile
-def _dplr_backward_work(
-    like, d_o, d_last, q, k, v, a, b, g, states, read, size, d_q, d_k, d_v, d_a, d_b, d_g, d_state, worker, workers
-):  # fmt: skip
-    threads._apart()
+def _dplr_backward_work(like, given, me):
+    compiled.apart()
+    if teams.started(me):
+        return
+    d_o, d_last, q, k, v, a, b, g, states, read, size, d_q, d_k, d_v, d_a, d_b, d_g, d_state = given
     steps, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
     wide, high, spare = tiles.up(keys), tiles.up(values), size + 1
     t, levels = np.zeros((20, spare, wide), v.dtype), np.zeros((2, _levels(size), size, wide), v.dtype)
@@ -878,7 +873,7 @@ def _dplr_backward_work(
     seen, end = np.zeros((2 * LEAF, wide), v.dtype), np.zeros((wide, high), v.dtype)
     total, whole, zero = np.zeros(wide, v.dtype), np.zeros((2, wide), v.dtype), np.zeros(wide, v.dtype)
     units = q.shape[0] * heads
-    for u in range(units * worker // workers, units * (worker + 1) // workers):
+    for u in teams.share(units, me):
         n, h = u // heads, u % heads
         end[:] = 0
         end[:keys, :values] = d_last[n, h]
@@ -926,18 +921,6 @@ def _dplr_backward_work(
         d_state[n, h] = end[:keys, :values]
 
 
-@functools.partial(_compile, parallel=True)
-def _dplr_forward_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _dplr_forward_work(like, *arrays, np.int64(worker), workers)
-
-
-@functools.partial(_compile, parallel=True)
-def _dplr_backward_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _dplr_backward_work(like, *arrays, np.int64(worker), workers)
-
-
 def _dplr_forward(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor, *,
     keep: bool,
@@ -948,7 +931,7 @@ def _dplr_forward(
     given = q.new_empty(*q.shape[:3], 0) if g is None else g
     before = vectors._arrays(q, k, v, a, b, given, state)  # resets are in the decays
     arrays = *before, size, *vectors._arrays(o, last, states, read)
-    vectors._run(_dplr_forward_work, _dplr_forward_together, v, 1, len(q) * q.shape[2], *arrays)
+    vectors._run(_dplr_forward_work, v, 1, len(q) * q.shape[2], *arrays)
     return o, last, states, read
 
 
@@ -960,7 +943,7 @@ def _dplr_backward(
     grads = [fresh.empty(t, *t.shape) for t in (q, k, v, a, b, given, d_last)]
     before = vectors._arrays(d_o, d_last, q, k, v, a, b, given, states, read)
     arrays = *before, size, *vectors._arrays(*grads)
-    vectors._run(_dplr_backward_work, _dplr_backward_together, v, 1, len(q) * q.shape[2], *arrays)
+    vectors._run(_dplr_backward_work, v, 1, len(q) * q.shape[2], *arrays)
     return tuple(grads if g is not None else [*grads[:5], grads[6]])
 
 

@@ -26,8 +26,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compiled import in_numba as compiled
 from ..fresh import empty
-from ..linear_scan import in_numba as threads
+from ..linear_scan import in_numba as rowwise
 from ..opaque import opaque
 from ..products import in_numba as products
 from ..products.in_numba import PANEL
@@ -41,7 +42,7 @@ NEAR = 1 << 23  # bytes of a stretch's gates: the third-level cache holds them a
 PAD = 64  # bytes between rows of h, or rows a power of 2 apart would share a few lines of the cache
 ALONE = 1 << 20  # multiplications below which a second thread costs more than it brings
 
-_compile = threads._compile
+_compile = compiled.function
 
 
 class _Problem(NamedTuple):
@@ -466,22 +467,22 @@ def _meet(q, team, goal):
     """Wait until this many have come here. Returns the goal of the next time."""
     if q.members > 1:
         at, turns = q.meeting + team * 64, 0
-        threads._claim(at)
-        while threads._is_set(at) < goal:
+        teams.claim(at)
+        while teams.is_set(at) < goal:
             turns += 1
             if turns % 1024 == 0:
-                threads._yield()
+                teams.give_way()
     return goal + q.members
 
 
 @_compile
 def _word(address):
-    return threads._is_set(address)
+    return teams.is_set(address)
 
 
 @_compile
 def _resets(q, b, t):
-    return q.reset != 0 and threads._byte(q.reset + b * q.steps + t) != 0
+    return q.reset != 0 and rowwise._byte(q.reset + b * q.steps + t) != 0
 
 
 @_compile
@@ -495,7 +496,7 @@ def _longest(q, r0, r1):
 @_compile
 def _forward_task(like, q, team, member, head, r0, r1, goal):
     """Rows r0 to r1 of one head through all of time; of the head this member's units."""
-    threads._apart()
+    compiled.apart()
     thread, item, row = team * q.members + member, q.item, q.width * q.item
     size = q.units * q.members
     at, mine = (head * size + member * q.units) * item, member * q.units * item
@@ -504,7 +505,7 @@ def _forward_task(like, q, team, member, head, r0, r1, goal):
     first_gap, longest = q.batch * row, _longest(q, r0, r1)
     for b in range(r0, r1):
         first = q.fresh if _resets(q, b, 0) else q.first + b * row
-        threads._copy(like, q.units, (near + (b - r0) * q.near_row + mine, first + at))
+        rowwise._copy(like, q.units, (near + (b - r0) * q.near_row + mine, first + at))
     goal = _meet(q, team, goal)
     here, there = near, near + q.near_size
     for t in range(longest):
@@ -546,18 +547,18 @@ def _forward_task(like, q, team, member, head, r0, r1, goal):
                 for g in range(q.gates):
                     _fetch(gates + (q.gates + g) * row, q.units * item)
             if t + 1 < q.stretch and _resets(q, b, t + 1):
-                threads._copy(like, q.units, (after, q.fresh + at))
+                rowwise._copy(like, q.units, (after, q.fresh + at))
         goal = _meet(q, team, goal)
         here, there = there, here
     for b in range(r0, r1):
         for t in range(_word(q.ends + b * 8), q.stretch):
-            threads._zero(like, q.units, (q.h + (b * q.steps + t) * row + at,))
+            rowwise._zero(like, q.units, (q.h + (b * q.steps + t) * row + at,))
     return goal
 
 
 @_compile
 def _backward_task(like, q, team, member, head, r0, r1, goal):
-    threads._apart()
+    compiled.apart()
     thread, item, row = team * q.members + member, q.item, q.width * q.item
     size = q.units * q.members
     at, mine = (head * size + member * q.units) * item, member * q.units * item
@@ -568,9 +569,9 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
     for b in range(r0, r1):
         for t in range(_word(q.ends + b * 8), q.stretch):
             for g in range(q.gates):
-                threads._zero(like, q.units, (q.x + ((b * q.stretch + t) * q.gates + g) * row + at,))
+                rowwise._zero(like, q.units, (q.x + ((b * q.stretch + t) * q.gates + g) * row + at,))
             if q.d_more != 0:
-                threads._zero(like, q.units, (q.d_more + (b * q.stretch + t) * row + at,))
+                rowwise._zero(like, q.units, (q.d_more + (b * q.stretch + t) * row + at,))
     goal = _meet(q, team, goal)  # of rows before these, someone may still be reading what is near
     here, there = near, near + q.near_size
     for t in range(longest - 1, -1, -1):
@@ -635,17 +636,20 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
             later, others, others_gap = q.zero + at, q.zero + at, 0
         to = q.d_first + b * row + at
         if q.parts == 1 and q.side_row != 0:
-            threads._sum(like, q.units, (to, later, others))
+            rowwise._sum(like, q.units, (to, later, others))
         else:
-            threads._copy(like, q.units, (to, later))
+            rowwise._copy(like, q.units, (to, later))
         for part in range(1, q.parts):
-            threads._copy(like, q.units, (to + part * first_gap, others + (part - 1) * others_gap))
+            rowwise._copy(like, q.units, (to + part * first_gap, others + (part - 1) * others_gap))
     return goal
 
 
 @_compile
-def _forward_work(like, q, thread):
+def _forward_work(like, q, me):
     """One thread's share."""
+    if teams.started(me):
+        return
+    thread = me[0]
     team, goal = thread // q.members, q.members
     for task in range(team, q.groups * q.heads, q.teams):
         group, head = task // q.heads, task % q.heads
@@ -654,7 +658,10 @@ def _forward_work(like, q, thread):
 
 
 @_compile
-def _backward_work(like, q, thread):
+def _backward_work(like, q, me):
+    if teams.started(me):
+        return
+    thread = me[0]
     team, goal = thread // q.members, q.members
     for task in range(team, q.groups * q.heads, q.teams):
         group, head = task // q.heads, task % q.heads
@@ -698,16 +705,6 @@ def _foreseen(plan: _Plan, batch: int, heads: int, size: int, gates: int, item: 
     return rounds * (product + cell + (700 + 15 * lines if plan.members > 1 else 0))
 
 
-@_compile
-def _forward_team(like, q, workers, places):
-    return teams.in_parallel(_forward_work, like, q, workers, places)
-
-
-@_compile
-def _backward_team(like, q, workers, places):
-    return teams.in_parallel(_backward_work, like, q, workers, places)
-
-
 def _walk(
     cell: _Cell, w_hh: Tensor, outer: Tensor | None, inner: Tensor | None, leak: float, h: Tensor, more: Tensor,
     reset: Tensor | None, ends: Tensor, *, keep: bool = True, back: tuple[Tensor, Tensor] | None = None,
@@ -720,7 +717,7 @@ def _walk(
     """
     batch, steps, width = h.shape
     heads, size, item = len(w_hh), w_hh.shape[2], h.element_size()
-    available = 1 if alone or threads._forked else torch.get_num_threads()
+    available = 1 if alone else teams.available()
     plan = _plan(batch, steps, heads, size, cell.gates, item, teams.can_wait(), available)
     units = size // plan.members
     blocks = w_hh.reshape(heads, cell.gates, size, size)
@@ -746,7 +743,7 @@ def _walk(
         fixed["more"] = more
     gates = gates if gates is not None and gates.numel() else None  # where h is the gate there are none
     timed = dict(h=h, more=more if keep else None, reset=reset, gates_at=gates, dh=dh)
-    work, team = (_forward_work, _forward_team) if back is None else (_backward_work, _backward_team)
+    work = _forward_work if back is None else _backward_work
     problem = functools.partial(
         cell.problem, item=item, batch=batch, steps=steps, width=width, heads=heads, gates=cell.gates,
         parts=cell.parts, groups=plan.groups, members=plan.members, teams=plan.teams, units=units, panels=w.shape[2],
@@ -766,7 +763,7 @@ def _walk(
         meeting.zero_()
         at = dict.fromkeys(timed) | fixed | given | here
         q = problem(stretch=count, **{name: 0 if t is None else t.data_ptr() for name, t in at.items()})
-        if not teams.run(work, team, products.LIKE[h.dtype], q, workers, at, waits=plan.members > 1):
+        if not teams.call(work, products.LIKE[h.dtype], q, workers, at, waits=plan.members > 1):
             again = _walk(
                 cell, w_hh, outer, inner, leak, h, more, reset, ends, keep=keep, back=back, alone=True
             )  # fmt: skip

@@ -22,14 +22,10 @@ except where products of decays were taken.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import math
-import os
-import sys
 import threading
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numba
@@ -40,6 +36,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ..compiled import in_numba as compiled
 from ..fresh import empty
 from ..teams import in_numba as teams
 from .adjoint import differentiable
@@ -56,7 +53,8 @@ ALONE = 2  # threads for each row up to which one runs it alone, unless guesses 
 FAR = 1 << 24  # bytes of x from which on guesses pay: with results and decays they are more than the caches hold
 FIRST = 64  # rows of a tile after which a guess is checked first
 LEFT = 1e-18  # part of a state that a tile leaves where guessing pays
-SMALL = 1 << 15  # elements below which a second thread costs more than it brings
+
+_compile = compiled.function
 
 
 class _Lanes:
@@ -280,73 +278,6 @@ def _real(context, like, address):
     return real(like, types.intp), generate
 
 
-@intrinsic
-def _claim(context, address):
-    """Take the next number off a counter that all threads share."""
-
-    def generate(context, builder, signature, args):
-        word = ir.IntType(64)
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], word.as_pointer()), word(1), "acq_rel")
-
-    return types.intp(types.intp), generate
-
-
-@intrinsic
-def _is_set(context, address):
-    def generate(context, builder, signature, args):
-        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
-
-    return types.intp(types.intp), generate
-
-
-@intrinsic
-def _set(context, address):
-    """Let other threads see everything written before."""
-
-    def generate(context, builder, signature, args):
-        word = ir.IntType(64)
-        builder.store_atomic(word(1), builder.inttoptr(args[0], word.as_pointer()), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.intp), generate
-
-
-@intrinsic
-def _settle(context):
-    """Have the stores that went past the caches done before anything else is."""
-
-    def generate(context, builder, signature, args):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@intrinsic
-def _yield(context):
-    """Let another thread have the processor, if one wants it: it may be the one that is waited for."""
-
-    def generate(context, builder, signature, args):
-        if sys.platform != "win32":
-            kind = ir.FunctionType(ir.IntType(32), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@intrinsic
-def _apart(context):
-    """Keep the function that calls this out of its callers, and small: compiling takes a third of the time."""
-
-    def generate(context, builder, signature, args):
-        builder.function.attributes.add("noinline")
-        builder.function.attributes.add("optsize")
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
 class _Problem(NamedTuple):
     """Sizes, addresses, and strides in bytes (0: the same again). Rows of channels are contiguous."""
 
@@ -382,33 +313,6 @@ class _Problem(NamedTuple):
     flags: int  # there too, (B, tiles + 1) words, that a carry is known; the counter of claims
 
 
-def _compile(function: Callable[..., Any], **options: Any) -> Any:
-    """numba.njit, cached beside its file, else in the user's cache directory, else not at all.
-
-    Numba takes a cache for fresh as long as the file of the function is what it was. Code of other files is compiled
-    into it: here they count too.
-    """
-    try:
-        compiled = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-    except RuntimeError:  # no directory can be written
-        return numba.njit(nogil=True, error_model="numpy", **options)(function)
-    cache = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    if cache is not None:
-        cache._source_stamp = _stamp(function.__module__)
-    return compiled
-
-
-@functools.cache
-def _stamp(module: str) -> tuple[tuple[int, int], ...]:
-    """Times and sizes of the module's file and of those of compiled code that it imports, and so on."""
-    found = [sys.modules[module]]
-    for one in found:  # grows
-        names = (n for n in vars(one).values() if isinstance(n, ModuleType) and n.__name__.endswith("in_numba"))
-        found += [n for n in dict.fromkeys(names) if n not in found]
-    files = [os.stat(one.__file__) for one in found if one.__file__]
-    return tuple((f.st_mtime_ns, f.st_size) for f in files)
-
-
 @_compile
 def _rows(like, q, b, t, start):
     """Addresses of row t of a, of x or g, and of every (B, T, width) array, from channel `start`."""
@@ -426,7 +330,7 @@ def _cut(q, b, t):
 @_compile
 def _same(like, q, p, r):
     """Whether two rows are equal in every bit."""
-    _apart()
+    compiled.apart()
     differs = 0
     for i in range(0, q.width * q.item, 4):
         differs |= _bits(p + i) ^ _bits(r + i)
@@ -435,7 +339,7 @@ def _same(like, q, p, r):
 
 @_compile
 def _finite(like, q, row):
-    _apart()
+    compiled.apart()
     for i in range(q.width * q.item // q.real):
         value = _real(like, row + i * q.real)
         if value - value != 0:
@@ -461,7 +365,7 @@ def _decay(like, q, n, a, spread):
 @_compile
 def _forward_span(like, q, b, start, n, t0, t1, carry, spread):
     """Rows t0 to t1 of h; carry, the state before a row and then after it, changes in place."""
-    _apart()
+    compiled.apart()
     row = q.width * q.item
     a, x, at = _rows(like, q, b, t0, start)
     h, moves = q.h + at, (q.a_time, q.x_time, row)
@@ -481,7 +385,7 @@ def _forward_span(like, q, b, start, n, t0, t1, carry, spread):
 @_compile
 def _backward_span(like, q, b, start, n, k, t0, t1, mu, spread):
     """Rows t1 - 1 down to t0 of dx and da; mu, the gradient carried from row to row, changes in place."""
-    _apart()
+    compiled.apart()
     row = q.width * q.item
     da_sum = q.da + ((b * q.tiles + k) * q.width + start) * q.item
     t = t1 - 1
@@ -519,7 +423,7 @@ def _span(like, q, b, start, n, k, s0, s1, carry, spread, back):
 
 @_compile
 def _forward_summary(like, q, b, t0, t1, end, product, spread):
-    _apart()
+    compiled.apart()
     cut = False
     a, x, _ = _rows(like, q, b, t0, 0)
     steps = t1 - t0 if _alike(q, q.width) else 1
@@ -537,7 +441,7 @@ def _forward_summary(like, q, b, t0, t1, end, product, spread):
 
 @_compile
 def _backward_summary(like, q, b, t0, t1, mu, product, spread):
-    _apart()
+    compiled.apart()
     cut = False
     steps = t1 - t0 if _alike(q, q.width) else 1
     for t in range(t1 - 1, t0 - 1, -steps):
@@ -583,13 +487,16 @@ def _flag(q, b, i):
 
 
 @_compile
-def _units(like, q, worker, workers, back):
-    """One thread's share: a part of batch and channels over all time."""
-    _apart()
+def _units(like, given, me):
+    """One thread's share: a part of batch and channels over all time. given: q, back."""
+    compiled.apart()
+    if teams.started(me):
+        return
+    q, back = given
     row, blocks = q.width * q.item, (q.width + q.block - 1) // q.block
-    spread = q.rows + worker * q.own * row
-    carry, units = spread + row, q.batch * blocks
-    for unit in range(units * worker // workers, units * (worker + 1) // workers):
+    spread = q.rows + me[0] * q.own * row
+    carry = spread + row
+    for unit in teams.share(q.batch * blocks, me):
         b, start = unit // blocks, unit % blocks * q.block
         n, first = min(q.block, q.width - start), start * q.item
         _copy(like, n, (carry, q.start + b * row + first))
@@ -598,19 +505,21 @@ def _units(like, q, worker, workers, back):
             _span(like, q, b, start, n, k, 0, min(q.tile, q.steps - k * q.tile), carry, spread, back)
         _copy(like, n, (q.end + b * row + first, carry))
     if q.stream:
-        _settle()
+        teams.settle()
 
 
 @_compile
-def _tiles(like, given, worker):
+def _tiles(like, given, me):
     """One thread's share of time: tiles, each for the thread that claims it, until none is left. given: q, back."""
-    _apart()
+    compiled.apart()
+    if teams.started(me):
+        return
     q, back = given
     row = q.width * q.item
-    spread = q.rows + worker * q.own * row
+    spread = q.rows + me[0] * q.own * row
     carry, end, product, marks = spread + row, spread + 2 * row, spread + 3 * row, spread + 4 * row
     while True:
-        unit = _claim(_flag(q, q.batch, 0))
+        unit = teams.claim(_flag(q, q.batch, 0))
         if unit >= q.batch * q.tiles:
             break
         b, i = unit % q.batch, unit // q.batch
@@ -624,21 +533,21 @@ def _tiles(like, given, worker):
             _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
             if known and i < q.tiles - 1:
                 continue
-        elif _is_set(flag_into):
+        elif teams.is_set(flag_into):
             _copy(like, q.width, (carry, into))
             _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
         else:
             _zero(like, q.width, (carry,))
             _by_marks(like, q, b, k, steps, carry, marks, spread, True, back)
             if q.stream:
-                _settle()
+                teams.settle()
             _wait(flag_into)
             _copy(like, q.width, (carry, into))
             _by_marks(like, q, b, k, steps, carry, marks, spread, False, back)
         _copy(like, q.width, (past, carry))
-        _set(flag_past)
+        teams.publish(flag_past)
     if q.stream:
-        _settle()
+        teams.settle()
 
 
 @_compile
@@ -662,14 +571,14 @@ def _by_marks(like, q, b, k, steps, carry, marks, spread, guess, back):
 
 @_compile
 def _wait(flag):
-    while _is_set(flag) == 0:
-        _yield()
+    while teams.is_set(flag) == 0:
+        teams.give_way()
 
 
 @_compile
 def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
     """Wait for the carry into a tile and publish the one past it. False if that is only known once the tile is done."""
-    _apart()
+    compiled.apart()
     _wait(flag_into)
     if cut:
         _copy(like, q.width, (past, end))
@@ -678,48 +587,24 @@ def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
     # the product of decays may leave the range of numbers where the state itself does not
     known = _finite(like, q, past)
     if known:
-        _set(flag_past)
+        teams.publish(flag_past)
     return known
-
-
-@functools.partial(_compile, parallel=True)
-def _units_together(like, q, workers, back):
-    for worker in numba.prange(workers):
-        _units(like, q, np.int64(worker), workers, back)
-
-
-@_compile
-def _tiles_together(like, given, workers, places):
-    return teams.in_parallel(_tiles, like, given, workers, places)
-
-
-_one_at_a_time = threading.Lock()
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked, _one_at_a_time
-    _forked, _one_at_a_time = True, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _workers(elements: int) -> int:
-    """Threads to use: torch's number, one for little work or in a forked child, where thread pools are lost."""
-    return 1 if elements < SMALL or _forked else min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
 def _run(like: Any, q: _Problem, backward: bool, workers: int, held: object) -> None:
     """held: what q holds addresses of."""
     back = 0 if backward else None
-    if q.share_time:  # whoever comes late finds nothing left to claim: no thread waits for one that has not begun
-        teams.run(_tiles, _tiles_together, like, (q, back), workers, held)
-    elif workers > 1:
-        on_threads(_units_together, like, q, workers, back)
-    else:
-        _units(like, q, 0, 1, back)
+    # where they share time, whoever comes late finds nothing left to claim: no thread waits for one that has not begun
+    teams.call(_tiles if q.share_time else _units, like, (q, back), workers, held)
+
+
+# what ops/recorded shares out work by
+_apart, _claim, _is_set, _yield = compiled.apart, teams.claim, teams.is_set, teams.give_way
+_one_at_a_time = threading.Lock()
+
+
+def _workers(elements: int) -> int:
+    return min(teams.workers(elements), numba.config.NUMBA_NUM_THREADS)
 
 
 def on_threads(together: Callable[..., None], like: Any, q: Any, workers: int, *more: Any) -> None:
@@ -743,7 +628,7 @@ def _solve(
     """Fill h; or, given dx, fill dx from x = g. start: the first carry. Returns the last carry, and da (B, *, N)."""
     batch, steps = x.shape[:2]
     width, item, backward = math.prod(x.shape[2:]), x.element_size(), dx is not None
-    workers, blocks = _workers(x.numel()), -(-width // BLOCK)
+    blocks, workers = -(-width // BLOCK), teams.workers(x.numel())
     while batch * blocks < workers and width >= 2 * NARROW * blocks:
         blocks += 1
     sum_da, row = backward and a.shape[1] == 1, width * item

@@ -22,17 +22,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import fresh
+from ..compiled import in_numba as compiled
 from ..contain import contained
-from ..linear_scan import in_numba as threads
 from ..opaque import opaque
 from ..selective_scan import in_numba as vectors
 from ..selective_scan.in_numba import _Lanes
+from ..teams import in_numba as teams
 from ..tiles import in_numba as tiles
 from .edges import normal
 from .in_torch import ARGUMENTS, by_loop
@@ -42,7 +42,7 @@ LEAF = 16  # steps in a block whose pairs are walked
 ABREAST = 4  # vectors of keys whose running products are taken side by side
 TOGETHER = 4  # heads of a group whose queries and keys are read once
 
-_compile, _code = threads._compile, vectors._code
+_compile, _code = compiled.function, vectors._code
 
 
 @functools.partial(_code, addresses=7)
@@ -71,7 +71,7 @@ def _weigh_both(
 def _decays(like, logs, factors, whole, g, reset, b, start, steps, h):
     """The logs (C) of a chunk's decays in powers of 2, the factors (2, C) from its start and to its end, and that of
     all of it in two parts."""
-    threads._apart()
+    compiled.apart()
     for i in range(logs.shape[0]):
         logs[i] = g[b, start + i, h, 0] * tiles.LOG2 if i < steps and g.shape[3] else 0
         if i < steps and reset.shape[0] and reset[b, start + i]:
@@ -85,7 +85,7 @@ def _weighed_back(like, given, weights, total, logs, later):
 
     later: (C), the gradient of the sums of the decays from each step on.
     """
-    threads._apart()
+    compiled.apart()
     size, item = weights.shape[0], weights.itemsize
     lanes, row = vectors.BYTES // item, size * item
     sums, columns = np.full(size, -np.inf, weights.dtype), np.zeros(size, weights.dtype)
@@ -104,9 +104,12 @@ def _weighed_back(like, given, weights, total, logs, later):
 
 
 @_compile
-def _forward_units(like, q, k, v, g, reset, state, size, o, last, states, worker, workers):
+def _forward_units(like, given, me):
     """Units are rows of the batch by groups by parts of their heads. states: (B, H, chunks, keys, values), or none."""
-    threads._apart()
+    compiled.apart()
+    if teams.started(me):
+        return
+    q, k, v, g, reset, state, size, o, last, states = given
     steps, groups, keys, heads, values = q.shape[1], q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // groups, tiles.up(keys), tiles.up(values)
     parts = -(-group // TOGETHER)
@@ -116,7 +119,7 @@ def _forward_units(like, q, k, v, g, reset, state, size, o, last, states, worker
     logs, factors, whole = np.zeros(size, v.dtype), tiles.room(like, (2, size)), tiles.room(like, (2, 1))
     now = tiles.room(like, (TOGETHER, wide, high))
     units = q.shape[0] * groups * parts
-    for u in range(units * worker // workers, units * (worker + 1) // workers):
+    for u in teams.share(units, me):
         b, at = u // (groups * parts), u // parts % groups
         h0 = at * group + u % parts * TOGETHER
         h1 = min(h0 + TOGETHER, (at + 1) * group)
@@ -150,15 +153,16 @@ def _forward_units(like, q, k, v, g, reset, state, size, o, last, states, worker
                 tiles.turned_product(like, 1, s, scaled, vs)
         for h in range(h0, h1):
             last[b, h] = now[h - h0, :keys, :values]
-    threads._settle()
+    teams.settle()
 
 
 @_compile
-def _backward_units(
-    like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, worker, workers
-):  # fmt: skip
+def _backward_units(like, given, me):
     """d_q, d_k: (B, T, groups * parts, keys), still to be summed over the parts."""
-    threads._apart()
+    compiled.apart()
+    if teams.started(me):
+        return
+    d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state = given
     steps, groups, keys, heads, values = q.shape[1], q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // groups, tiles.up(keys), tiles.up(values)
     parts = -(-group // TOGETHER)
@@ -174,7 +178,7 @@ def _backward_units(
     logs, factors, whole = np.zeros(size, v.dtype), tiles.room(like, (2, size)), tiles.room(like, (2, 1))
     later, ends, rows = np.zeros(size, v.dtype), tiles.room(like, (TOGETHER, wide, high)), np.zeros(wide, v.dtype)
     units = q.shape[0] * groups * parts
-    for u in range(units * worker // workers, units * (worker + 1) // workers):
+    for u in teams.share(units, me):
         b, at = u // (groups * parts), u // parts % groups
         h0 = at * group + u % parts * TOGETHER
         h1 = min(h0 + TOGETHER, (at + 1) * group)
@@ -229,7 +233,7 @@ def _backward_units(
             tiles.put(like, d_k, dks, b, start, here, part)
         for h in range(h0, h1):
             d_state[b, h] = ends[h - h0, :keys, :values]
-    threads._settle()
+    teams.settle()
 
 
 @_compile
@@ -242,7 +246,7 @@ def _add_scaled(out, x, factors):
 @_compile
 def _decays_back(like, dq_, dk_, q_, k_, whole, factor, g, later, starts, ends, d_g, b, start, steps, h):
     """d_g from what came through the states and, later, through the weights; whole: scratch, a row of the state."""
-    threads._apart()
+    compiled.apart()
     least = -126.5 if g.itemsize == 4 else -1022.5  # of log decays that are not 0
     tiles.dots(like, whole, starts, ends)
     so_far = later[0] * 0
@@ -457,7 +461,7 @@ def _leaf_back(
 @_compile
 def key_factors(like, power, rest, total, logs, g, reset, b, start, steps, h):
     """Both parts of a chunk's decays (C, keys), and the sums of their logs in powers of 2; logs: scratch."""
-    threads._apart()
+    compiled.apart()
     row = logs.shape[1] * logs.itemsize
     tiles.load(logs, g, b, start, steps, h)
     for i in range(steps):
@@ -470,7 +474,7 @@ def key_factors(like, power, rest, total, logs, g, reset, b, start, steps, h):
 def key_scales(like, x_, y_, levels, x, y, power, rest):
     """Rows of x, which read, from the start of the chunk, rows of y, which write, to its end; in levels (_, C, keys)
     about the middles of blocks."""
-    threads._apart()
+    compiled.apart()
     size, row = x.shape[0], x.shape[1] * x.itemsize
     left = np.empty((levels.shape[0] + 1, x.shape[1]), x.dtype)
     for back in range(2):
@@ -495,7 +499,7 @@ def key_scales(like, x_, y_, levels, x, y, power, rest):
 
 @_compile
 def _one_number(like, power, rest):
-    threads._apart()
+    compiled.apart()
     decay = tiles.room(like, power.shape)
     _rounded(
         like, decay.size * decay.itemsize // vectors.BYTES, 0, (power.ctypes.data, rest.ctypes.data, decay.ctypes.data)
@@ -506,7 +510,7 @@ def _one_number(like, power, rest):
 @_compile
 def key_weights(like, weights, x, y, power, rest, of_x, of_y, turned):
     """What x_i reads of y_j, j <= i, from them and their levels; what is beyond a leaf above the diagonal stays."""
-    threads._apart()
+    compiled.apart()
     size, width, item = x.shape[0], x.shape[1], x.itemsize
     row, block, half = width * item, size * item, LEAF
     for level in range(of_x.shape[0]):
@@ -530,7 +534,7 @@ def key_weights(like, weights, x, y, power, rest, of_x, of_y, turned):
 @_compile
 def key_between(like, add, d_x, d_y, d_weights, of_x, of_y):
     """The gradients of the levels, from those of the weights: later halves of d_x, earlier ones of d_y."""
-    threads._apart()
+    compiled.apart()
     size, item, half = of_x.shape[1], of_x.itemsize, LEAF
     row, block = of_x.shape[2] * item, size * item
     for level in range(of_x.shape[0]):
@@ -553,7 +557,7 @@ def key_between(like, add, d_x, d_y, d_weights, of_x, of_y):
 def key_through(like, d_x, d_y, d_g, x_, y_, dx_, dy_, levels, d_levels, power, rest, whole):
     """d_x, d_y and that of the logs grow by what the scaled rows and the levels give; whole: the gradient of all
     the logs of the chunk."""
-    threads._apart()
+    compiled.apart()
     size, row = x_.shape[0], x_.shape[1] * x_.itemsize
     products, sums = np.empty((2, levels.shape[0] + 1, x_.shape[1]), x_.dtype)
     for back in range(2):
@@ -592,7 +596,7 @@ def key_through(like, d_x, d_y, d_g, x_, y_, dx_, dy_, levels, d_levels, power, 
 @_compile
 def key_leaves(like, d_x, d_y, d_g, x, y, power, rest, d_weights):
     """They grow by what the weights within leaves give."""
-    threads._apart()
+    compiled.apart()
     size, item, row = x.shape[0], x.itemsize, x.shape[1] * x.itemsize
     block, decay = size * item, _one_number(like, power, rest)
     for i in range(0, size, LEAF):
@@ -615,9 +619,12 @@ def key_levels(size):
 
 
 @_compile
-def _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, worker, workers):
+def _forward_keys(like, given, me):
     """Units are rows of the batch by heads."""
-    threads._apart()
+    compiled.apart()
+    if teams.started(me):
+        return
+    q, k, v, g, reset, state, size, o, last, states = given
     steps, keys, heads, values = q.shape[1], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // q.shape[2], tiles.up(keys), tiles.up(values)
     levels = tiles.room(like, (key_levels(size), size, wide))
@@ -632,7 +639,7 @@ def _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, worker,
     vs, os, s = tiles.room(like, (size, high)), tiles.room(like, (size, high)), tiles.room(like, (wide, high))
     total, whole, row = np.zeros(wide, v.dtype), tiles.room(like, (2, wide)), wide * v.itemsize
     units = q.shape[0] * heads
-    for u in range(units * worker // workers, units * (worker + 1) // workers):
+    for u in teams.share(units, me):
         b, h = u // heads, u % heads
         s[:] = 0
         s[:keys, :values] = state[b, h]
@@ -659,15 +666,16 @@ def _forward_keys(like, q, k, v, g, reset, state, size, o, last, states, worker,
             tiles.pass_on(s, whole[0], whole[1])
             tiles.turned_product(like, 1, s, k_, vs)
         last[b, h] = s[:keys, :values]
-    threads._settle()
+    teams.settle()
 
 
 @_compile
-def _backward_keys(
-    like, d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state, worker, workers
-):  # fmt: skip
+def _backward_keys(like, given, me):
     """d_q, d_k: (B, T, heads, keys), still to be summed over the heads of a group."""
-    threads._apart()
+    compiled.apart()
+    if teams.started(me):
+        return
+    d_o, d_last, q, k, v, g, reset, states, size, d_q, d_k, d_v, d_g, d_state = given
     steps, keys, heads, values = q.shape[1], q.shape[3], v.shape[2], v.shape[3]
     group, wide, high = heads // q.shape[2], tiles.up(keys), tiles.up(values)
     levels = tiles.room(like, (key_levels(size), size, wide))
@@ -688,7 +696,7 @@ def _backward_keys(
     grads = tiles.room(like, (3, size, wide))
     total, whole, row = np.zeros(wide, v.dtype), tiles.room(like, (2, wide)), wide * v.itemsize
     units = q.shape[0] * heads
-    for u in range(units * worker // workers, units * (worker + 1) // workers):
+    for u in teams.share(units, me):
         b, h = u // heads, u % heads
         end[:] = 0
         end[:keys, :values] = d_last[b, h]
@@ -734,35 +742,11 @@ def _backward_keys(
             tiles.pass_on(end, whole[0], whole[1])
             tiles.turned_product(like, 1, end, q_, do)
         d_state[b, h] = end[:keys, :values]
-    threads._settle()
+    teams.settle()
 
 
-@functools.partial(_compile, parallel=True)
-def _forward_units_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _forward_units(like, *arrays, np.int64(worker), workers)
-
-
-@functools.partial(_compile, parallel=True)
-def _forward_keys_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _forward_keys(like, *arrays, np.int64(worker), workers)
-
-
-@functools.partial(_compile, parallel=True)
-def _backward_units_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _backward_units(like, *arrays, np.int64(worker), workers)
-
-
-@functools.partial(_compile, parallel=True)
-def _backward_keys_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _backward_keys(like, *arrays, np.int64(worker), workers)
-
-
-_FORWARD = {"scalar": (_forward_units, _forward_units_together), "key": (_forward_keys, _forward_keys_together)}
-_BACKWARD = {"scalar": (_backward_units, _backward_units_together), "key": (_backward_keys, _backward_keys_together)}
+_FORWARD = {"scalar": _forward_units, "key": _forward_keys}
+_BACKWARD = {"scalar": _backward_units, "key": _backward_keys}
 
 
 def _sizes(q: Tensor, v: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -793,7 +777,7 @@ def _forward(
         return o.zero_(), last.copy_(state), states
     given = v.new_empty(*v.shape[:3], 0) if g is None else g
     before, after = vectors._arrays(q, k, v, given, reset, state), vectors._arrays(o, last, states)
-    vectors._run(*_FORWARD[kind], v, 1, len(v) * q.shape[2] * _parts(q, v, kind), *before, size, *after)
+    vectors._run(_FORWARD[kind], v, 1, len(v) * q.shape[2] * _parts(q, v, kind), *before, size, *after)
     return o, last, states
 
 
@@ -809,7 +793,7 @@ def _backward(
     if v.numel() and q.numel():
         before = vectors._arrays(d_o, d_last, q, k, v, given, reset, states)
         after = vectors._arrays(d_q, d_k, d_v, d_g, d_state)
-        vectors._run(*_BACKWARD[kind], v, 1, len(v) * q.shape[2] * parts, *before, size, *after)
+        vectors._run(_BACKWARD[kind], v, 1, len(v) * q.shape[2] * parts, *before, size, *after)
     else:
         for t in (d_q, d_k, d_v, d_g):
             t.zero_()

@@ -18,8 +18,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compiled import in_numba as compiled
 from ..fresh import empty
-from ..linear_scan import in_numba as threads
+from ..linear_scan import in_numba as rowwise
 from ..selective_scan import in_numba as vectors
 from ..teams import in_numba as teams
 
@@ -34,7 +35,7 @@ LONG = 128  # rows whose products are summed before they are added to the gradie
 FEW = 1024  # rows below which laying out the small matrix costs more than it brings
 LITTLE = 1 << 23  # multiplications below which a library's product is as fast
 
-_compile = threads._compile
+_compile = compiled.function
 
 
 def _tile(rows: int) -> Any:
@@ -76,7 +77,7 @@ _tile1, _tile2, _tile3, _tile4, _tile5, _tile6 = map(_tile, range(1, ROWS + 1))
 @_compile
 def multiply(like, rows, depth, add, a, a_row, a_step, panel, panel_row, out, out_row):
     """out (rows, a panel's columns) = a (rows, depth) @ panel, or out + it where add is not 0."""
-    threads._apart()
+    compiled.apart()
     blocks = (rows + ROWS - 1) // ROWS
     first = 0
     for block in range(blocks):
@@ -101,7 +102,6 @@ class _Rows(NamedTuple):
     """a @ w: sizes, addresses, and strides in bytes."""
 
     item: int
-    workers: int
     rows: int
     depth: int
     columns: int
@@ -117,7 +117,6 @@ class _Sums(NamedTuple):
     """a^T @ b and a^T @ c."""
 
     item: int
-    workers: int
     rows: int
     height: int  # columns of a
     a: int
@@ -136,13 +135,15 @@ class _Sums(NamedTuple):
 
 
 @_compile
-def _rows_work(like, q, thread):
-    threads._apart()
-    panels, end = (q.columns * q.item + PANEL - 1) // PANEL, q.rows * (thread + 1) // q.workers
-    spare = q.spare + thread * CHUNK * PANEL
+def _rows_work(like, q, me):
+    compiled.apart()
+    if teams.started(me):
+        return
+    panels, share = (q.columns * q.item + PANEL - 1) // PANEL, teams.share(q.rows, me)
+    spare = q.spare + me[0] * CHUNK * PANEL
     rest = q.columns - (panels - 1) * PANEL // q.item
-    for start in range(q.rows * thread // q.workers, end, CHUNK):
-        count = min(CHUNK, end - start)
+    for start in range(share.start, share.stop, CHUNK):
+        count = min(CHUNK, share.stop - start)
         for depth in range(0, max(q.depth, 1), DEEP):
             a, deep = q.a + start * q.a_row + depth * q.item, min(DEEP, q.depth - depth)
             for p in range(panels):
@@ -153,52 +154,44 @@ def _rows_work(like, q, thread):
                     multiply(like, count, deep, depth, a, q.a_row, q.item, panel, PANEL, spare, PANEL)
                     if depth + DEEP >= q.depth:
                         for r in range(count):
-                            threads._copy(like, rest, (out + r * q.out_row, spare + r * PANEL))
+                            rowwise._copy(like, rest, (out + r * q.out_row, spare + r * PANEL))
 
 
 @_compile
-def _sums_work(like, q, thread):
-    threads._apart()
-    blocks = (q.height + ROWS - 1) // ROWS
-    end = min(blocks * (thread + 1) // q.workers * ROWS, q.height)
-    for first in range(blocks * thread // q.workers * ROWS, end, BROAD):
-        _sums_part(like, q, first, min(BROAD, end - first), q.spare + thread * LONG * PANEL)
+def _sums_work(like, q, me):
+    compiled.apart()
+    if teams.started(me):
+        return
+    share = teams.share((q.height + ROWS - 1) // ROWS, me)
+    end = min(share.stop * ROWS, q.height)
+    for first in range(share.start * ROWS, end, BROAD):
+        _sums_part(like, q, first, min(BROAD, end - first), q.spare + me[0] * LONG * PANEL)
 
 
 @_compile
 def _sums_part(like, q, first, height, spare):
     """Of so many columns of a, from the first on."""
-    threads._apart()
+    compiled.apart()
     at = first * q.item
     total, part = q.total + at, q.part + at
-    threads._zero(like, height, (total,))
+    rowwise._zero(like, height, (total,))
     for start in range(0, q.rows, LONG):
         count, a = min(LONG, q.rows - start), q.a + start * q.a_row + at
-        threads._zero(like, height, (part,))
+        rowwise._zero(like, height, (part,))
         for r in range(count):  # this brings them near, too, row by row: by columns they would come far slower
-            threads._sum(like, height, (part, part, a + r * q.a_row))
-        threads._sum(like, height, (total, total, part))
+            rowwise._sum(like, height, (part, part, a + r * q.a_row))
+        rowwise._sum(like, height, (total, total, part))
         where, row, columns, out = q.b, q.b_row, q.b_columns, q.out + first * q.out_row
         for _ in range(2):
             for begin in range(0, columns * q.item, PANEL):
                 panel, panel_row = where + start * row + begin, row
                 if begin + PANEL > columns * q.item:
                     for r in range(count):
-                        threads._copy(like, columns - begin // q.item, (spare + r * PANEL, panel + r * row))
+                        rowwise._copy(like, columns - begin // q.item, (spare + r * PANEL, panel + r * row))
                     panel, panel_row = spare, PANEL
                 multiply(like, height, count, start, a, q.item, q.a_row, panel, panel_row, out + begin, q.out_row)
             out += (columns * q.item + PANEL - 1) // PANEL * PANEL
             where, row, columns = q.c, q.c_row, q.c_columns
-
-
-@_compile
-def _rows_team(like, q, workers, places):
-    return teams.in_parallel(_rows_work, like, q, workers, places)
-
-
-@_compile
-def _sums_team(like, q, workers, places):
-    return teams.in_parallel(_sums_work, like, q, workers, places)
 
 
 def panels(w: Tensor) -> Tensor:
@@ -214,15 +207,15 @@ def by(a: Tensor, w: Tensor, laid: Tensor | None = None) -> Tensor:
         return torch.mm(a, w, out=empty(a, len(a), w.shape[1]))
     a, laid = _rows_of(a), panels(w) if laid is None else laid
     out = empty(a, len(a), w.shape[1])
-    workers = _workers()
+    workers = teams.available()
     spare = torch.empty(workers, CHUNK, PANEL, dtype=torch.uint8)
     item = a.element_size()
     q = _Rows(
-        item=item, workers=workers, rows=len(a), depth=len(w), columns=w.shape[1], a=a.data_ptr(),
+        item=item, rows=len(a), depth=len(w), columns=w.shape[1], a=a.data_ptr(),
         a_row=a.stride(0) * item, w=laid.data_ptr(), out=out.data_ptr(), out_row=w.shape[1] * item,
         spare=spare.data_ptr(),
     )  # fmt: skip
-    teams.run(_rows_work, _rows_team, LIKE[a.dtype], q, workers, (a, laid, out, spare))
+    teams.call(_rows_work, LIKE[a.dtype], q, workers, (a, laid, out, spare))
     return out
 
 
@@ -235,15 +228,15 @@ def sums(a: Tensor, b: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor,
     item, height = a.element_size(), a.shape[1]
     wide = [-(-t.shape[1] * item // PANEL) * PANEL // item for t in (b, c)]
     out, total, part = a.new_empty(height, sum(wide)), a.new_empty(height), a.new_empty(height)
-    workers = max(1, min(_workers(), -(-height // ROWS)))
+    workers = max(1, min(teams.available(), -(-height // ROWS)))
     spare = torch.zeros(workers, LONG, PANEL, dtype=torch.uint8)
     q = _Sums(
-        item=item, workers=workers, rows=len(a), height=height, a=a.data_ptr(), a_row=a.stride(0) * item,
+        item=item, rows=len(a), height=height, a=a.data_ptr(), a_row=a.stride(0) * item,
         b=b.data_ptr(), b_row=b.stride(0) * item, b_columns=b.shape[1], c=c.data_ptr(), c_row=c.stride(0) * item,
         c_columns=c.shape[1], out=out.data_ptr(), out_row=sum(wide) * item, total=total.data_ptr(),
         spare=spare.data_ptr(), part=part.data_ptr(),
     )  # fmt: skip
-    teams.run(_sums_work, _sums_team, LIKE[a.dtype], q, workers, (a, b, c, out, total, part, spare))
+    teams.call(_sums_work, LIKE[a.dtype], q, workers, (a, b, c, out, total, part, spare))
     by_b, by_c = out[:, : b.shape[1]].contiguous(), out[:, wide[0] : wide[0] + c.shape[1]].contiguous()
     return by_b, by_c, total
 
@@ -252,10 +245,6 @@ def _pays(a: Tensor, columns: int) -> bool:
     """Whether there is enough to do, and most of the last panel is wanted."""
     whole = -(-columns * a.element_size() // PANEL) * PANEL
     return a.numel() * columns >= LITTLE and whole <= 1.1 * columns * a.element_size()
-
-
-def _workers() -> int:
-    return 1 if threads._forked else torch.get_num_threads()
 
 
 LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}

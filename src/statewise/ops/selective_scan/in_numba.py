@@ -18,11 +18,9 @@ and 2^n (2^f - 1) h are added. For decays near 1 that keeps what rounding to 1 -
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -31,14 +29,15 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .. import fresh
-from ..linear_scan import in_numba as threads
+from ..compiled import in_numba as compiled
 from ..opaque import opaque
+from ..teams import in_numba as teams
 
 TILE = 32  # steps: a tile of all that a block needs fits the first two caches
 VECTORS = 4  # vectors of channels in a block
 BYTES = 64  # of a vector
 
-_compile = threads._compile
+_compile = compiled.function
 
 
 class _Lanes:
@@ -263,7 +262,7 @@ _sums = _code(_sums_body, 2)
 
 @_compile
 def _fill(tile, value):
-    threads._apart()
+    compiled.apart()
     tile = tile.reshape(tile.size)
     for i in range(tile.size):
         tile[i] = value
@@ -271,7 +270,7 @@ def _fill(tile, value):
 
 @_compile
 def _copy(tile, source):
-    threads._apart()
+    compiled.apart()
     for v in range(tile.shape[0]):
         for n in range(tile.shape[1]):
             for l in range(tile.shape[2]):
@@ -280,7 +279,7 @@ def _copy(tile, source):
 
 @_compile
 def _times(out, p, q):
-    threads._apart()
+    compiled.apart()
     for v in range(out.shape[0]):
         for t in range(out.shape[1]):
             for l in range(out.shape[2]):
@@ -289,7 +288,7 @@ def _times(out, p, q):
 
 @_compile
 def _add_product(out, p, q):
-    threads._apart()
+    compiled.apart()
     for v in range(out.shape[0]):
         for t in range(out.shape[1]):
             for l in range(out.shape[2]):
@@ -299,7 +298,7 @@ def _add_product(out, p, q):
 @_compile
 def _spread(tile, source, i, t0, t1, first):
     """source (B, T, D) at times t0 to t1 and channels from `first` on -> tile (vectors, TILE, lanes)."""
-    threads._apart()
+    compiled.apart()
     vectors, _, lanes = tile.shape
     for v in range(vectors):
         at = first + v * lanes
@@ -311,7 +310,7 @@ def _spread(tile, source, i, t0, t1, first):
 @_compile
 def _gather(tile, target, i, t0, t1, first):
     """The way back."""
-    threads._apart()
+    compiled.apart()
     vectors, _, lanes = tile.shape
     for v in range(vectors):
         at = first + v * lanes
@@ -323,7 +322,7 @@ def _gather(tile, target, i, t0, t1, first):
 @_compile
 def _spread_state(tile, source, first):
     """source (D, N) from channel `first` on -> tile (vectors, N, lanes)."""
-    threads._apart()
+    compiled.apart()
     vectors, states, lanes = tile.shape
     for v in range(vectors):
         at = first + v * lanes
@@ -334,7 +333,7 @@ def _spread_state(tile, source, first):
 
 @_compile
 def _gather_state(tile, target, first):
-    threads._apart()
+    compiled.apart()
     vectors, states, lanes = tile.shape
     for v in range(vectors):
         at = first + v * lanes
@@ -360,16 +359,19 @@ def _cut(reset, i, t):
 
 
 @_compile
-def _forward_work(like, x, dt, a, b, c, h0, reset, ends, y, last, carries, worker, workers):
+def _forward_work(like, given, me):
     """One thread's share. carries: (B, blocks, tiles, vectors, N, lanes), the states before each tile."""
-    threads._apart()
+    compiled.apart()
+    if teams.started(me):
+        return
+    x, dt, a, b, c, h0, reset, ends, y, last, carries = given
     batch, steps, _ = x.shape
     _, blocks, _, vectors, states, lanes = carries.shape
     rates, h = np.zeros((vectors, states, lanes), x.dtype), np.zeros((vectors, states, lanes), x.dtype)
     dts, us = np.zeros((vectors, TILE, lanes), x.dtype), np.zeros((vectors, TILE, lanes), x.dtype)
     ys = np.zeros((vectors, TILE, lanes), x.dtype)
     item, row = rates.itemsize, states * rates.itemsize
-    for unit in range(batch * blocks * worker // workers, batch * blocks * (worker + 1) // workers):
+    for unit in teams.share(batch * blocks, me):
         i, block = unit // blocks, unit % blocks
         first = block * vectors * lanes
         _fill(rates, like)
@@ -415,11 +417,12 @@ def _forward_work(like, x, dt, a, b, c, h0, reset, ends, y, last, carries, worke
 
 
 @_compile
-def _backward_work(
-    like, dy, d_last, x, dt, a, b, c, reset, ends, carries, dx, ddt, da, db, dc, dh0, worker, workers
-):  # fmt: skip
+def _backward_work(like, given, me):
     """One thread's share. da: (B, D, N), db, dc: (B, blocks, T, N), still to be summed."""
-    threads._apart()
+    compiled.apart()
+    if teams.started(me):
+        return
+    dy, d_last, x, dt, a, b, c, reset, ends, carries, dx, ddt, da, db, dc, dh0 = given
     batch, steps, _ = x.shape
     _, blocks, _, vectors, states, lanes = carries.shape
     rates, h = np.zeros((vectors, states, lanes), x.dtype), np.zeros((vectors, states, lanes), x.dtype)
@@ -430,7 +433,7 @@ def _backward_work(
     dbs, dcs = np.zeros((FEW, TILE, lanes), x.dtype), np.zeros((FEW, TILE, lanes), x.dtype)
     seen, starts = np.zeros((FEW, 3 * TILE + 1, lanes), x.dtype), np.zeros(TILE + 1, np.int64)
     item, row = rates.itemsize, states * rates.itemsize
-    for unit in range(batch * blocks * worker // workers, batch * blocks * (worker + 1) // workers):
+    for unit in teams.share(batch * blocks, me):
         i, block = unit // blocks, unit % blocks
         first = block * vectors * lanes
         _fill(rates, like)
@@ -504,30 +507,14 @@ def _backward_work(
         _gather_state(mu, dh0[i], first)
 
 
-@functools.partial(_compile, parallel=True)
-def _forward_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _forward_work(like, *arrays, np.int64(worker), workers)
-
-
-@functools.partial(_compile, parallel=True)
-def _backward_together(like, arrays, workers):
-    for worker in numba.prange(workers):
-        _backward_work(like, *arrays, np.int64(worker), workers)
-
-
-def _run(alone: Any, together: Any, x: Tensor, states: int, units: int, *arrays: Any, like: Any = None) -> None:
-    """alone(like, *arrays, 0, 1), or together(like, arrays, workers) where the work is worth it.
+def _run(work: Any, x: Tensor, states: int, units: int, *arrays: Any, like: Any = None) -> None:
+    """work(like, arrays, me) on as many threads as the work is worth.
 
     like: a number that has the dtype of x; 0 where it is None.
     """
-    workers = max(1, min(threads._workers(x.numel() * states), units))
     if like is None:
         like = np.float64(0) if x.dtype == torch.float64 else np.float32(0)
-    if workers == 1:
-        alone(like, *arrays, 0, 1)
-    else:
-        threads.on_threads(together, like, arrays, workers)
+    teams.call(work, like, arrays, teams.workers(x.numel() * states, units))
 
 
 def _arrays(*tensors: Tensor | None) -> list[Any]:
@@ -558,7 +545,7 @@ def _forward(
     if not (x.numel() and a.numel()):
         return y, h0.clone(memory_format=torch.contiguous_format), carries
     arrays = _arrays(x, dt, a, b, c, h0, reset, ends, y, last, carries)
-    _run(_forward_work, _forward_together, x, a.shape[1], len(x) * carries.shape[1], *arrays)
+    _run(_forward_work, x, a.shape[1], len(x) * carries.shape[1], *arrays)
     return y, last, carries
 
 
@@ -575,7 +562,7 @@ def _backward(
     )
     if x.numel() and a.numel():
         arrays = _arrays(dy, d_last, x, dt, a, b, c, reset, ends, carries, dx, ddt, da, db, dc, dh0)
-        _run(_backward_work, _backward_together, x, a.shape[1], len(x) * blocks, *arrays)
+        _run(_backward_work, x, a.shape[1], len(x) * blocks, *arrays)
     else:
         dh0 = d_last.clone(memory_format=torch.contiguous_format)
     return dx, ddt, da.sum(0), db.sum(1), dc.sum(1), dh0

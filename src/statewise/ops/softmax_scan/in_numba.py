@@ -12,24 +12,24 @@ import functools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...core import clear_past_end, tree_map
 from .. import fresh
-from ..linear_scan import in_numba as threads
+from ..compiled import in_numba as compiled
 from ..opaque import opaque
 from ..selective_scan import in_numba as vectors
+from ..teams import in_numba as teams
 from . import SoftmaxState
 
-_compile = threads._compile
+_compile = compiled.function
 
 
 @functools.partial(_compile, fastmath={"reassoc", "contract"})
 def _dot(p, q):
-    threads._apart()
+    compiled.apart()
     total = p[0] * 0 if len(p) else p.dtype.type(0)
     for i in range(len(p)):
         total += p[i] * q[i]
@@ -37,10 +37,13 @@ def _dot(p, q):
 
 
 @_compile
-def _forward_work(lowest, score, v, m0, u0, w0, reset, ends, o, m1, u1, w1, ms, us, worker, workers):
+def _forward_work(lowest, given, me):
+    if teams.started(me):
+        return
+    score, v, m0, u0, w0, reset, ends, o, m1, u1, w1, ms, us = given
     batch, _, heads = score.shape
     value = v.shape[3]
-    for unit in range(batch * heads * worker // workers, batch * heads * (worker + 1) // workers):
+    for unit in teams.share(batch * heads, me):
         i, h = unit // heads, unit % heads
         m, u, w = m0[i, h], u0[i, h], w1[i, h]
         for j in range(value):
@@ -64,12 +67,13 @@ def _forward_work(lowest, score, v, m0, u0, w0, reset, ends, o, m1, u1, w1, ms, 
 
 
 @_compile
-def _backward_work(
-    lowest, do, dm1, du1, dw1, score, v, m0, u0, w0, reset, ends, o, ms, us, dscore, dv, dm0, du0, dw0, worker, workers
-):  # fmt: skip
+def _backward_work(lowest, given, me):
+    if teams.started(me):
+        return
+    do, dm1, du1, dw1, score, v, m0, u0, w0, reset, ends, o, ms, us, dscore, dv, dm0, du0, dw0 = given
     batch, _, heads = score.shape
     value = v.shape[3]
-    for unit in range(batch * heads * worker // workers, batch * heads * (worker + 1) // workers):
+    for unit in teams.share(batch * heads, me):
         i, h = unit // heads, unit % heads
         to_u, to_w = du1[i, h], dw0[i, h]
         for j in range(value):
@@ -102,21 +106,9 @@ def _backward_work(
             dm0[i, h] = 0
 
 
-@functools.partial(_compile, parallel=True)
-def _forward_together(lowest, arrays, workers):
-    for worker in numba.prange(workers):
-        _forward_work(lowest, *arrays, np.int64(worker), workers)
-
-
-@functools.partial(_compile, parallel=True)
-def _backward_together(lowest, arrays, workers):
-    for worker in numba.prange(workers):
-        _backward_work(lowest, *arrays, np.int64(worker), workers)
-
-
-def _run(alone: Any, together: Any, v: Tensor, *tensors: Tensor | None) -> None:
+def _run(work: Any, v: Tensor, *tensors: Tensor | None) -> None:
     lowest = np.finfo(np.float64 if v.dtype == torch.float64 else np.float32).min
-    vectors._run(alone, together, v, 1, len(v) * v.shape[2], *vectors._arrays(*tensors), like=lowest)
+    vectors._run(work, v, 1, len(v) * v.shape[2], *vectors._arrays(*tensors), like=lowest)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
@@ -127,7 +119,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     o, ms, us = fresh.empty(v, *v.shape).zero_(), fresh.empty(score, *score.shape), fresh.empty(score, *score.shape)
     last = m.new_empty(m.shape), u.new_empty(u.shape), w.new_empty(w.shape)
-    _run(_forward_work, _forward_together, v, score, v, m, u, w, reset, ends, o, *last, ms, us)
+    _run(_forward_work, v, score, v, m, u, w, reset, ends, o, *last, ms, us)
     return o, *last, ms, us
 
 
@@ -137,9 +129,7 @@ def _backward(
     o: Tensor, m1: Tensor, u1: Tensor, w1: Tensor, ms: Tensor, us: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     grads = *(fresh.empty(t, *t.shape).zero_() for t in (score, v)), *(t.new_empty(t.shape) for t in (m, u, w))
-    _run(
-        _backward_work, _backward_together, v, do, dm1, du1, dw1, score, v, m, u, w, reset, ends, o, ms, us, *grads
-    )  # fmt: skip
+    _run(_backward_work, v, do, dm1, du1, dw1, score, v, m, u, w, reset, ends, o, ms, us, *grads)
     return grads
 
 

@@ -18,14 +18,15 @@ import numpy as np
 from llvmlite import binding, ir
 from numba.core import cgutils
 
-from ..linear_scan import in_numba as threads
+from ..compiled import in_numba as compiled
+from ..linear_scan import in_numba as rowwise
 from ..selective_scan.in_numba import BYTES, _code, _Lanes
 
 LOG2 = math.log2(math.e)
 LANES = 16  # tiles are filled up to a multiple of this
 ROWS = 8 if binding.get_host_cpu_features().get("avx512f") else 4  # of vectors of a result in registers
 
-_compile = threads._compile
+_compile = compiled.function
 
 
 def _product_body(
@@ -110,7 +111,7 @@ def up(n):
 @_compile
 def room(like, shape):
     """Zeros that begin with a line of memory: a vector that lies across two takes two loads."""
-    threads._apart()
+    compiled.apart()
     count = 1
     for n in shape:
         count *= n
@@ -122,7 +123,7 @@ def room(like, shape):
 @_compile
 def window(like, add, rows, columns, depth, a, a_row, a_column, b, b_row, c, c_row):
     """c = a b by addresses and strides in bytes; columns in bytes too. add: 1 for c + a b, -1 for c - a b."""
-    threads._apart()
+    compiled.apart()
     for j in range(0, columns, BYTES):
         for i in range(0, rows, ROWS):
             _product(
@@ -153,7 +154,7 @@ def turned_product(like, add, c, a, b):
 @_compile
 def lower(like, c, a, b, each=1):
     """The lower triangle of c = a b, in whole blocks; the rest of c stays. each: columns by which a row adds to it."""
-    threads._apart()
+    compiled.apart()
     row, item = b.shape[1] * b.itemsize, b.itemsize
     a_row = a.shape[1] * item
     for i in range(0, c.shape[0], ROWS):
@@ -167,7 +168,7 @@ def lower(like, c, a, b, each=1):
 @_compile
 def lower_product(like, add, c, a, b, each=1):
     """c = a b with a lower triangle a, zero beyond it; add as in window, each as in lower."""
-    threads._apart()
+    compiled.apart()
     row, item = b.shape[1] * b.itemsize, b.itemsize
     a_row = a.shape[1] * item
     for i in range(0, c.shape[0], ROWS):
@@ -180,7 +181,7 @@ def lower_product(like, add, c, a, b, each=1):
 @_compile
 def turned_lower_product(like, add, c, a, b, each=1):
     """c = a^T b, otherwise as lower_product."""
-    threads._apart()
+    compiled.apart()
     row, item = b.shape[1] * b.itemsize, b.itemsize
     a_row = a.shape[1] * item
     for j in range(0, c.shape[0], ROWS):
@@ -224,7 +225,7 @@ def save(x, tile, b, start, steps, head):
 @_compile
 def fetch(like, x, b, start, steps, head):
     """Begin to bring steps of x (B, T, H, D) nearer, which will soon be loaded."""
-    threads._apart()
+    compiled.apart()
     if steps > 0:
         size = x.shape[3] * x.itemsize
         row = x.shape[2] * size
@@ -234,18 +235,18 @@ def fetch(like, x, b, start, steps, head):
 @_compile
 def fetch_state(like, state):
     """The same for a state in one piece."""
-    threads._apart()
+    compiled.apart()
     _fetch(like, 1, 0, (state.ctypes.data, state.size * state.itemsize))
 
 
 @_compile
 def put(like, x, tile, b, start, steps, head):
-    """save, past the caches where x would not stay in them. What does this ends with threads._settle()."""
-    threads._apart()
+    """save, past the caches where x would not stay in them. What does this ends with teams.settle()."""
+    compiled.apart()
     size = x.shape[3] * x.itemsize
     row = x.shape[2] * size
     at = x.ctypes.data + (b * x.shape[1] + start) * row + head * size
-    if x.size * x.itemsize < threads.STREAM or at % BYTES or size % BYTES:
+    if x.size * x.itemsize < rowwise.STREAM or at % BYTES or size % BYTES:
         save(x, tile, b, start, steps, head)
     else:
         _put(like, steps, row, (tile.ctypes.data, tile.shape[1] * x.itemsize, at, size))
@@ -254,9 +255,9 @@ def put(like, x, tile, b, start, steps, head):
 @_compile
 def put_state(like, states, b, h, c, state):
     """states[b, h, c] = state, as put."""
-    threads._apart()
+    compiled.apart()
     size, out = state.size * state.itemsize, states[b, h, c]
-    if states.size * states.itemsize < threads.STREAM or out.ctypes.data % BYTES:
+    if states.size * states.itemsize < rowwise.STREAM or out.ctypes.data % BYTES:
         out[:] = state
     else:
         _put(like, 1, 0, (state.ctypes.data, 0, out.ctypes.data, size))
@@ -265,7 +266,7 @@ def put_state(like, states, b, h, c, state):
 @_compile
 def dots(like, out, p, q):
     """out_i = p_i . q_i"""
-    threads._apart()
+    compiled.apart()
     _dots(like, p.shape[0], p.shape[1] * p.itemsize, (p.ctypes.data, q.ctypes.data, out.ctypes.data))
 
 
@@ -311,7 +312,7 @@ def exp2(v: _Lanes, steps: Any, row: Any, x: Any, out: Any):
 def factors(like, out, whole, logs):
     """From the logs (C) of decays in powers of 2: the factors (2, C) from a chunk's start to each step and from there
     to its end, and that of all of it (2, 1) in two parts."""
-    threads._apart()
+    compiled.apart()
     size = logs.shape[0]
     sums, parts = np.empty((2, size), logs.dtype), np.empty((2, 2, size), logs.dtype)
     upto, after = 0.0, 0.0
@@ -338,7 +339,7 @@ def scale(out, x, factors):
 @_compile
 def weighed(like, out, weights, logs):
     """e^D times the weights (C, C) of a chunk, 0 above the diagonal."""
-    threads._apart()
+    compiled.apart()
     size, item = weights.shape[0], weights.itemsize
     lanes, row = BYTES // item, size * item
     sums = np.full(size, -np.inf, weights.dtype)

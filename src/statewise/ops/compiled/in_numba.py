@@ -1,0 +1,53 @@
+"""How loops are compiled and kept for the next process."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numba
+from numba.core import types
+from numba.extending import intrinsic
+
+
+def function(function: Callable[..., Any], **options: Any) -> Any:
+    """numba.njit, cached beside its file, else in the user's cache directory, else not at all.
+
+    Numba takes a cache for fresh as long as the file of the function is what it was. Code of other files is compiled
+    into it: here they count too.
+    """
+    try:
+        compiled = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+    except RuntimeError:  # no directory can be written
+        return numba.njit(nogil=True, error_model="numpy", **options)(function)
+    cache = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if cache is not None:
+        cache._source_stamp = _stamp(function.__module__)
+    return compiled
+
+
+@functools.cache
+def _stamp(module: str) -> tuple[tuple[int, int], ...]:
+    """Times and sizes of the module's file and of those of compiled code that it imports, and so on."""
+    found = [sys.modules[module]]
+    for one in found:  # grows
+        names = (n for n in vars(one).values() if isinstance(n, ModuleType) and n.__name__.endswith("in_numba"))
+        found += [n for n in dict.fromkeys(names) if n not in found]
+    files = [os.stat(one.__file__) for one in found if one.__file__]
+    return tuple((f.st_mtime_ns, f.st_size) for f in files)
+
+
+@intrinsic
+def apart(context):
+    """Keep the function that calls this out of its callers, and small: compiling takes a third of the time."""
+
+    def generate(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        builder.function.attributes.add("optsize")
+        return context.get_dummy_value()
+
+    return types.void(), generate
