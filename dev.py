@@ -78,11 +78,14 @@ def setup(extras: list[str]) -> None:
 
 
 def test(extra: list[str]) -> int:
-    """Style, types, then the fast tests on every core. The last lines are pytest's."""
+    """Style, types, then the fast tests on every core. The last lines are pytest's.
+
+    worksteal: each process begins with a stretch of its own, so that two seldom compile the same kernel at a time.
+    """
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
         if status := call(PYTHON, "-m", *command):
             return status
-    return call(PYTHON, "-m", "pytest", "-n", os.cpu_count() or 1, "-m", "not slow", *extra)
+    return call(PYTHON, "-m", "pytest", "-n", os.cpu_count() or 1, "--dist=worksteal", "-m", "not slow", *extra)
 
 
 def demo(extra: list[str]) -> int:
