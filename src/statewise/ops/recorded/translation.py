@@ -47,6 +47,7 @@ class Translation:
         self.kinds: dict[int, str] = {}  # of such memory, what is not float32
         self.planes: dict[int, tuple[int, int]] = {}  # complex memory that it writes: that of real and imaginary parts
         self.interleaved: dict[int, int] = {}  # such memory, with both in turn
+        self.rewritten: set[int] = set()  # memory of which a place is written twice
         self.instructions: list[Instruction] = []
         self.alive: list[Any] = []  # memory is known by its address
 
@@ -151,9 +152,9 @@ class Translation:
             group = self.instructions[at]
             if isinstance(group, Group) and group.sizes == sizes and in_step(group, point):
                 own, rest = group.writes(), self.instructions[at + 1 :]
-                if not any(own & other.reads() for other in rest):
+                if not any(own & (other.reads() | other.writes() & self.rewritten) for other in rest):
                     self.instructions[at:] = [*rest, group]
-                elif point.reads() & after:
+                elif (point.reads() | point.writes() & self.rewritten) & after:
                     continue
                 group.points.append(point)
                 return
