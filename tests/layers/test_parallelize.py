@@ -166,6 +166,7 @@ def test_the_dearer_method_is_not_taken():
     layer = parallelize(Ripple())
     for train in (False, True):
         layer.plan.costs["loop", train], layer.plan.costs["newton", train] = Cost(0, 1e-4, 0), Cost(1e-2, 0, 1e-6)
+        layer.plan.costs["recorded", train] = Cost(10, 0, 0)
     assert layer.choose(1, 50) == "loop" and layer.choose(1, 5000) == "newton" and layer.choose(1000, 5000) == "loop"
     told = layer.explain(1, 5000)
     assert "newton" in told and "<- this one" in told.splitlines()[1] and "nonlinear" in told
@@ -175,7 +176,7 @@ def test_costs_are_measured():
     layer = parallelize(Leak())
     with torch.no_grad():
         seconds = layer.predict(4, 1000)
-    assert set(seconds) == {"scan", "loop"} and all(0 < s < 60 for s in seconds.values())
+    assert set(seconds) == {"scan", "recorded", "loop"} and all(0 < s < 60 for s in seconds.values())
     assert layer.choose(4, 100000) == "scan"
     assert "scan" in layer.explain()
 

@@ -16,7 +16,8 @@ from little_cells import CELLS, Dense, Gates, Swing, Two
 from torch import Tensor, nn
 
 from statewise.core import Cell, clear_past_end, leaves, tree_map
-from statewise.layers import LTC, CfC, Jordan, parallelize
+from statewise.layers import LTC, CfC, Jordan
+from statewise.layers.parallelized import parallelize
 from statewise.ops import recorded_loop as module
 from statewise.ops.recorded import Program, Watch
 from statewise.ops.recorded.translation import TRANSLATIONS
@@ -30,22 +31,25 @@ def outcome(run, cell, x, reset=None, lengths=None, scale=0.1):
     """Outputs, the last state, and the gradients of x, the first state and the parameters."""
     x = x.clone().requires_grad_()
     rng = torch.Generator().manual_seed(7)
-    noise = lambda t: scale * torch.randn(t.shape, generator=rng)
+    noise = lambda t: scale * torch.randn(t.shape, generator=rng).to(t.dtype)
     start = tree_map(lambda s: (s + noise(s)).detach().requires_grad_(), cell.initial_state(len(x)))
     o, last = run(cell, cell.encode(x), start, reset, lengths)
     o = o if lengths is None else tree_map(lambda t: clear_past_end(t, lengths), o)
     outs = [*leaves(o), *leaves(last)]
-    total = sum((t * torch.randn(t.shape, generator=rng)).sum() for t in outs)
+    total = sum((t * torch.randn(t.shape, generator=rng).to(t.dtype)).sum() for t in outs)
     wrt = [x, *leaves(start), *cell.parameters()]
     return outs, torch.autograd.grad(total, wrt, allow_unused=True, materialize_grads=True)
 
 
 def assert_same(cell, x, reset=None, lengths=None):
+    """To CLOSE, or where the cell multiplies rounding to a few times what that does to the loop."""
     assert why_not(cell, cell.encode(x), cell.initial_state(len(x))) is None
     got, want = (outcome(run, cell, x, reset, lengths) for run in (recorded_loop, Cell.scan))
-    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+    exact = outcome(Cell.scan, copy.deepcopy(cell).double(), x.double(), reset, lengths)
+    for a, b, c in zip((*got[0], *got[1]), (*want[0], *want[1]), (*exact[0], *exact[1]), strict=True):
         assert a.shape == b.shape
-        assert (a - b).detach().abs().max() <= CLOSE * max(1e-2, float(b.detach().abs().max()))
+        own = float((b - c).detach().abs().max())
+        assert (a - b).detach().abs().max() <= 8 * own + CLOSE * max(1e-2, float(b.detach().abs().max()))
 
 
 HOUSE = [
@@ -240,7 +244,7 @@ class Bends(little_cells._Little):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (Drops, "not pure"), (Branches, "asks for a number"), (Mixes, "by itself"), (Counts, "int64"),
+        (Drops, "random"), (Branches, "asks for a number"), (Mixes, "by itself"), (Counts, "int64"),
         (Outside, "outside"), (Bends, "bessel_j0"),
     ],
 )  # fmt: skip
@@ -280,6 +284,7 @@ def test_a_record_goes_with_its_cell():
     cell_again = copy.deepcopy(cell)
     assert_same(cell, torch.randn(2, 8, 3))
     assert_same(cell_again, torch.randn(2, 8, 3))
+    gc.collect()
     count = len(module._of_cells)
     del cell
     gc.collect()
@@ -329,12 +334,7 @@ def test_random_cells(choices, hidden, batch, seed):
     if reason is not None:
         assert "no translation" in reason, reason
         return
-    reset, lengths = torch.rand(batch, 6) < 0.2, torch.randint(0, 7, (batch,))
-    got, want = (outcome(run, cell, x, reset, lengths) for run in (recorded_loop, Cell.scan))
-    exact = outcome(Cell.scan, copy.deepcopy(cell).double(), x.double(), reset, lengths)
-    for a, b, c in zip((*got[0], *got[1]), (*want[0], *want[1]), (*exact[0], *exact[1]), strict=True):
-        own = float((b - c).detach().abs().max())  # the loop's own rounding
-        assert (a - b).detach().abs().max() <= 4 * own + CLOSE * max(1e-2, float(b.detach().abs().max()))
+    assert_same(cell, x, torch.rand(batch, 6) < 0.2, torch.randint(0, 7, (batch,)))
 
 
 @pytest.mark.parametrize("f", [torch.sin, torch.cos, torch.log, torch.log1p, torch.sgn])
@@ -360,4 +360,4 @@ def test_parallelize_takes_it():
     want, want_last = layer.cell(x, lengths=torch.tensor([40, 0, 13]))
     assert (y - want).abs().max() < 1e-5 and (last - want_last).abs().max() < 1e-5
     assert "recorded the loop, recorded" in layer.explain() and "recorded differs" in layer.plan.checked
-    assert "not pure" in parallelize(Drops()).explain() or "random" in parallelize(Drops()).explain()
+    assert "recorded no: aten.bernoulli_.float draws random numbers" in parallelize(Drops()).explain()

@@ -209,7 +209,20 @@ def show_layer(
         for name, reason in call.reasons.items():
             print(f"  {name:<10} {told(name, call.chosen, reason)}")
     if not calls:
-        print("\nno op with backends: plain torch operations" + (", one step at a time" if loops(layer) else ""))
+        print(f"\nno op with backends: {told_of_loop(layer, x)}")
+
+
+def told_of_loop(layer: RecurrentLayer[Any], x: torch.Tensor) -> str:
+    """How what calls no op with backends runs."""
+    from ..core import Cell
+    from ..ops.recorded_loop import why_not
+
+    if not isinstance(layer, Cell) or loops(layer):
+        return "plain torch operations" + (", one step at a time" if loops(layer) else "")
+    reason = why_not(layer, layer.encode(x), layer.initial_state(len(x)))
+    if reason is None:
+        return "its loop, recorded and run as one compiled call"
+    return f"plain torch operations (its loop is not run as one compiled call: {reason})"
 
 
 def show_cell(options: Options, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

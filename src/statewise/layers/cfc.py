@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core import Cell, UsageError, check_sizes, register_layer, wide
 from ..nn import Elapsed, check_elapsed, split_elapsed
+from ..ops.recorded_loop import recorded_loop
 
 Form = Literal["gated", "ungated", "solution"]
 
@@ -39,6 +40,8 @@ class CfC(Cell[Tensor]):
 
     Linear maps start uniform (Glorot), A at one, w at zero. Raises UsageError for a form or dt that cannot be.
     """
+
+    multiplied = ("recurrent",)  # as for_streaming has it
 
     def __init__(
         self,
@@ -86,6 +89,9 @@ class CfC(Cell[Tensor]):
                 z = _linear(1.7159 * torch.tanh(0.666 * z), linear.weight, linear.bias)  # type: ignore[arg-type]
         h = self._solution(z, elapsed) if self.form == "solution" else self._between(z, elapsed)
         return h, h
+
+    def scan(self, u: Any, state: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        return recorded_loop(self, u, state, reset, lengths)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
         return o.to(x.dtype)

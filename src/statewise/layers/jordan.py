@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..core import Cell, check_sizes, register_layer, wide
 from ..ops.gated_loop import jordan_loop, jordan_step
+from ..ops.recorded_loop import recorded_loop
 
 
 @register_layer(
@@ -20,6 +21,8 @@ class Jordan(Cell[Tensor]):
 
     The state is the context s (B, E). At the same weights and decay 0 it is an Elman network whose R is U V, of rank E.
     """
+
+    multiplied = ("feedback",)  # as for_streaming has it
 
     def __init__(self, width: int, hidden: int, out: int, *, decay: float = 0.0):
         super().__init__()
@@ -39,6 +42,8 @@ class Jordan(Cell[Tensor]):
         return y, self.decay * state + y
 
     def scan(self, u: Tensor, state: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.decay != 0:  # the state is no output: another loop
+            return recorded_loop(self, u, state, reset, lengths)
         return jordan_loop(u, state, *self._weights(), decay=self.decay, reset=reset, lengths=lengths)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:

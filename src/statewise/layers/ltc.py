@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Cell, check_sizes, register_layer, wide
 from ..nn import Elapsed, check_elapsed, inverse_softplus, split_elapsed
+from ..ops.recorded_loop import recorded_loop
 
 
 class Synapses(nn.Module):
@@ -83,6 +86,9 @@ class LTC(Cell[Tensor]):
             f, f_e = self.recurrent(v)
             v = (v + d * (pulled + f_e)) / (1 + d * (given + f))
         return v, v
+
+    def scan(self, u: Any, state: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        return recorded_loop(self, u, state, reset, lengths)
 
     def decode(self, o: Tensor, x: Tensor) -> Tensor:
         return o.to(x.dtype)

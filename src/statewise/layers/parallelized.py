@@ -15,9 +15,11 @@ from ..core import Cell, UsageError, leaves, tree_map
 from ..core.layer import weight_of
 from ..ops.newton import Diagnostics, Layout, Structure, by_tangents, default_tolerance, newton, watched
 from ..ops.newton.probe import Probed, floating, probe, spread
+from ..ops.recorded_loop import recorded_loop, why_not
 
-Method = Literal["auto", "scan", "newton", "quasi", "own", "loop"]
+Method = Literal["auto", "scan", "newton", "quasi", "recorded", "own", "loop"]
 ROWS, STEPS = 3, 48  # of the random inputs that a cell is tried on
+FEW = 8  # steps that the recorded loop is compared over: it rounds in its own way, which a chaotic cell multiplies
 FAR = 64  # outputs may differ from the loop's by so many tolerances: decode may stretch what the states differ by
 
 
@@ -130,8 +132,8 @@ class Parallelized(Cell[Any]):
             seconds = self.predict(batch, steps) if plan.asked == "auto" else {}
         for name, how in plan.methods.items():
             cost = f", {1e3 * seconds[name]:.3g} ms" if name in seconds else ""
-            lines.append(f"  {name:<8}{how}{cost}{'  <- this one' if name == chosen else ''}")
-        lines += [f"  {name:<8}no: {why}" for name, why in plan.refused.items()]
+            lines.append(f"  {name:<9}{how}{cost}{'  <- this one' if name == chosen else ''}")
+        lines += [f"  {name:<9}no: {why}" for name, why in plan.refused.items()]
         if seconds:
             lines.append(f"  predicted for a training step of x ({batch}, {steps}, {self.width}) on this machine")
         elif plan.asked != "auto":
@@ -150,6 +152,8 @@ class Parallelized(Cell[Any]):
     ) -> tuple[Any, Any]:
         if method == "own":
             return self.cell.scan(u, state, reset, lengths)
+        if method == "recorded":
+            return recorded_loop(self.cell, u, state, reset, lengths)
         if method == "loop":
             return Cell.scan(self, u, state, reset, lengths)
         assert self.plan.probed is not None
@@ -214,10 +218,10 @@ class Parallelized(Cell[Any]):
             for name in names:
                 with watched() as found:
                     o, last = self._run(name, u, first, given, None)
-                error = max(
-                    _difference(a, b)
-                    for a, b in zip((*leaves(o), *leaves(last)), (*leaves(want_o), *leaves(want)), strict=True)
-                )
+                pairs = zip((*leaves(o), *leaves(last)), (*leaves(want_o), *leaves(want)), strict=True)
+                if name == "recorded":
+                    pairs = zip(*([t[:, :FEW] for t in leaves(tree)] for tree in (o, want_o)), strict=True)
+                error = max(_difference(a, b) for a, b in pairs)
                 allowed = FAR * (self.plan.tolerance or default_tolerance(_real_dtype(first)))
                 if not error <= allowed:
                     raise UsageError(
@@ -237,8 +241,9 @@ def parallelize(
     cell: any `Cell`: a class with a transition and no more. Its parameters are shared, under the same names. A method
     `jacobian(u, state)` of its own, (M, N) or (M, G, n, n) for the blocks found, saves deriving it.
     method: "scan" where the transition is affine in the state, one linear recurrence; "newton", see
-    `statewise.ops.newton`; "quasi", Newton's method with the diagonal of the Jacobian; "own", the scan that the cell
-    brings; "loop"; or "auto": for each size of input the one that is cheapest by what was measured here.
+    `statewise.ops.newton`; "quasi", Newton's method with the diagonal of the Jacobian; "recorded", the loop as one
+    compiled call, see `statewise.ops.recorded_loop`; "own", the scan that the cell brings; "loop"; or "auto": for each
+    size of input the one that is cheapest by what was measured here.
     tolerance: how near to the loop, 1e-6 in float32 and 1e-10 in float64 unless given. What does not converge is
     computed by the loop: no method returns anything else than the loop would.
     verify: compare with the loop once, on random input.
@@ -270,10 +275,24 @@ def _plan(cell: Cell[Any], method: str, tolerance: float | None) -> Plan:
         methods["own"] = "the scan that the cell brings"
     else:
         refused["own"] = "the cell has no scan of its own"
+    reason = _recordable(cell) if method in ("auto", "recorded") else "not tried"
+    if reason is None:
+        methods["recorded"] = "the loop, recorded and run as one compiled call"
+    else:
+        refused["recorded"] = reason
     methods["loop"] = "one step after another"
     if method not in ("auto", *methods):
         raise UsageError(f"parallelize: {type(cell).__name__} cannot run by {method!r}: {refused.get(method, found)}")
     return Plan(method, tolerance, methods, refused, found if isinstance(found, Probed) else None)
+
+
+def _recordable(cell: Cell[Any]) -> str | None:
+    """Why the recorded loop cannot run it, or None."""
+    weight = weight_of(cell)
+    x = torch.randn(ROWS, STEPS, cell.width, generator=torch.Generator().manual_seed(0))
+    x = x if weight is None else x.to(weight.device, weight.dtype.to_real())
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        return why_not(cell, cell.encode(x), cell.initial_state(ROWS))
 
 
 def _examine(cell: Cell[Any]) -> Probed | str:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core import Cell, clear_past_end, leaves, tree_map
 from .. import dispatch
@@ -86,6 +86,8 @@ def _find(cell: Cell[Any], u: Any, state: Any) -> _Recorded | str:
     reason = _unfit(u, state)
     if reason is not None:
         return reason
+    if any(type(t) not in (Tensor, nn.Parameter) for t in _numbers(cell)):
+        return "parameters that are no plain tensors"
     batch = len(leaves(u)[0])
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (*leaves(u), *leaves(state), *cell.parameters()))
     rows = _rows(batch)
@@ -353,10 +355,10 @@ class _Job:
             table=half.table.rows, numbers=half.table.numbers.ctypes.data, bases=bases, advance=advance,
             inputs=table(ins, 3), outputs=table(outs, 3), states=table(carried, 7), batch=self.batch, rows=rows,
             steps=self.steps, reset=0 if self.reset is None else self.reset.data_ptr(),
-            lengths=0 if self.lengths is None else self.lengths.data_ptr(), back=int(back), workers=workers,
+            lengths=0 if self.lengths is None else self.lengths.data_ptr(), back=int(back),
             scratch=-(-scratch.data_ptr() // 64) * 64,
         )  # fmt: skip
-        in_numba.run(call, (half, arena, scratch, remade, laid, self, inputs, outputs, states))
+        in_numba.run(call, workers, (half, arena, scratch, remade, laid, self, inputs, outputs, states))
 
     def rest(self, u: list[Tensor], wanted: list[Tensor], g_outs: list[Tensor], lam: list[Tensor],
              into: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor | None]]:  # fmt: skip

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..linear_scan import in_numba as threads
+from ..compiled import in_numba as compiled
+from ..linear_scan import in_numba as rowwise
 from ..products import in_numba as products
 from ..recorded import in_numba as recorded
 from ..teams import in_numba as teams
 
-_compile = threads._compile
+_compile = compiled.function
 PANEL, DEEP = products.PANEL, products.DEEP
 LIKE = np.float32(0)
 SCRATCH = 4 * recorded.STRIP * (recorded.REGISTERS + 4)  # bytes that a thread's steps need
@@ -38,14 +39,13 @@ class Call(NamedTuple):
     reset: int  # (B, T) bytes, or 0
     lengths: int  # (B,) int32, or 0
     back: int  # whether time runs backwards
-    workers: int
-    scratch: int
+    scratch: int  # of each thread, SCRATCH bytes
 
 
 @_compile
 def _tiles(like, table, i, bases):
     """y = x w + bias."""
-    threads._apart()
+    compiled.apart()
     panel, x, y = bases[table[i, 3]], bases[table[i, 4]] + table[i, 5], bases[table[i, 6]] + table[i, 7]
     depth, batch, columns = table[i, 8], table[i, 9], table[i, 10]
     for start in range(0, columns, PANEL // 4):
@@ -58,17 +58,17 @@ def _tiles(like, table, i, bases):
             products.multiply(like, batch, deep, first, at, 4 * depth, 4, panel + first * PANEL, PANEL, to, row)
         if count < PANEL // 4:
             for b in range(batch):
-                threads._copy(like, count, (y + 4 * (b * columns + start), to + b * PANEL))
+                rowwise._copy(like, count, (y + 4 * (b * columns + start), to + b * PANEL))
         panel += depth * PANEL
     if table[i, 11] >= 0:
         bias = bases[table[i, 11]] + table[i, 12]
         for b in range(batch):
-            threads._sum(like, columns, (y + 4 * b * columns, y + 4 * b * columns, bias))
+            rowwise._sum(like, columns, (y + 4 * b * columns, y + 4 * b * columns, bias))
 
 
 @_compile
 def _step(like, table, bases, numbers, scratch):
-    threads._apart()
+    compiled.apart()
     i = 0
     while i < table.shape[0]:
         if table[i, 0] == recorded.TILES:
@@ -81,70 +81,72 @@ def _step(like, table, bases, numbers, scratch):
 
 @_compile
 def _ended(q, b, t):
-    return q.lengths != 0 and t >= threads._bits(q.lengths + 4 * b)
+    return q.lengths != 0 and t >= rowwise._bits(q.lengths + 4 * b)
 
 
 @_compile
 def _cut(q, b, t):
-    return q.reset != 0 and threads._byte(q.reset + b * q.steps + t) != 0
+    return q.reset != 0 and rowwise._byte(q.reset + b * q.steps + t) != 0
 
 
 @_compile
 def _before(like, q, bases, first, rows, t):
     """Inputs and states for the step at t; what they are is kept."""
-    threads._apart()
+    compiled.apart()
     for p in range(q.inputs.shape[0]):
         size, to = q.inputs[p, ROW], bases[q.inputs[p, BASE]]
         for b in range(rows):
             at = q.inputs[p, AT] + ((first + b) * q.steps + t) * size
-            threads._copy(like, size // 4, (to + b * size, at))
+            rowwise._copy(like, size // 4, (to + b * size, at))
     for p in range(q.states.shape[0]):
         size, to = q.states[p, ROW], bases[q.states[p, BASE]]
         for b in range(rows):
             if not q.back and _cut(q, first + b, t) and not _ended(q, first + b, t):
-                threads._copy(like, size // 4, (to + b * size, q.states[p, FRESH] + (first + b) * size))
+                rowwise._copy(like, size // 4, (to + b * size, q.states[p, FRESH] + (first + b) * size))
             if q.states[p, KEEP] != 0:
                 keep = q.states[p, KEEP] + ((first + b) * q.steps + t) * size
                 if q.back and _ended(q, first + b, t):
-                    threads._zero(like, size // 4, (keep,))
+                    rowwise._zero(like, size // 4, (keep,))
                 else:
-                    threads._copy(like, size // 4, (keep, to + b * size))
+                    rowwise._copy(like, size // 4, (keep, to + b * size))
 
 
 @_compile
 def _after(like, q, bases, first, rows, t):
     """Outputs and the next states of the step at t."""
-    threads._apart()
+    compiled.apart()
     for p in range(q.outputs.shape[0]):
         size, given = q.outputs[p, ROW], bases[q.outputs[p, BASE]]
         for b in range(rows):
             to = q.outputs[p, AT] + ((first + b) * q.steps + t) * size
             if _ended(q, first + b, t):
-                threads._zero(like, size // 4, (to,))
+                rowwise._zero(like, size // 4, (to,))
             else:
-                threads._copy(like, size // 4, (to, given + b * size))
+                rowwise._copy(like, size // 4, (to, given + b * size))
     for p in range(q.states.shape[0]):
         size, to, given = q.states[p, ROW], bases[q.states[p, BASE]], bases[q.states[p, OUT]]
         for b in range(rows):
             if _ended(q, first + b, t):
                 continue
-            threads._copy(like, size // 4, (to + b * size, given + b * size))
+            rowwise._copy(like, size // 4, (to + b * size, given + b * size))
             if q.back and _cut(q, first + b, t):
                 fresh = q.states[p, FRESH] + (first + b) * size
-                threads._sum(like, size // 4, (fresh, fresh, to + b * size))
-                threads._zero(like, size // 4, (to + b * size,))
+                rowwise._sum(like, size // 4, (fresh, fresh, to + b * size))
+                rowwise._zero(like, size // 4, (to + b * size,))
 
 
 @_compile
-def _work(like, q, thread):
-    threads._apart()
-    scratch = q.scratch + thread * SCRATCH
-    for group in range(thread, q.bases.shape[0], q.workers):
+def _work(like, q, me):
+    compiled.apart()
+    if teams.started(me):
+        return
+    scratch = q.scratch + me[0] * SCRATCH
+    for group in teams.share(q.bases.shape[0], me):
         bases, first = q.bases[group], group * q.rows
         rows = min(q.rows, q.batch - first)
         for p in range(q.states.shape[0]):
             size = q.states[p, ROW]
-            threads._copy(like, rows * size // 4, (bases[q.states[p, BASE]], q.states[p, AT] + first * size))
+            rowwise._copy(like, rows * size // 4, (bases[q.states[p, BASE]], q.states[p, AT] + first * size))
         for k in range(q.steps):
             t = q.steps - 1 - k if q.back else k
             _before(like, q, bases, first, rows, t)
@@ -154,19 +156,14 @@ def _work(like, q, thread):
                 bases[m] += q.advance[m]
         for p in range(q.states.shape[0]):
             size = q.states[p, ROW]
-            threads._copy(like, rows * size // 4, (q.states[p, LAST] + first * size, bases[q.states[p, BASE]]))
+            rowwise._copy(like, rows * size // 4, (q.states[p, LAST] + first * size, bases[q.states[p, BASE]]))
 
 
-@_compile
-def _team(like, q, workers, places):
-    return teams.in_parallel(_work, like, q, workers, places)
-
-
-def run(q: Call, held: object) -> None:
+def run(q: Call, workers: int, held: object) -> None:
     """held: what q holds addresses of."""
-    teams.run(_work, _team, LIKE, q, q.workers, (q, held))
+    teams.call(_work, LIKE, q, workers, (q, held))
 
 
 def workers(groups: int) -> int:
     """Threads for so many groups of rows."""
-    return min(groups, threads._workers(1 << 30))
+    return min(groups, teams.available())

@@ -158,6 +158,9 @@ class Step:
         self.u, self.state = leaves(u), leaves(state)
         self.o, self.after = o, after
         _check(self.rows, self.state, o, after)
+        drawn = [f for f, *_ in watched.seen if torch.Tag.nondeterministic_seeded in getattr(f, "tags", ())]
+        if drawn:
+            raise Unrecordable(f"{drawn[0]} draws random numbers")
         tr = Recording(cell, [*self.u, *self.state, *given])
         tr.all(watched.seen)
         made = [tr.dense(t, t) for t in outs]
