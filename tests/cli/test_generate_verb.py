@@ -86,17 +86,16 @@ def test_a_draft_keeps_the_text(runs, call):
     assert said.out == plain.out and "drafted ids were kept" in said.err
 
 
-def test_int8_writes_too(runs, call):
-    assert call("generate", runs["text"], "--prompt", "the ", "--tokens", "5", "--int8").code == 0
-
-
-def test_int8_is_for_the_draft_too(runs, call, monkeypatch):
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_rounded_weights_write_too_and_draft(runs, call, monkeypatch, kind):
     from statewise.cli import generate as verb
 
     asked, loaded = [], verb.loaded
-    monkeypatch.setattr(verb, "loaded", lambda place, *, int8=False: asked.append(int8) or loaded(place, int8=int8))
-    said = call("generate", runs["text"], "--tokens", "5", "--int8", "--draft", runs["text"])
-    assert said.code == 0 and asked == [True, True]
+    monkeypatch.setattr(verb, "loaded", lambda run, rounded: asked.append(rounded) or loaded(run, rounded=rounded))
+    said = call("generate", runs["text"], "--prompt", "the ", "--tokens", "5", f"--{kind}", "--draft", runs["text"])
+    assert said.code == 0 and asked == [kind, kind]
+    said = call("generate", runs["text"], "--int8", "--bfloat16")
+    assert said.code == 2 and "choose one" in said.err
 
 
 def test_a_dialogue_carries_its_state_and_can_be_saved(runs, call, tmp_path):

@@ -223,3 +223,27 @@ def test_a_pipeline_writes_text(tmp_path: Path):
         x = torch.tensor([[tokenizer.end, *tokenizer.encode(prompt).tolist()]])
         want = generate(ours, x, 7, stop=Stop((255,))).ids[0].tolist()
         assert texts[0]["generated_text"] == tokenizer.decode([i for i in want if i != 255])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_steps_write_the_same_when_asked_for(name: str):
+    torch.manual_seed(0)
+    model = hf.wrap(MODELS[name].build(x_vocab=VOCAB, y_width=VOCAB)).eval()
+    given = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ways = [dict(), dict(num_beams=3), dict(attention_mask=mask)]
+    want = [model.generate(ids(2, 5), **given, **way) for way in ways]
+    assert not model._fast
+    keys = model.state_dict().keys()
+    model.stream()
+    step = model._fast[0].step
+    assert model.state_dict().keys() == keys
+    for way, expected in zip(ways, want, strict=True):
+        assert torch.equal(model.generate(ids(2, 5), **given, **way), expected)
+    assert step.programs and all(not isinstance(p, str) for p in step.programs.values())
+    found = model(ids(2, 5))
+    step.programs.clear()
+    again = model(ids(2, 1), past_key_values=found.past_key_values)  # with gradients, as it always was
+    assert again.logits.requires_grad and not step.programs
+    with pytest.raises(UsageError, match="float64"):
+        hf.wrap(built(name)).stream()

@@ -16,7 +16,7 @@ from statewise.models import LanguageModel
 from statewise.ops.recorded import Program
 from statewise.serving import for_streaming
 
-NOT_RECORDED = {"attention", "ngram_heads", "window_attention"}
+NOT_RECORDED = {"ngram_heads"}
 STRANGE = [
     0.0,
     -0.0,
@@ -195,7 +195,7 @@ def test_what_can_not_be_recorded_runs_as_it_is(name):
     assert all(isinstance(p, str) and p for p in programs(model)) and programs(model)
 
 
-@pytest.mark.parametrize("name", ["mamba", "gated_delta_net"])
+@pytest.mark.parametrize("name", ["mamba", "gated_delta_net", "window_attention", "s5"])
 def test_a_step_is_pure(name):
     model = for_streaming(language_model(name))
     state, kept = model.initial_state(2), []
@@ -311,3 +311,81 @@ def test_norms(width):
         y, _ = model.step(x, torch.ones(3, 1))
         torch.testing.assert_close(y, norms(x.double(), model.w.double()).float(), rtol=1e-5, atol=1e-5)
     assert [type(p) for p in programs(model)] == [Program], programs(model)
+
+
+WINDOWS = {
+    "one head of no whole vectors": ("attention(window=5,heads=1)", 24),
+    "whole vectors": ("attention(window=19,heads=2)", 64),
+    "grouped, gated, normed, half turned": (
+        "attention(window=40,heads=4,kv_heads=2,gate=true,norm_eps=1e-3,rotary=4)", 64,
+    ),
+    "nothing but the present": ("attention(window=1)", 40),
+    "of several lengths": ("attention(window=3),attention(window=70),attention(window=19)", 48),
+    "a hybrid": ("attention(window=9),mamba,gla", 32),
+    "echoes": ("attention(window=9),attention(window=9,echo=true)*2", 32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows(name, batch):
+    """A hundred steps, past every window and its room, with a fork; what was a state stays what it was."""
+    torch.manual_seed(0)
+    layer, width = WINDOWS[name]
+    model = for_streaming(LanguageModel(layer, width=width, depth=3).build(x_vocab=57, y_width=57).eval())
+    ids, kept = torch.randint(57, (batch, 100)), []
+    with torch.no_grad():
+        expected = model(ids)[0].unbind(1)
+        for t, ((want, after), (y, state)) in enumerate(together(model, ids)):
+            for result, other in zip((y, *leaves(state)), (want, *leaves(after)), strict=True):
+                scale = float(other.abs().max()) if other.numel() else 0.0
+                torch.testing.assert_close(result, other, rtol=0, atol=3e-5 * scale)
+            torch.testing.assert_close(y, expected[t], rtol=1e-4, atol=1e-4)
+            if t % 30 == 10:
+                kept.append((t, state, [leaf.clone() for leaf in leaves(state)]))
+        for t, state, before in kept[::-1]:
+            assert all(map(torch.equal, leaves(state), before))
+            for other in (ids[:, t + 1], ids[:, 0], ids[:, t + 1]):  # the same state goes on in several ways
+                y, _ = model.step(other, state)
+                torch.testing.assert_close(y, as_it_was(model, other, state)[0], rtol=1e-4, atol=1e-5)
+            assert torch.equal(model.step(ids[:, t + 1], state)[0], y)
+            assert all(map(torch.equal, leaves(state), before))
+    assert [type(p) for p in programs(model)] == [Program], programs(model)
+
+
+@pytest.mark.parametrize("width", [40, 64])
+@pytest.mark.parametrize("leaf", [0, 1])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_in_a_window_is_seen_as_long_as_it_stands_there(value, leaf, width):
+    torch.manual_seed(0)
+    model = LanguageModel("attention(window=6,heads=2)", width=width, depth=1).build(x_vocab=57, y_width=57)
+    model, ids = for_streaming(model.eval()), torch.randint(57, (3, 20))
+    seen = []
+    with torch.no_grad():
+        _, state = model(ids[:, :9])
+        leaves(state)[leaf][1, 2, 0, 3] = value
+        leaves(state)[2][2] = 2  # this row began late
+        leaves(state)[leaf][2, 0] = value  # before its beginning
+        for t in range(9, 16):
+            want, _ = as_it_was(model, ids[:, t], state)
+            y, state = model.step(ids[:, t], state)
+            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+            seen.append(y.isnan().any(1).tolist())
+    assert seen == [[False, t < 3, False] for t in range(7)]
+
+
+def test_streams_of_windows_in_turn_and_dropped_states():
+    model = for_streaming(language_model("window_attention"))
+    states, alone = [model.initial_state(1) for _ in range(3)], model.initial_state(1)
+    with torch.no_grad():
+        for t in range(9):
+            y, alone = model.step(torch.tensor([t]), alone)
+            for i, state in enumerate(states):
+                other, states[i] = model.step(torch.tensor([t]), state)
+                assert torch.equal(y, other)
+    rooms = programs(model)[0].rooms
+    del state
+    assert len(rooms._latest) == 4
+    del states, alone
+    model.step.last = None
+    assert not rooms._latest

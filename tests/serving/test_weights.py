@@ -109,3 +109,17 @@ def test_what_can_not_stream_is_refused():
         StreamedWeight.of(torch.tensor([[1.0, torch.inf]]), "int8")
     with pytest.raises(UsageError, match="float64"):
         for_streaming(model.double())
+
+
+@pytest.mark.parametrize("name", ["cfc", "elman", "gru", "jordan", "lstm"])
+def test_what_is_recurrent_streams_too(name):
+    model = language_model(name)
+    small = for_streaming(model, weights="int8")
+    assert sum(p.numel() for p in small.parameters() if p.ndim > 1) == 0
+    ids = torch.randint(97, (2, 12))
+    with torch.no_grad():
+        for m in (small, copy.deepcopy(small)):
+            by_step = torch.stack([y for y, _ in stream(m, ids.unbind(1))], 1)
+            torch.testing.assert_close(by_step, m(ids)[0], rtol=1e-3, atol=1e-4)
+        plain = torch.stack([y for y, _ in stream(model, ids.unbind(1))], 1)
+    assert 0 < (by_step.log_softmax(-1) - plain.log_softmax(-1)).abs().max() < 0.2

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..core import RecurrentLayer
     from ..decoding import Beam, Position, Sampling, Speculative
+    from ..serving import Kind
     from ..text import Tokenizer
 
 COMMANDS = "/reset, /save FILE, /load FILE, /quit; a line that begins with // is text that begins with /"
@@ -67,6 +68,8 @@ class Options:
     """Read lines and continue each of them."""
     int8: bool = False
     """Weights rounded to 8 bits: less memory, on a CPU faster."""
+    bfloat16: bool = False
+    """Weights rounded to 16 bits: half of the memory, on a CPU faster, nearly the same numbers."""
 
 
 def run(options: Options) -> int:
@@ -80,9 +83,11 @@ def run(options: Options) -> int:
     special = [f"--{name}" for name in ("beams", "draft") if getattr(options, name)]
     if len(special) > 1 or (special and options.interactive):
         raise UsageError(f"{' and '.join([*special, *(['--interactive'] if options.interactive else [])])}: choose one")
+    if options.int8 and options.bfloat16:
+        raise UsageError("--int8 and --bfloat16: choose one")
     _useful(options)
     how = chosen(options)
-    model, tokenizer = loaded(options.run, int8=options.int8)
+    model, tokenizer = loaded(options.run, rounded=rounded(options))
     writer = Writer(model, tokenizer, options, torch.Generator().manual_seed(options.seed))
     if options.interactive:
         return writer.converse()
@@ -124,7 +129,11 @@ def chosen(options: Options) -> Sampling | Beam:
     )
 
 
-def loaded(place: Path, *, int8: bool = False) -> tuple[RecurrentLayer[Any], Tokenizer]:
+def rounded(options: Options) -> Kind | None:
+    return "int8" if options.int8 else "bfloat16" if options.bfloat16 else None
+
+
+def loaded(place: Path, *, rounded: Kind | None = None) -> tuple[RecurrentLayer[Any], Tokenizer]:
     """The model of a run, and its tokenizer. Raises DataError for no run, UsageError for one that is not of text."""
     from ..core import UsageError
     from ..core.files import shown
@@ -137,10 +146,10 @@ def loaded(place: Path, *, int8: bool = False) -> tuple[RecurrentLayer[Any], Tok
             f"{shown(place)} is a run of task {experiment.task.name!r}, which is not text; expected one of "
             "`statewise train text` or `statewise train text_file`"
         )
-    if int8 or sum(p.numel() for p in model.parameters()) > LARGE:
+    if rounded is not None or sum(p.numel() for p in model.parameters()) > LARGE:
         from ..serving import for_streaming
 
-        model = for_streaming(model, weights="int8" if int8 else "float32")
+        model = for_streaming(model, weights=rounded or "float32")
     return model, load_tokenizer(place)
 
 
@@ -149,7 +158,7 @@ def drafted(options: Options, tokenizer: Tokenizer) -> Speculative:
     from ..decoding import Sampling, Speculative
 
     assert options.draft is not None
-    small, other = loaded(options.draft, int8=options.int8)
+    small, other = loaded(options.draft, rounded=rounded(options))
     if list(other.pieces) != list(tokenizer.pieces):
         raise UsageError(f"--draft {options.draft}: its tokenizer is another than that of {options.run}")
     sampling = chosen(options)

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..core import RecurrentLayer, UsageError, leaves, select
 from ..models import TokenModel
+from ..serving import Kind, for_streaming
 from .directory import FORMAT, KIND, build, described
 
 
@@ -118,6 +119,7 @@ class StatewiseForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(model, TokenModel):
             raise UsageError(f"{type(model).__name__} is no TokenModel: transformers needs logits of ids")
         self.model = model
+        self._fast: list[TokenModel] = []  # in a list, so that it is no part of what is saved
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -144,6 +146,16 @@ class StatewiseForCausalLM(PreTrainedModel, GenerationMixin):
     def gradient_checkpointing_disable(self) -> None:
         self.model.body.recompute = False
 
+    def stream(self, weights: Kind = "float32") -> None:
+        """Write with weights for streaming and a recorded step from now on (`serving.for_streaming`), on a CPU.
+
+        It takes the steps of `generate`: one new id in each row, up to 8 rows, in evaluation mode and without
+        gradients; hooks on parts of the model are not called then. All else goes the usual way. Parameters that change
+        in place are seen with weights "float32", others not; after another load, dtype or device call it again.
+        Raises UsageError as `for_streaming` does.
+        """
+        self._fast = [for_streaming(self.model, weights=weights)]
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if self.config.description is None:
             raise UsageError("save_pretrained: a wrapped model has no description; use statewise.hf.save_pretrained")
@@ -168,16 +180,27 @@ class StatewiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise UsageError(f"past_key_values is a {type(cache).__name__}; expected the StateCache of an earlier call")
         if cache is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):
             cache = StateCache()
-        h, state = self._read(input_ids, None if cache is None else cache.state, attention_mask)
+        before = None if cache is None else cache.state
+        if before is not None and self._is_fast(input_ids, attention_mask):
+            logits, state = self._fast[0].step(input_ids[:, 0], before)
+            logits = logits[:, None]
+        else:
+            h, state = self._read(input_ids, before, attention_mask)
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.model.logits(h[:, keep])
         if cache is not None:
             cache.state, cache.seen = state, cache.seen + input_ids.shape[1]
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.logits(h[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.model.out_width, **kwargs)
         found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return found.to_tuple() if return_dict is False else found
+
+    def _is_fast(self, ids: Tensor, mask: Tensor | None) -> bool:
+        """Whether this is a step for `stream`."""
+        if not self._fast or self.training or torch.is_grad_enabled() or ids.shape[1] != 1:
+            return False
+        return mask is None or (mask.ndim == 2 and mask.shape[1] > 0 and bool(mask[:, -1].all()))
 
     def _read(self, ids: Tensor, state: Any, mask: Tensor | None) -> tuple[Tensor, Any]:
         """What the body gives for ids (B, T) where the mask is not 0: (B, T, D), and the state after them."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core import RecurrentLayer, UsageError, check_input, check_sizes, clear_past_end, clone, register_layer, wide
 from ..nn import RMSNorm, positions, rotate, stretches, tail
+from ..ops.recorded import watching
 
 
 class AttentionState(NamedTuple):
@@ -24,7 +25,7 @@ class Sight(NamedTuple):
 
     q: Tensor  # (B, T, H, K) rotated
     k: Tensor  # (B, P+T, G, K) rotated; in front the P = W - 1 of the state, none where there was no state
-    bad: Tensor  # (B, P+T) bool where k was not finite; it is zero there
+    bad: Tensor | None  # (B, P+T) bool where k was not finite; it is zero there. None: not looked for yet
     position: Tensor  # (B, T) int64 steps since the start or the last reset
     seen: Tensor  # (B,) int64 the same after the last, or after the last within lengths
     lengths: Tensor | None  # (B,)
@@ -161,10 +162,10 @@ class Attention(RecurrentLayer[AttentionState]):
         q, k, v = (z.unflatten(-1, (-1, self.key)) for z in qkv)  # (B, T, H, K), (B, T, G, K) twice
         high = wide(self.out.weight.dtype) if state is None else state.v.dtype
         q, k = self._turn(self.q_norm(q).to(high), position), self._turn(self.k_norm(k).to(high), position)
-        k = k if state is None else torch.cat([state.k, k], 1)  # time t stands at t + W - 1
+        k = k if state is None else _behind(state.k, k)  # time t stands at t + W - 1
         seen = tail(torch.cat([seen[:, None], position + 1], 1), 1, lengths)[:, 0]
-        bad = _not_finite(k)
-        sight = Sight(q, _without(k, bad), bad, position, seen, lengths, state is None and reset is None)
+        sight = Sight(q, k, None, position, seen, lengths, state is None and reset is None)
+        sight = sight if _is_recorded(sight) else _clean(sight)
         y, v = attend(sight, v, None if state is None else state.v, self.window)
         if self.sizes[3]:
             y = y * gate.sigmoid()
@@ -179,9 +180,31 @@ def attend(sight: Sight, v: Tensor, past: Tensor | None, window: int) -> tuple[T
     """v (B, T, G, K), past (B, W-1, G, K) those before, where there is a state -> (B, T, H K) and the past after."""
     dtype = v.dtype
     v = v.to(sight.k.dtype)
-    v = v if past is None else torch.cat([past, v], 1)
-    y = _windows(sight, v.to(dtype), window)
+    v = v if past is None else _behind(past, v)
+    if _is_recorded(sight):
+        given = sight.q, sight.k, v, sight.position
+        y = watching().note("attend", given, lambda: _windows(_clean(sight), v, window))  # type: ignore[union-attr]
+    else:
+        y = _windows(sight, v.to(dtype), window)
     return y.flatten(-2), kept(sight, v, window)
+
+
+def _is_recorded(sight: Sight) -> bool:
+    """Whether it is one step that goes on from a state, and all that is recorded is what it sees."""
+    return watching() is not None and sight.q.shape[1] == 1 and not sight.causal and sight.lengths is None
+
+
+def _behind(past: Tensor, new: Tensor) -> Tensor:
+    """(B, P, G, K) and (B, T, G, K) as one."""
+    watch = watching()
+    if watch is not None and new.shape[1] == 1 and past.shape[1] > 0:
+        return watch.note("append", (past, new), lambda: torch.cat([past, new], 1))
+    return torch.cat([past, new], 1)
+
+
+def _clean(sight: Sight) -> Sight:
+    bad = _not_finite(sight.k)
+    return sight._replace(k=_without(sight.k, bad), bad=bad)
 
 
 def _not_finite(z: Tensor) -> Tensor:
@@ -199,7 +222,7 @@ def _windows(sight: Sight, v: Tensor, window: int) -> Tensor:
     steps, past = q.shape[1], k.shape[1] - q.shape[1]
     visible = sight.position.clamp(max=window - 1)  # (B, T) how many earlier steps each query sees
     bad = _not_finite(v)
-    v, bad = _without(v, bad), bad | sight.bad
+    v, bad = _without(v, bad), bad if sight.bad is None else bad | sight.bad
     if k.shape[2] < q.shape[2]:
         k, v = (z.repeat_interleave(q.shape[2] // k.shape[2], 2) for z in (k, v))
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, K)
@@ -232,6 +255,8 @@ def _seen(visible: Tensor, start: int, first: int) -> Tensor:
 
 def kept(sight: Sight, z: Tensor, window: int) -> Tensor:
     """Of keys or values (B, P+T, G, K) the (B, W-1, G, K) that a state holds, zero where there is none."""
+    if _is_recorded(sight):
+        return z[:, 1:]  # where there was none the state is zero already
     past, steps, lengths = window - 1, sight.position.shape[1], sight.lengths
     count = min(past, z.shape[1])
     gone = torch.arange(count, device=z.device) < count - sight.seen[:, None]  # from before the start or the last reset

@@ -34,6 +34,8 @@ class Elman(Cell[Tensor]):
     Raises UsageError for heads that do not divide hidden, an unknown nonlinearity or parallel.
     """
 
+    multiplied = ("recurrent",)  # as for_streaming has it
+
     def __init__(
         self,
         width: int,

@@ -31,6 +31,8 @@ class GRULayer(Cell[Tensor]):
     Raises UsageError for heads that do not divide hidden or an unknown parallel.
     """
 
+    multiplied = ("recurrent",)  # as for_streaming has it
+
     def __init__(self, width: int, hidden: int, *, heads: int = 1, parallel: Parallel = "loop"):
         super().__init__()
         check_gated("GRULayer", width, hidden, heads, parallel)

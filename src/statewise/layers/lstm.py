@@ -38,6 +38,8 @@ class LSTMLayer(Cell[LSTMState]):
     Raises UsageError for heads that do not divide hidden or an unknown parallel.
     """
 
+    multiplied = ("recurrent",)  # as for_streaming has it
+
     def __init__(
         self, width: int, hidden: int, *, forget_bias: float = 1.0, heads: int = 1, parallel: Parallel = "loop"
     ):

@@ -2,6 +2,6 @@
 
 from .export import export_step, state_names
 from .recorded import RecordedStep
-from .weights import StreamedWeight, for_streaming
+from .weights import Kind, StreamedWeight, for_streaming
 
-__all__ = ["RecordedStep", "StreamedWeight", "export_step", "for_streaming", "state_names"]
+__all__ = ["Kind", "RecordedStep", "StreamedWeight", "export_step", "for_streaming", "state_names"]

@@ -59,7 +59,7 @@ class RecordedStep:
         if last is None or last.state is not state or last.program is not program:
             if not program.takes(inputs):
                 return self._plain(x, state)
-            inputs = [t.contiguous() for t in inputs]
+            inputs = program.laid_out(inputs)
         y, *after = program([x.contiguous(), *inputs[1:]])
         state = _rebuilt(state, iter(after))
         self.last = _Last(program, state, after)
@@ -80,11 +80,12 @@ class RecordedStep:
         return type(self.model).step(self.model, x, state)
 
     def _record(self, key: Any, x: Tensor, state: Any) -> Program | str:
-        inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in (x, *leaves(state))]
-        _, *given = inputs
-        left = iter(given)
-        with torch.no_grad(), Watch() as watched:
-            y, after = self._plain(inputs[0], tree_map(lambda _: next(left), state))
+        with torch.inference_mode(False), torch.no_grad():  # where operations are seen in their parts
+            inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in (x, *leaves(state))]
+            _, *given = inputs
+            left = iter(given)
+            with Watch() as watched:
+                y, after = self._plain(inputs[0], tree_map(lambda _: next(left), state))
         outputs = [y, *leaves(after)]
         made: Program | str
         try:

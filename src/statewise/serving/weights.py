@@ -74,8 +74,13 @@ class StreamedWeight(Tensor):
                 return func(*args, **(kwargs or {}))
         if func is F.embedding and type(args[1]) is cls and not isinstance(args[0], cls):
             return args[1]._rows(args[0])
-        dense = lambda given: given.dense() if isinstance(given, cls) else given
-        return func(*map(dense, args), **{name: dense(given) for name, given in (kwargs or {}).items()})
+        return func(*map(cls._plain, args), **{name: cls._plain(given) for name, given in (kwargs or {}).items()})
+
+    @classmethod
+    def _plain(cls, given: Any) -> Any:
+        if type(given) in (list, tuple):
+            return type(given)(map(cls._plain, given))
+        return given.dense() if isinstance(given, cls) else given
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -122,10 +127,13 @@ def for_streaming(model: M, *, weights: Kind = "float32") -> M:
 
     weights "float32": the same numbers, shared with the model, its sums in another order. "bfloat16": half of the
     bytes, each weight off by at most 1 / 256 of itself. "int8": each row of a matrix rounded to 255 levels, a quarter
-    of the bytes. Biases, norms, decays and states stay as they are.
+    of the bytes. Biases, norms, decays and states stay as they are. A layer may name more of its parameters (N, K) in
+    `multiplied`, those that its step gives to F.linear as weights and to nothing else: recurrent ones.
     The copy takes the states of the model and gives them back. Its step is recorded when it first meets a batch, of
     up to FEW rows, and then runs without Python (`recorded`): hooks on its parts are not called, and no gradient is
-    kept unless its inputs ask for one. What cannot be recorded, such as attention, takes the step that it always took.
+    kept unless its inputs ask for one. The state of an attention is then a view of a buffer with room behind it, to
+    which the next step adds: writing into a state in place would change the states before it too. What cannot be
+    recorded, such as a choice among experts, takes the step that it always took.
     The copy does not train, compile or export; export the model.
 
     Raises UsageError for another kind and for parameters that are not float32 on a CPU, NumericError for weights that
@@ -139,15 +147,15 @@ def for_streaming(model: M, *, weights: Kind = "float32") -> M:
     made = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     done: dict[int, StreamedWeight] = {}  # a matrix may stand in several places
     for module in made.modules():
-        if type(module) not in (nn.Linear, nn.Embedding) and not _is_linear(module):
-            continue
-        weight = module._parameters.get("weight")
-        if weight is None or weight.numel() < LEAST:
-            continue
-        if id(weight) not in done:
-            done[id(weight)] = StreamedWeight.of(weight, weights)
-        del module._parameters["weight"]
-        module.register_buffer("weight", done[id(weight)])
+        linear = type(module) in (nn.Linear, nn.Embedding) or _is_linear(module)
+        for name in ("weight",) if linear else getattr(module, "multiplied", ()):
+            weight = module._parameters.get(name)
+            if weight is None or weight.ndim != 2 or weight.numel() < LEAST:
+                continue
+            if id(weight) not in done:
+                done[id(weight)] = StreamedWeight.of(weight, weights)
+            del module._parameters[name]
+            module.register_buffer(name, done[id(weight)])
     if isinstance(made, RecurrentLayer):
         made.step = RecordedStep(made)  # type: ignore[method-assign]
     return made

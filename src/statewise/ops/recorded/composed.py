@@ -72,18 +72,19 @@ def _layer_norm(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], 
     found = _normed(tr, x, x.numel() // math.prod(shape), eps)
     strides = out.contiguous().stride()
     at = found._replace(sizes=tuple(out.shape), strides=tuple(strides))
-    _scaled(tr, at, *(None if t is None else tr.read(t) for t in (weight, bias)), out)
+    by, more = (None if t is None else tr.read(t) for t in (weight, bias))
+    _scaled(tr, at, by, more, out)
 
 
 @translates(aten.native_group_norm.default)
 def _group_norm(tr: Translation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     x, weight, bias, batch, channels, size, groups, eps = args
     at = _normed(tr, x, batch * groups, eps)._replace(sizes=(batch, channels, size), strides=(channels * size, size, 1))
-    each = [
+    by, more = (
         None if t is None else tr.read(t)._replace(sizes=(1, channels, 1), strides=(0, t.stride(0), 0))
         for t in (weight, bias)
-    ]
-    _scaled(tr, at, *each, out.view(batch, channels, size))
+    )
+    _scaled(tr, at, by, more, out.view(batch, channels, size))
 
 
 @translates(aten._softmax.default)

@@ -140,7 +140,30 @@ class Exact:
         return {self.out.memory}
 
 
-Instruction = Group | Product | Tiles | Lookup | Reduction | Exact
+@dataclass
+class Attend:
+    """y = sum_s softmax_s(q . k_s / sqrt(K)) v_s over the last min(position, S - 1) + 1 of S rows.
+
+    sizes: B, S, G, H, K. partial: (parts, B, H, K + 2), what each part of the rows gives.
+    """
+
+    q: Places
+    k: Places
+    v: Places
+    position: Places
+    kind: str
+    partial: Places
+    y: Places
+    sizes: tuple[int, int, int, int, int]
+
+    def reads(self) -> set[int]:
+        return {o.memory for o in (self.q, self.k, self.v, self.position)}
+
+    def writes(self) -> set[int]:
+        return {self.partial.memory, self.y.memory}
+
+
+Instruction = Group | Product | Tiles | Lookup | Reduction | Exact | Attend
 
 
 class Weights(NamedTuple):
@@ -161,8 +184,8 @@ def places_of(t: Tensor) -> Places:
 def numbers_of(model: nn.Module) -> list[Tensor]:
     """The parameters and buffers that hold plain numbers, and what stands behind those that do not."""
     everything = [*model.parameters(), *model.buffers()]
-    behind = [getattr(t, name, None) for t in everything for name in ("kept", "scale")]
-    return [t for t in (*everything, *behind) if type(t) in (Tensor, nn.Parameter)]
+    behind: list[Any] = [getattr(t, name, None) for t in everything for name in ("kept", "scale")]
+    return [t for t in [*everything, *behind] if type(t) in (Tensor, nn.Parameter)]
 
 
 def spread(o: Places, sizes: tuple[int, ...]) -> Places:

@@ -11,14 +11,15 @@ import math
 import operator
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import complex_numbers, composed, exact_numbers  # noqa: F401  # translations
+from . import complex_numbers, composed, exact_numbers, windows  # noqa: F401  # translations
 from .instructions import (
+    Attend,
     Exact,
     Group,
     Instruction,
@@ -42,6 +43,13 @@ SHARED = 1 << 13  # places from which on a group of operations is shared out
 PART = 1 << 19  # bytes of weights that are claimed at a time
 
 
+class Fresh(NamedTuple):
+    """An output that gets memory of its own."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Program:
     """What was recorded, ready to run on other inputs of the same shapes.
 
@@ -56,13 +64,18 @@ class Program:
         tr = Translation(model, inputs)
         tr.all(watched.seen)
         self.inputs = [(t.shape, t.dtype) for t in inputs]
-        self.outputs: list[int | tuple[torch.Size, torch.dtype]] = []  # an input again, or what is new
+        self.rooms = windows.Rooms(tr.windows)
+        self.outputs: list[int | Fresh | windows.Window] = []  # an input again, or what is new
         given = {memory: i for i, memory in enumerate(tr.inputs)}
         self.written: list[int] = []  # by output that is new: its memory
         for out in outputs:
             memory, at = memory_of(out), places_of(out)
             if memory in given and at == places_of(inputs[given[memory]]):
                 self.outputs.append(given[memory])
+                continue
+            window = next((w for w in tr.windows if w.is_after(at)), None)
+            if window is not None and window not in self.outputs:
+                self.outputs.append(window)
                 continue
             whole = memory in tr.made and in_order(at) and at.offset == 0 and tr.made[memory] == out.numel()
             if out.dtype in KINDS:
@@ -71,14 +84,16 @@ class Program:
                 memory = complex_numbers.in_turn(tr, out)
             elif not whole or memory in self.written:
                 memory = tr.point("copy", tr.new(out.shape), [tr.read(out)]).memory
-            self.outputs.append((out.shape, out.dtype))
+            self.outputs.append(Fresh(out.shape, out.dtype))
             self.written.append(memory)
         self.folded = [t for t in numbers_of(model) if memory_of(t) in tr.folded and not t.is_inference()]
         self.versions = list(map(_version, self.folded))
-        self.table = Table(tr, tr.instructions, (*tr.inputs, *self.written), set(self.written))
+        behind = [w.memory for w in tr.windows]
+        told = (*tr.inputs, *self.written, *behind)
+        self.table = Table(tr, tr.instructions, told, {*self.written, *behind})
         self.arena = torch.zeros(self.table.room // 4 + 16)
         start = -(-self.arena.data_ptr() // 64) * 64
-        self.bases = self.table.addresses([0] * (len(tr.inputs) + len(self.written)), start)
+        self.bases = self.table.addresses([0] * len(told), start)
         self.flags = np.zeros(in_numba.CLAIMS + 2 * len(self.table.rows), np.int64)
         self.scratch = torch.empty(0)
         self.lock = threading.Lock()
@@ -90,24 +105,38 @@ class Program:
     def takes(self, inputs: Sequence[Tensor]) -> bool:
         return self.inputs == [(t.shape, t.dtype) for t in inputs]
 
+    def laid_out(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Inputs as a call takes them."""
+        return [t if i in self.rooms.inputs else t.contiguous() for i, t in enumerate(inputs)]
+
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs. Raises IndexError for an id out of range."""
-        made = [torch.empty(out[0], dtype=out[1]) for out in self.outputs if isinstance(out, tuple)]
+        made = [torch.empty(out.shape, dtype=out.dtype) for out in self.outputs if isinstance(out, Fresh)]
         workers = self.code.threads._workers(1 << 30)
         with self.lock:
             room = workers * self.code.STRIP * (self.code.REGISTERS + 4) + 16
             if self.scratch.numel() < room:
                 self.scratch = torch.zeros(room)
-            given = [t.data_ptr() for t in (*inputs, *made)]
+            before, after = self.rooms.enter(inputs)
+            given = [t.data_ptr() for t in (*inputs, *made, *before)]
             self.bases[: len(given)] = given
+            for window, t in zip(self.rooms.windows, before, strict=True):
+                self.bases[window.input] = t.data_ptr()
             self.flags.fill(0)
             start = -(-self.scratch.data_ptr() // 64) * 64
             numbers = self.table.numbers.ctypes.data
             fine = self.code.run(self.table.rows, self.bases, numbers, start, self.flags, workers)
         if not fine:
             raise IndexError("index out of range in self")
-        fresh = iter(made)
-        return [inputs[out] if isinstance(out, int) else next(fresh) for out in self.outputs]
+        fresh, later = iter(made), {w.memory: t for w, t in zip(self.rooms.windows, after, strict=True)}
+        return [
+            inputs[out]
+            if isinstance(out, int)
+            else later[out.memory]
+            if isinstance(out, windows.Window)
+            else next(fresh)
+            for out in self.outputs
+        ]
 
 
 class Table:
@@ -221,6 +250,16 @@ class Table:
                 ids = [self.base[each.ids.memory], each.id_size * each.ids.offset]
                 more = [*ids, each.id_size, count, w, size, scale, many, width, *at(each.out)]
                 rows.append([code.LOOKUP, 1, 0, *more])
+            elif isinstance(each, Attend):
+                batch, _, _, heads, size = each.sizes
+                parts = each.partial.sizes[0]
+                (position, first), kind = at(each.position), code.KINDS[each.kind]
+                first, step = (code.SIZES[kind] // 4 * n for n in (first, 4 * each.position.strides[0]))
+                more = [*at(each.q), *at(each.k), each.k.strides[0] * 4, each.k.strides[1] * 4]
+                more += [*at(each.v), each.v.strides[0] * 4, each.v.strides[1] * 4, position, first, step, kind]
+                more += [*at(each.partial), *each.sizes]
+                rows.append([code.ATTEND, parts, 0, *more])
+                rows.append([code.JOIN, 1, 0, parts, *at(each.partial), *at(each.y), batch * heads, size])
             elif isinstance(each, Exact):
                 everything = [each.out, *each.operands]
                 dims = _dims(each.out.sizes, everything)

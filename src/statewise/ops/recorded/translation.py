@@ -45,6 +45,8 @@ class Translation:
         self.folded: set[int] = set()  # parameters of which something was computed once
         self.made: dict[int, int] = {}  # memory that a step writes: how many numbers
         self.kinds: dict[int, str] = {}  # of such memory, what is not float32
+        self.windows: list[Any] = []  # windows.Window
+        self.rows: dict[int, tuple[int, int, int]] = {}  # memory of one: (B, rows, numbers in a row)
         self.planes: dict[int, tuple[int, int]] = {}  # complex memory that it writes: that of real and imaginary parts
         self.interleaved: dict[int, int] = {}  # such memory, with both in turn
         self.rewritten: set[int] = set()  # memory of which a place is written twice
@@ -63,9 +65,11 @@ class Translation:
         if name == "product":
             x, w, bias = args
             self.product(x, w, bias, result)
-        else:
+        elif name == "rows":
             ids, w = args
             self.look_up(w, ids, result)
+        else:
+            SPECIAL[name](self, args, result)
 
     def _one(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         tensors = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
@@ -103,7 +107,7 @@ class Translation:
             return self.part_of(t)
         if memory not in self.made and memory not in self.constants and memory not in self.inputs:
             raise Unrecordable("a tensor comes from outside of the step")
-        return places_of(t)
+        return self.in_window(t, *self.rows[memory]) if memory in self.rows else places_of(t)
 
     def read(self, t: Tensor) -> Places:
         """An operand: float32, or truth values, which as such are kept as 0 and 1."""
@@ -172,6 +176,15 @@ class Translation:
         if in_order(at):
             return at
         return self.point("copy", self.new(t.shape), [at])
+
+    def in_window(self, t: Tensor, batch: int, rows: int, size: int) -> Places:
+        """What torch has by batch and then by rows is kept by rows and then by batch."""
+        at, whole = places_of(t), rows * size
+
+        def turned(far: int) -> int:
+            return far // whole * size + far % whole // size * batch * size + far % size
+
+        return at._replace(offset=turned(at.offset), strides=tuple(map(turned, at.strides)))
 
     def part_of(self, t: Tensor) -> Places:
         """Real numbers that are a view of complex ones which the step made."""
@@ -279,6 +292,7 @@ def joined(dims: list[tuple[int, int]]) -> list[tuple[int, int]]:
 Translate = Callable[[Translation, tuple[Any, ...], dict[str, Any], Tensor], None]
 TRANSLATIONS: dict[Any, Translate] = {}
 COMPLEX: dict[Any, Translate] = {}  # where a complex number takes part
+SPECIAL: dict[str, Callable[[Translation, tuple[Any, ...], Any], None]] = {}  # what the watch was told of
 EXACT: dict[Any, Translate] = {}  # where a number of one of these kinds does
 KINDS = {torch.float64: "float64", torch.int64: "int64", torch.int32: "int32"}
 
