@@ -350,3 +350,19 @@ def test_intervals_cover_as_often_as_they_say():
 def test_points_that_have_no_fit(points):
     with pytest.raises(UsageError):
         fit_curve(points, "exponential")
+
+
+@pytest.mark.parametrize("pattern", ["attention(window=5,heads=3)", "gru,attention(window=4,heads=2)"])
+def test_of_a_window_heads_are_followed_and_not_steps(pattern):
+    echo = pattern.split(",", 1)[1] if pattern.startswith("gru") else pattern
+    model = Stack(f"{pattern},{echo[:-1]},echo=true)", width=12, depth=2 + pattern.startswith("gru"))
+    model = model.build(x_width=2, y_width=1)
+    x = torch.randn(2, 8, 2)
+    followed = follow_states(model, [Batch(x, torch.zeros(2, 8, 1), torch.ones(2, 8))], every=8)
+    (*_, (k, v, _), echoed) = model(x)[1]
+    depth = len(model.blocks)
+    for name, leaf in ((f"{depth - 2}.k", k), (f"{depth - 2}.v", v), (f"{depth - 1}", echoed)):
+        assert followed.norm[name].shape == (1, leaf.shape[2])
+        want = torch.stack([head.flatten(1).double().norm(dim=1).mean() for head in leaf.unbind(2)])
+        torch.testing.assert_close(followed.norm[name][0], want)
+    assert followed.norm[f"{depth - 1}"].shape[1] in (2, 3)

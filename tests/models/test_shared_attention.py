@@ -29,7 +29,7 @@ def by_hand(model, x):
         else:
             v = layer.values(u)
         o = torch.einsum("bhts,bshk->bthk", matrix, v.unflatten(-1, (2, -1)))
-        h = block._add(h, layer.out(o.flatten(-2)))
+        h, _ = block._end(h, layer.out(o.flatten(-2)), None, None, None)
     return model.head(model.norm(h))
 
 

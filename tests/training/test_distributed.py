@@ -87,7 +87,7 @@ def test_losses_are_those_of_one_process(tmp_path):
 
 def pays() -> Experiment:
     """Rows whose lengths differ, so that a rank's share of the costs is not its share of what is asked."""
-    model = models.Stack("min_gru@one", width=8, depth=3, ponder=0.3)
+    model = models.Stack("min_gru@one", width=8, depth=3, ponder=0.3, experts=3, active=1, balance=0.2)
     return Experiment(tasks["reverse"].cls(length=6), model, Train(steps=12, batch=5, evaluate_every=4))
 
 

@@ -81,17 +81,36 @@ class Cost(NamedTuple):
     total: Tensor  # (B,)
 
 
-def costs(state: Any) -> list[Tensor]:
-    """The total (B,) of every Cost in a state."""
+class Load(NamedTuple):
+    """How a row's steps have used E experts, as a part of a state: sums over the steps so far, as of a Cost.
+
+    Its total is sum_e f_e owed_e, where f_e is the share of e in all that the rows of the batch took: dear is what all
+    take. Only `owed` has a gradient.
+    """
+
+    taken: Tensor  # (B, E) how often each was taken
+    owed: Tensor  # (B, E) what the steps owe, were that expert all that any step takes
+
+
+def costs(state: Any, everywhere: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
+    """The total (B,) of every Cost and every Load in a state.
+
+    everywhere: from what this batch took to what was taken in all, where several processes have parts of a batch.
+    """
     if isinstance(state, Cost):
         return [state.total]
-    return [total for part in state for total in costs(part)] if isinstance(state, tuple | list) else []
+    if isinstance(state, Load):
+        taken = everywhere(state.taken.detach().sum(0))
+        return [state.owed @ (taken / taken.sum().clamp_min(1))]
+    if not isinstance(state, tuple | list):
+        return []
+    return [total for part in state for total in costs(part, everywhere)]
 
 
 def settled(state: S) -> S:
-    """The same state with every Cost at zero."""
-    if isinstance(state, Cost):
-        return Cost(torch.zeros_like(state.total))  # type: ignore[return-value]
+    """The same state with every Cost and Load at zero."""
+    if isinstance(state, Cost | Load):
+        return tree_map(torch.zeros_like, state)  # type: ignore[no-any-return]
     if not isinstance(state, tuple | list):
         return state
     parts = [settled(part) for part in state]

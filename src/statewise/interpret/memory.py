@@ -127,7 +127,8 @@ def _power(a: Tensor, exponent: float) -> Tensor:
     return torch.where(size == 0, torch.zeros_like(a), a * size.where(size > 0, 1).pow(exponent - 1))
 
 
-def by_heads(leaf: Tensor) -> Tensor:
-    """(B, H, K, V) -> (B, H, n) real; a leaf with fewer dimensions counts as one head."""
+def by_heads(leaf: Tensor, *, window: bool = False) -> Tensor:
+    """(B, H, K, V) -> (B, H, n) real; a leaf with fewer dimensions counts as one head. window: it is (B, T, H, K)."""
+    leaf = leaf.transpose(1, 2) if window else leaf
     rows = leaf.flatten(2) if leaf.ndim >= 4 else leaf.flatten(1)[:, None]
     return torch.view_as_real(rows).flatten(2) if rows.is_complex() else rows

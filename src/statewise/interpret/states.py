@@ -92,7 +92,7 @@ def follow_states(model: RecurrentLayer[Any], batches: Iterable[Batch], *, every
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
-    looks = _Looks()
+    looks = _Looks(windows(model))
     state: Any = None
     rows, seen = None, 0
     try:
@@ -124,7 +124,8 @@ def losses(out: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Looks:
-    def __init__(self) -> None:
+    def __init__(self, windows: set[str]) -> None:
+        self.windows = windows
         self.steps: list[int] = []
         self.loss: list[Tensor] = []
         self.found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -138,7 +139,7 @@ class _Looks:
                 continue
             if self.shape.setdefault(name, tuple(leaf.shape)) != tuple(leaf.shape):
                 continue
-            heads = by_heads(leaf).double()  # (B, H, n)
+            heads = by_heads(leaf, window=name in self.windows).double()  # (B, H, n)
             norm = torch.linalg.vector_norm(heads, dim=2).mean(0)
             looked = (norm, heads.mean((0, 2)), heads.var(2, correction=0).mean(0))
             self.found.setdefault(name, []).append(tuple(t.cpu() for t in looked))  # type: ignore[arg-type]
@@ -169,13 +170,10 @@ def bounds(model: nn.Module, followed: Followed, trained: int, *, times: float =
 
 def memories(model: nn.Module) -> list[str]:
     """The leaves of a model's state that are linear memories, by their names there."""
-    from ..models.stack import Residual
     from .memory import memory_of
 
-    body = next((m for m in model.modules() if isinstance(m, Residual)), None)
-    layers = [(f"{i}", block.layer) for i, block in enumerate(body.at_depths())] if body else [("", model)]
     found, seen = [], set()
-    for prefix, layer in layers:
+    for prefix, layer in _layers(model):
         if id(layer) in seen:  # shared: its first place speaks for it
             continue
         seen.add(id(layer))
@@ -183,6 +181,32 @@ def memories(model: nn.Module) -> list[str]:
             name = memory_of(layer).name  # type: ignore[arg-type]
         except UsageError:
             continue
-        parts = [part for part in (prefix, name) if part and not (prefix and part == "state")]
-        found.append(".".join(parts) or "state")
+        found.append(_joined(prefix, "" if name == "state" else name))
     return found
+
+
+def windows(model: nn.Module) -> set[str]:
+    """The leaves of a model's state that are what attention saw last, (B, W-1, G, K), by their names there."""
+    from ..layers import Attention, EchoAttention
+
+    found = set()
+    for prefix, layer in _layers(model):
+        if isinstance(layer, Attention):
+            found |= {_joined(prefix, "k"), _joined(prefix, "v")}
+        elif isinstance(layer, EchoAttention):
+            found.add(_joined(prefix))
+    return found
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layer at each depth, and where its state stands in the model's."""
+    from ..models.stack import Residual
+
+    body = next((m for m in model.modules() if isinstance(m, Residual)), None)
+    if body is None:
+        return [("", model)]
+    return [(f"{i}.layer" if block.balanced else f"{i}", block.layer) for i, block in enumerate(body.at_depths())]
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part) or "state"

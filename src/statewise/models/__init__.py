@@ -50,6 +50,7 @@ def examples() -> list[tuple[str, Callable[[], RecurrentLayer[Any]]]]:
         ("shared_attention", stack(f"{near},min_gru,{echo}", depth=3)),
         ("shared_attention_twice", stack(f"{near}@a,{echo}@b", depth=4, depth_embedding=True, ponder=0.01)),
         ("universal", stack("window_attention(window=3,heads=2)@a", depth=3, depth_embedding=True, ponder=0.01)),
+        ("experts", stack("min_gru,min_gru(experts=3)", depth=2, active=1, balance=0.1)),
         ("universal_gru", stack("gru@one", depth=2, mlp=0.0, norm="none", pool="mean", ponder=0.5)),
     ]
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import layers as _register_all  # noqa: F401
 from ..core import (
     Cost,
+    Load,
     RecurrentLayer,
     Traits,
     UsageError,
@@ -26,6 +27,7 @@ from ..core import (
     layers,
     near,
     past_end,
+    tree_map,
     wide,
 )
 from ..core.vary import LATER
@@ -35,6 +37,7 @@ from .classifier import Classifier
 from .halting import Halting
 from .pattern import Place, places
 
+OF_BLOCK = ("mlp", "experts")  # what a place of a pattern may say of its block, besides what its layer takes
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "rms": RMSNorm,
     "layer": nn.LayerNorm,
@@ -54,6 +57,8 @@ class Stack:
     can tell them apart. ponder: each place decides how deep to think (`Halting`), and this times the depths that it
     uses is added to the loss; None for the last depth's outputs. The Universal Transformer (Dehghani et al. 2019,
     arXiv:1807.03819) is Stack("attention@one", depth=6, depth_embedding=True, ponder=0.01).
+    experts: that many gated MLPs in place of one, of which each step takes `active` (`Experts`); 0 for one alone. In a
+    pattern also of some blocks: "mamba,mamba(experts=8)". balance: what uneven use adds to the loss; 0.01 is usual.
     Every field is a number, a registry name or a mapping of those, so a description can be written down as JSON.
     """
 
@@ -68,6 +73,9 @@ class Stack:
     residual_scale: float = field(default=1.0, metadata=LATER)
     depth_embedding: bool = field(default=False, metadata=LATER)
     ponder: float | None = field(default=None, metadata=LATER)
+    experts: int = field(default=0, metadata=LATER)
+    active: int = field(default=2, metadata=LATER)
+    balance: float = field(default=0.0, metadata=LATER)
 
     def build(self, *, x_width: int | None = None, x_vocab: int | None = None, y_width: int) -> RecurrentLayer[Any]:
         """A model from x (B, T, x_width), or ids (B, T) below x_vocab, to y (B, T, y_width), on torch's generator.
@@ -83,7 +91,8 @@ class Stack:
     def check(self) -> None:
         """Raise UsageError unless every field is in range."""
         check_sizes("Stack", width=self.width, depth=self.depth)
-        for name, end in (("mlp", math.inf), ("dropout", 1), ("residual_scale", math.inf)):
+        ends = {"mlp": math.inf, "dropout": 1, "residual_scale": math.inf, "balance": math.inf}
+        for name, end in ends.items():
             _check_number(name, getattr(self, name), end)
         if not isinstance(self.depth_embedding, bool):
             raise UsageError(f"Stack: depth_embedding is {self.depth_embedding!r}; expected true or false")
@@ -94,6 +103,8 @@ class Stack:
         if self.norm not in NORMS:
             raise UsageError(f"Stack: unknown norm {self.norm!r}; {near(self.norm, NORMS)}")
         found = places(self.layer, self.depth)
+        if self.balance and not any(place.args.get("experts", self.experts) for place in found):
+            raise UsageError(f"Stack: balance {self.balance} without experts; expected some, or 0")
         taken = set().union(*(self._arguments(place) for place in found))
         for name in self.args:
             if name not in taken:  # by any layer: let the first say what it does take
@@ -139,25 +150,35 @@ class Stack:
 
     def _block(self, place: Place) -> Block:
         arguments = self._arguments(place)
-        mlp_size = arguments.pop("mlp", self.mlp) if "mlp" in place.args else self.mlp
-        _check_number("mlp", mlp_size, math.inf)
+        mlp_size, experts = (arguments.pop(name, getattr(self, name)) for name in OF_BLOCK)
+        mlp = self._mlp(mlp_size, experts)
         try:
             layer = _class(place)(**arguments)
         except TypeError as error:
             raise UsageError(f"Stack: {place.layer} does not take {arguments}: {error}") from error
-        mlp = GatedMLP(self.width, round(self.width * mlp_size)) if mlp_size else None
         norms = [NORMS[self.norm](self.width) for _ in range(1 if mlp is None else 2)]
         block = Block(layer, norms, mlp, dropout=self.dropout, scale=self.residual_scale)
         with torch.no_grad():  # the sum of all branches starts with the variance of one
-            for linear in block.last_maps():
-                linear.weight /= math.sqrt(self.depth * len(norms))
+            for weight in block.last_weights():
+                weight /= math.sqrt(self.depth * len(norms))
         return block
+
+    def _mlp(self, expansion: object, experts: object) -> GatedMLP | Experts | None:
+        _check_number("mlp", expansion, math.inf)
+        if isinstance(experts, bool) or not isinstance(experts, int) or not 0 <= experts <= 1 << 16:
+            raise UsageError(f"Stack: experts is {experts!r}; expected a whole number from 0 to {1 << 16}")
+        hidden = round(self.width * expansion)  # type: ignore[operator]
+        if experts and not hidden:
+            raise UsageError(f"Stack: experts {experts} of mlp {expansion}; expected an expansion above 0")
+        if experts:
+            return Experts(self.width, hidden, experts=experts, active=self.active, normed=True, balance=self.balance)
+        return GatedMLP(self.width, hidden) if expansion else None
 
     def _arguments(self, place: Place) -> dict[str, Any]:
         known = {name for name in inspect.signature(_class(place)).parameters if name != "width"}
         own = {name: value for name, value in place.args.items() if name != "echo"}
         for name in own:
-            if name not in known | {"mlp"}:
+            if name not in known.union(OF_BLOCK):
                 self._refuse(name, place)
         if "width" in self.args:
             self._refuse("width", place)
@@ -185,8 +206,15 @@ def _check_number(name: str, value: object, end: float) -> None:
         raise UsageError(f"Stack: {name} is {value!r}; expected a number from 0 to below {end}")
 
 
+class Balanced(NamedTuple):
+    """The state of a block whose experts are paid for uneven use."""
+
+    layer: Any
+    load: Load
+
+
 class Block(RecurrentLayer[Any]):
-    """x + s W layer(norm(x)), then x + s mlp(norm(x)), s = scale; the state is the layer's.
+    """x + s W layer(norm(x)), then x + s mlp(norm(x)), s = scale; the state is the layer's, or `Balanced`.
 
     An EchoAttention sees by what an attention before it saw, so `along` alone can run it. A layer that is linear in its
     input (LRU, S5, short convolution) is followed by GELU and a gated linear unit in
@@ -212,25 +240,34 @@ class Block(RecurrentLayer[Any]):
         self.back = usual(layer.out_width, layer.width) if back is None else back
         self.dropout, self.scale = nn.Dropout(dropout), scale
 
-    def last_maps(self) -> list[nn.Linear]:
-        """The linear maps of this block whose outputs are added to x."""
+    def last_weights(self) -> list[Tensor]:
+        """The weights of the linear maps of this block whose outputs are added to x."""
         back = self.back.out if isinstance(self.back, GLU) else self.back
         maps = [back] if self.mlp is None else [back, self.mlp.out]
-        return [linear for linear in maps if isinstance(linear, nn.Linear)]
+        return [m.weight if isinstance(m, nn.Linear) else m for m in maps if isinstance(m, nn.Linear | nn.Parameter)]
+
+    @property
+    def balanced(self) -> bool:
+        """Whether it has experts that are paid for uneven use."""
+        return isinstance(self.mlp, Experts) and self.mlp.balance > 0
 
     def initial_state(self, batch: int) -> Any:
-        return self.layer.initial_state(batch)
+        first = self.layer.initial_state(batch)
+        if not self.balanced:
+            return first
+        router = self.mlp.router.weight  # type: ignore[union-attr]
+        zeros = router.new_zeros(batch, len(router), dtype=wide(router.dtype))  # type: ignore[arg-type, operator]
+        return Balanced(first, Load(zeros, zeros.clone()))
 
     def forward(
         self, x: Tensor, state: Any = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        y, state = self.layer(self.norms[0](x), state, reset=reset, lengths=lengths)
-        x = self._add(x, y)
-        return (x if lengths is None else clear_past_end(x, lengths)), state
+        y, after = self.layer(self.norms[0](x), self._of_layer(state), reset=reset, lengths=lengths)
+        return self._end(x, y, state, after, lengths)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.layer.step(self.norms[0](x), state)  # type: ignore[operator]
-        return self._add(x, y), state
+        y, after = self.layer.step(self.norms[0](x), self._of_layer(state))  # type: ignore[operator]
+        return self._end(x, y, state, after, None)
 
     def along(
         self,
@@ -247,15 +284,28 @@ class Block(RecurrentLayer[Any]):
         u = self.norms[0](x)
         u = u if lengths is None else clear_past_end(u, lengths)
         if isinstance(self.layer, Attention):
-            y, state, sight = self.layer.look(u, state, reset, lengths)
+            y, after, sight = self.layer.look(u, self._of_layer(state), reset, lengths)
         else:
-            y, state = self.layer(u, state, sight)  # type: ignore[operator]
-        x = self._add(x, y)
-        return (x if lengths is None else clear_past_end(x, lengths)), state, sight
+            y, after = self.layer(u, self._of_layer(state), sight)  # type: ignore[operator]
+        return *self._end(x, y, state, after, lengths), sight
 
-    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+    def _of_layer(self, state: Any) -> Any:
+        return state.layer if isinstance(state, Balanced) else state
+
+    def _end(self, x: Tensor, y: Tensor, before: Any, after: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        """x (B, T, D), or (B, D) of a step, with what the layer y and then the MLP add; and the block's state."""
         x = x + self._scaled(self.back(y))
-        return x if self.mlp is None else x + self._scaled(self.mlp(self.norms[1](x)))
+        if self.balanced:
+            y, used = self.mlp.weighed(self.norms[1](x))  # type: ignore[union-attr, operator]
+            if lengths is not None:
+                over = past_end(lengths.to(x.device), x.shape[1])[..., None]
+                used = tree_map(lambda t: t.masked_fill(over, 0), used)
+            load = used if x.ndim == 2 else tree_map(lambda t: t.sum(1), used)
+            after = Balanced(after, load if before is None else tree_map(torch.add, before.load, load))
+            x = x + self._scaled(y)
+        elif self.mlp is not None:
+            x = x + self._scaled(self.mlp(self.norms[1](x)))
+        return (x if lengths is None else clear_past_end(x, lengths)), after
 
     def _scaled(self, branch: Tensor) -> Tensor:
         branch = self.dropout(branch)

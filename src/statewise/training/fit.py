@@ -47,7 +47,7 @@ from .evaluate import MEASURED, evaluate, sound
 from .experiment import Experiment, differences
 from .log import Log, TensorBoard
 from .optimise import Average, Optimizer, learning_rate, refuse_nonfinite
-from .shards import Replicas, Shards
+from .shards import Replicas, Shards, whole_blocks
 from .signals import Stop, Stopped
 
 Event = dict[str, Any]
@@ -186,9 +186,9 @@ class Training:
                 part.recompute = train.recompute_blocks
         self.distiller: Distiller | None = None
         if self.experiment.teacher.run:
-            if self.ranks.shard:
-                raise UsageError("a teacher together with --shard is not built; leave out one of the two")
-            self.distiller = Distiller(self.model, self.experiment, self.device)
+            self.distiller = Distiller(self.model, self.experiment, self.device)  # each rank has all of the teacher
+            if self.ranks.shard and self.experiment.teacher.layers:
+                whole_blocks(self.model)
         self.compiled: Any = torch.compile(self.model) if train.compile else self.model
         found, skipped = checkpoint.newest(self.run, allow_nonfinite=True) if self.run else (None, [])
         self.data = data_hash(self.experiment.task) if self.run else ""
@@ -284,7 +284,7 @@ class Training:
             out, state = self._run(batch, self.carried)
             loss = task.loss(out, batch)
         loss = loss * share
-        for total in costs(state if self.distiller is None else state.student):
+        for total in costs(state if self.distiller is None else state.student, self.ranks.total):
             loss = loss + total.sum() / max(tokens, 1)
         loss = loss / train.accumulate
         with self.held.running():

@@ -145,6 +145,14 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [block for stack in stacks if len(stack.order) == len(stack.blocks) for block in stack.blocks]
 
 
+def whole_blocks(model: nn.Module) -> None:
+    """Raise UsageError where a block cannot be run alone, for its parameters are brought together with the rest."""
+    if len(_blocks(model)) < sum(isinstance(part, Block) for part in model.modules()):
+        raise UsageError(
+            "teacher.layers of blocks that stand at several depths is not built with --shard; leave out one"
+        )
+
+
 def _local(t: Tensor) -> Tensor:
     """The part of a distributed tensor that is here; another tensor as it is."""
     return cast(Tensor, t.to_local()) if hasattr(t, "to_local") else t
