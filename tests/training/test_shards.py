@@ -20,8 +20,8 @@ from several import free_port, in_ranks
 from statewise.core import UsageError, read_tensors
 from statewise.models import LanguageModel, Stack
 from statewise.tasks import Adding, Reber
-from statewise.training import Experiment, RankLost, Ranks, Stopped, Train, fit, load
-from statewise.training.shards import Shards
+from statewise.training import Experiment, RankLost, Ranks, Stopped, Teacher, Train, fit, load
+from statewise.training.shards import Shards, whole_blocks
 
 # rows and channels that do not divide evenly; blocks that are computed again; a block at two depths, with the root then
 DEEP = Experiment(
@@ -118,6 +118,37 @@ def test_losses_and_checkpoints_are_those_of_one_process(tmp_path):
     assert not litter(tmp_path / "two")
 
 
+SEES = "attention(window=5,heads=1)"
+PUPILS: dict[str, dict[str, Any]] = {
+    "logits": dict(temperature=2.0, truth=0.5),
+    "inside": dict(hidden=1.0, layers=1.0, inherit="same"),
+    "new": dict(only_new=True),
+}
+
+
+def pupil(name: str, place: Path) -> Experiment:
+    """A student, of which two blocks are not the teacher's."""
+    model = Stack(f"{SEES},attention(window=5,heads=1,echo=true),min_gru", width=5, depth=3)
+    return replace(SHARED, model=model, teacher=Teacher(str(place / "teacher"), **PUPILS[name]))
+
+
+def learn(place: Path) -> None:
+    """With shards, and with whole weights: of the rows of a rank the losses of inner depths are means of their own."""
+    for name in PUPILS:
+        fit(pupil(name, place), place / f"parts-{name}", ranks=sharded())
+        fit(pupil(name, place), place / f"whole-{name}", ranks=here())
+
+
+def test_a_teacher_teaches_what_is_in_parts(tmp_path):
+    fit(replace(DEEP, model=Stack(SEES, width=5, depth=3)), tmp_path / "teacher")
+    in_ranks(2, learn, tmp_path)
+    for name in PUPILS:
+        assert_same_losses(tmp_path / f"parts-{name}", tmp_path / f"whole-{name}", 1)
+        assert_same_files(tmp_path / f"parts-{name}", tmp_path / f"whole-{name}")
+    fit(pupil("logits", tmp_path), tmp_path / "one")
+    assert_same_losses(tmp_path / "one", tmp_path / "parts-logits", 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_one_process_began_goes_on_in_parts(tmp_path, ranks):
@@ -178,6 +209,9 @@ def test_what_cannot_be_sharded_is_one_line():
         fit(toy(), ranks=Ranks(shard=True))
     with pytest.raises(UsageError, match="compile together with --shard"):
         fit(toy(batch=2, compile=True), ranks=Ranks(0, 2, shard=True))
+    whole_blocks(Stack("gru", width=4, depth=2).build(x_width=1, y_width=1))
+    with pytest.raises(UsageError, match="several depths is not built with --shard"):
+        whole_blocks(Stack("gru@one", width=4, depth=2).build(x_width=1, y_width=1))
     for made, words in ((torch.zeros(()), "has no rows"), (torch.zeros(2, dtype=torch.complex64), "is complex")):
         with pytest.raises(UsageError, match=f"parameter decay {words}.*leave out --shard"):
             Shards(nn.ParameterDict({"decay": nn.Parameter(made)}), Ranks(0, 2, shard=True))
