@@ -606,17 +606,28 @@ def _gather(like, to, source, start, count, dims, strides):
 
 
 @_compile
-def _scatter(to, source, start, count, dims, strides):
+def _scatter(like, to, source, start, count, dims, strides):
     """The way back."""
     threads._apart()
     d1, d2, d3 = dims
     s0, s1, s2, s3 = strides
-    given = _floats(source, count)
-    for k in range(count):
-        i3, rest = (start + k) % d3, (start + k) // d3
-        i2, rest = rest % d2, rest // d2
-        i1, i0 = rest % d1, rest // d1
-        _floats(to + 4 * (i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3), 1)[0] = given[k]
+    i3, rest = start % d3, start // d3
+    i2, rest = rest % d2, rest // d2
+    i1, i0 = rest % d1, rest // d1
+    done = 0
+    while done < count:
+        at, run = to + 4 * (i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3), min(d3 - i3, count - done)
+        if s3 == 1 and run % LANES == 0:
+            _copy_rows(like, 1, 0, (at, source + 4 * done, run // LANES))
+        else:
+            given = _floats(source + 4 * done, run)
+            for j in range(run):
+                _floats(at + 4 * j * s3, 1)[0] = given[j]
+        done, i3, i2 = done + run, 0, i2 + 1
+        if i2 == d2:
+            i2, i1 = 0, i1 + 1
+            if i1 == d1:
+                i1, i0 = 0, i0 + 1
 
 
 @_compile
@@ -665,7 +676,7 @@ def _strip(like, table, i, bases, numbers, scratch, start, count):
             to = bases[base] + table[m, OUT + 2] + 4 * start
             _gather(like, to, out, 0, count, (1, 1, count), (0, 0, 0, 1))
         elif mode == SPREAD:
-            _scatter(bases[base] + table[m, OUT + 2], out, start, count, dims, _strides(table, m, OUT))
+            _scatter(like, bases[base] + table[m, OUT + 2], out, start, count, dims, _strides(table, m, OUT))
 
 
 @_fast
