@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from statewise.ops import Op
+
 MARKS = [
     pytest.mark.triton,
     pytest.mark.timeout(300),
@@ -27,8 +29,11 @@ def interpreted(code: str) -> str:
     return _run(code, env)
 
 
-def without_interpreter(code: str) -> str:
-    return _run(code, {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"})
+def says(op: Op, *args: Any, interpreted: bool = False, **kwargs: Any) -> str:
+    """What the op says of its Triton kernels, with the interpreter or without. None is run, so this process will do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+        return op.explain(*args, **kwargs)["triton"]
 
 
 def compiled(code: str, cache: Path) -> list[str]:
