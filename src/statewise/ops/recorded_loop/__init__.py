@@ -37,7 +37,9 @@ __all__ = ["recorded_loop", "why_not"]
 ROWS = 16  # of the batch that go through time together, at most: more share reads of weights, but leave the caches
 SHORTEST = 4  # steps: below, recording never pays
 KEPT = 8  # records of one cell, by batch
-STRETCH = 1 << 22  # numbers that the eager step makes at once in the product over all times: a cache's worth
+STRETCH = 1 << 21  # numbers that the eager step makes at once in the product over all times: a cache's worth
+TILE = 1 << 15  # bytes of an input's rows over a tile of time, which lie beside each other in the nearest caches
+LONGEST = 32  # steps in a tile
 TRIED = 3  # steps that a record is compared over
 CLOSE = 1e-4  # of the largest number: by how much a record may differ from the eager step
 
@@ -309,52 +311,52 @@ class _Job:
         made = step.weights_now()
         remade = [made[m].contiguous() if not made[m].is_contiguous() else made[m] for m in half.remade]
         laid = [step.laid(w, made) for w in half.weights]
-        ends: list[int] = []  # of the dense rows that a step reads and writes
+        largest = max(step.sizes[m] for m in half.ports)
+        tile = min(self.steps, max(1, min(LONGEST, TILE // (4 * largest))))
+        places: list[int] = []  # of the dense rows that a step reads and writes, by time in a tile, and one more
         end = 0
         for memory in half.ports:
-            ends.append(end)
-            end += -(-4 * step.sizes[memory] // 64) * 64
-        extra = len(half.ports)
+            places.append(end)
+            end += -(-4 * (tile + 1) * step.sizes[memory] // 64) * 64
         # an adjoint that the step does not read is carried all the same, in memory at the end
-        room = end + half.table.room + sum(64 + 4 * rows * math.prod(s[2].shape[1:]) for s in states)
-        room = -(-room // 64) * 64
-        arena = torch.zeros(self.groups * room // 4 + 16)
+        spare = [-(-4 * (tile + 1) * rows * math.prod(s[2].shape[1:]) // 64) * 64 for s in states]
+        room = -(-(end + half.table.room + sum(spare)) // 64) * 64
+        workers = in_numba.workers(self.groups)
+        arena = torch.zeros(workers * room // 4 + 16)
         start = -(-arena.data_ptr() // 64) * 64
         words = len(half.given) + len(half.table.constants) + len(half.table.within)
         bases = np.zeros((self.groups, words + len(states)), np.int64)
-        advance = np.zeros(words + len(states), np.int64)
-        for g in range(self.groups):
-            own = start + g * room
-            given = [own + at for at in ends]
+        for g, thread in enumerate(in_numba.owners(self.groups, workers)):
+            own = start + thread * room
+            given = [own + at for at in places]
             for t in self.kept:
                 size = 4 * t.shape[2]
                 given.append(t.data_ptr() + (g * self.steps + (self.steps - 1 if back else 0)) * size)
             given += [t.data_ptr() for t in (*remade, *laid)]
             bases[g, :words] = half.table.addresses(given, own + end)
-            at = own + end + half.table.room
-            for i, s in enumerate(states):
-                bases[g, words + i] = at
-                at += -(-4 * rows * math.prod(s[2].shape[1:]) // 64) * 64
-        for i, t in enumerate(self.kept):
-            advance[extra + i] = -4 * t.shape[2] if back else 4 * t.shape[2]
+            bases[g, words:] = own + end + half.table.room + np.cumsum([0, *spare[:-1]])
+        advance = [[len(half.ports) + i, -4 * t.shape[2] if back else 4 * t.shape[2]] for i, t in enumerate(self.kept)]
 
         def row(t: Tensor, skip: int) -> int:
             return 4 * math.prod(t.shape[skip:])
 
         ins = [[half.index[m], row(t, 2), t.data_ptr()] for m, t in inputs if m in half.reads]
         outs = [[half.index[m], row(t, 2), t.data_ptr()] for m, t in outputs]
+        moves = {base: rows * size for base, size, _ in (*ins, *outs)}
         carried = []
         for i, (memory, after, first, fresh, keep, last) in enumerate(states):
             base = half.index[memory] if memory is not None else words + i
             address = [0 if t is None else t.data_ptr() for t in (fresh, keep)]
             carried.append([base, row(first, 1), first.data_ptr(), *address, half.index[after], last.data_ptr()])
+            if keep is not None:
+                moves[base] = rows * row(first, 1)
         table = lambda rows, width: np.array(rows, np.int64).reshape(-1, width)
-        workers = in_numba.workers(self.groups)
         scratch = torch.empty((workers * in_numba.SCRATCH + 64) // 4)
         call = in_numba.Call(
-            table=half.table.rows, numbers=half.table.numbers.ctypes.data, bases=bases, advance=advance,
+            table=half.table.rows, numbers=half.table.numbers.ctypes.data, bases=bases,
+            moves=table(list(moves.items()), 2), advance=table(advance, 2),
             inputs=table(ins, 3), outputs=table(outs, 3), states=table(carried, 7), batch=self.batch, rows=rows,
-            steps=self.steps, reset=0 if self.reset is None else self.reset.data_ptr(),
+            steps=self.steps, tile=tile, reset=0 if self.reset is None else self.reset.data_ptr(),
             lengths=0 if self.lengths is None else self.lengths.data_ptr(), back=int(back),
             scratch=-(-scratch.data_ptr() // 64) * 64,
         )  # fmt: skip
@@ -365,8 +367,9 @@ class _Job:
         """Gradients of u, where they are wanted, and of parameters, by the eager step over many times at once."""
         by_u = [empty(t, *t.shape) if want else None for t, want in zip(u, into, strict=True)]
         sums: list[Tensor | None] = [None] * len(wanted)
-        flat = lambda tensors: [None if t is None else t.flatten(0, 1) for t in tensors]
-        us, gs, states, to = flat(u), flat([*g_outs, *lam]), flat(self.before), flat(by_u)
+        flat = lambda tensors: [t.flatten(0, 1) for t in tensors]
+        us, gs, states = flat(u), flat([*g_outs, *lam]), flat(self.before)
+        to = [None if t is None else t.flatten(0, 1) for t in by_u]
         size = max(16, STRETCH // self.step.numbers)
         for low in range(0, self.batch * self.steps, size):
             part = slice(low, low + size)
@@ -388,7 +391,8 @@ class _Job:
                     g = next(each)
                     out[part] = 0 if g is None else g
             for i, g in enumerate(each):
-                sums[i] = g if sums[i] is None else sums[i] if g is None else sums[i] + g
+                before = sums[i]
+                sums[i] = g if before is None else before if g is None else before + g
         return by_u, sums
 
 
@@ -398,8 +402,9 @@ class _Loop(torch.autograd.Function):
         inputs, first, fresh = job.counts
         ctx.job = job
         ctx.save_for_backward(*tensors)
-        parts = [list(tensors[a:b]) for a, b in ((0, inputs), (inputs, inputs + first))]
-        return tuple(job.forward(*parts, list(tensors[inputs + first : inputs + first + fresh])))
+        ends = inputs, inputs + first, inputs + first + fresh
+        u, state, start = (list(tensors[a:b]) for a, b in zip((0, *ends), ends))
+        return tuple(job.forward(u, state, start))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

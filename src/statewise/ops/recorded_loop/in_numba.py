@@ -1,8 +1,9 @@
 """The loop over time, compiled: a recorded step, run for a few rows of the batch at a time, with no Python between.
 
-A step reads and writes memory of its own: dense rows that stay in the nearest caches. Before it, inputs at t are copied
-there; after it, outputs go to their places, and the new state becomes the old one. Rows that a reset cuts take the
-fresh state, or backwards end their adjoint; rows that have ended keep theirs. Each thread runs all times of its rows.
+A step reads and writes memory of its own: dense rows that stay in the nearest caches. Inputs are copied there a tile of
+time at once, since the rows of the batch lie far apart; outputs and states go to their places likewise, and after each
+step the new state becomes the old one. Rows that a reset cuts take the fresh state, or backwards end their adjoint;
+rows that have ended keep theirs. Each thread runs all times of its rows.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ class Call(NamedTuple):
     table: Any  # the step
     numbers: int
     bases: Any  # (groups, memories)
-    advance: Any  # (memories,), bytes from one time to the next
+    moves: Any  # (n, 2): memory that is another one at the next step of a tile, and how many bytes away
+    advance: Any  # (n, 2): memory of which the caller has all times, likewise
     inputs: Any  # (ports, words) of what is (B, T, row)
     outputs: Any
     states: Any  # of (B, row)
     batch: int
     rows: int  # of a group
     steps: int
+    tile: int  # steps
     reset: int  # (B, T) bytes, or 0
     lengths: int  # (B,) int32, or 0
     back: int  # whether time runs backwards
@@ -90,43 +93,76 @@ def _cut(q, b, t):
 
 
 @_compile
-def _before(like, q, bases, first, rows, t):
-    """Inputs and states for the step at t; what they are is kept."""
+def _fetch(like, q, bases, first, rows, t, count, by):
+    """Inputs of a tile of time."""
     compiled.apart()
     for p in range(q.inputs.shape[0]):
-        size, to = q.inputs[p, ROW], bases[q.inputs[p, BASE]]
+        size = q.inputs[p, ROW]
         for b in range(rows):
-            at = q.inputs[p, AT] + ((first + b) * q.steps + t) * size
-            rowwise._copy(like, size // 4, (to + b * size, at))
-    for p in range(q.states.shape[0]):
-        size, to = q.states[p, ROW], bases[q.states[p, BASE]]
-        for b in range(rows):
-            if not q.back and _cut(q, first + b, t) and not _ended(q, first + b, t):
-                rowwise._copy(like, size // 4, (to + b * size, q.states[p, FRESH] + (first + b) * size))
-            if q.states[p, KEEP] != 0:
-                keep = q.states[p, KEEP] + ((first + b) * q.steps + t) * size
-                if q.back and _ended(q, first + b, t):
-                    rowwise._zero(like, size // 4, (keep,))
-                else:
-                    rowwise._copy(like, size // 4, (keep, to + b * size))
+            to, at = bases[q.inputs[p, BASE]] + b * size, q.inputs[p, AT] + ((first + b) * q.steps + t) * size
+            for _ in range(count):
+                rowwise._copy(like, size // 4, (to, at))
+                to, at = to + q.rows * size, at + by * size
 
 
 @_compile
-def _after(like, q, bases, first, rows, t):
-    """Outputs and the next states of the step at t."""
+def _put(like, q, b, t, count, by, to, at, size):
+    """One row of a tile to its places; zeros where it has ended."""
+    for k in range(count):
+        if _ended(q, b, t + by * k):
+            rowwise._zero(like, size // 4, (to,))
+        else:
+            rowwise._copy(like, size // 4, (to, at))
+        to, at = to + by * size, at + q.rows * size
+
+
+@_compile
+def _store(like, q, bases, first, rows, t, count, by):
+    """Outputs and states of a tile of time; the state after it comes first in the next."""
     compiled.apart()
     for p in range(q.outputs.shape[0]):
-        size, given = q.outputs[p, ROW], bases[q.outputs[p, BASE]]
+        size = q.outputs[p, ROW]
         for b in range(rows):
             to = q.outputs[p, AT] + ((first + b) * q.steps + t) * size
-            if _ended(q, first + b, t):
-                rowwise._zero(like, size // 4, (to,))
-            else:
-                rowwise._copy(like, size // 4, (to, given + b * size))
+            _put(like, q, first + b, t, count, by, to, bases[q.outputs[p, BASE]] + b * size, size)
     for p in range(q.states.shape[0]):
-        size, to, given = q.states[p, ROW], bases[q.states[p, BASE]], bases[q.states[p, OUT]]
+        size, home = q.states[p, ROW], bases[q.states[p, BASE]]
+        if q.states[p, KEEP] == 0:
+            continue
+        for b in range(rows):
+            to, at = q.states[p, KEEP] + ((first + b) * q.steps + t) * size, home + b * size
+            if q.back:
+                _put(like, q, first + b, t, count, by, to, at, size)
+            else:
+                for k in range(count):
+                    rowwise._copy(like, size // 4, (to + k * size, at + k * q.rows * size))
+        rowwise._copy(like, q.rows * size // 4, (home, home + count * q.rows * size))
+
+
+@_compile
+def _start_fresh(like, q, bases, first, rows, t):
+    compiled.apart()
+    for p in range(q.states.shape[0]):
+        size, to = q.states[p, ROW], bases[q.states[p, BASE]]
+        for b in range(rows):
+            if _cut(q, first + b, t) and not _ended(q, first + b, t):
+                rowwise._copy(like, size // 4, (to + b * size, q.states[p, FRESH] + (first + b) * size))
+
+
+@_compile
+def _carry(like, q, bases, first, rows, t):
+    """What the step at t made of the states becomes what the next one starts from."""
+    compiled.apart()
+    for p in range(q.states.shape[0]):
+        size, now, given = q.states[p, ROW], bases[q.states[p, BASE]], bases[q.states[p, OUT]]
+        to = now if q.states[p, KEEP] == 0 else now + q.rows * size
+        if q.lengths == 0 and (q.reset == 0 or not q.back):
+            rowwise._copy(like, q.rows * size // 4, (to, given))
+            continue
         for b in range(rows):
             if _ended(q, first + b, t):
+                if to != now:
+                    rowwise._copy(like, size // 4, (to + b * size, now + b * size))
                 continue
             rowwise._copy(like, size // 4, (to + b * size, given + b * size))
             if q.back and _cut(q, first + b, t):
@@ -136,27 +172,46 @@ def _after(like, q, bases, first, rows, t):
 
 
 @_compile
+def _move(bases, by, times):
+    for i in range(by.shape[0]):
+        bases[by[i, 0]] += by[i, 1] * times
+
+
+@_compile
+def _rows(like, q, bases, first, rows, scratch):
+    """All times of some rows."""
+    compiled.apart()
+    by = -1 if q.back else 1
+    for p in range(q.states.shape[0]):
+        size = q.states[p, ROW]
+        rowwise._copy(like, rows * size // 4, (bases[q.states[p, BASE]], q.states[p, AT] + first * size))
+    for start in range(0, q.steps, q.tile):
+        count, begin = min(q.tile, q.steps - start), q.steps - 1 - start if q.back else start
+        _fetch(like, q, bases, first, rows, begin, count, by)
+        for k in range(count):
+            t = begin + by * k
+            if q.reset != 0 and not q.back:
+                _start_fresh(like, q, bases, first, rows, t)
+            _step(like, q.table, bases, q.numbers, scratch)
+            _carry(like, q, bases, first, rows, t)
+            _move(bases, q.moves, 1)
+            _move(bases, q.advance, 1)
+        _move(bases, q.moves, -count)
+        _store(like, q, bases, first, rows, begin, count, by)
+    for p in range(q.states.shape[0]):
+        size = q.states[p, ROW]
+        rowwise._copy(like, rows * size // 4, (q.states[p, LAST] + first * size, bases[q.states[p, BASE]]))
+
+
+@_compile
 def _work(like, q, me):
     compiled.apart()
     if teams.started(me):
         return
-    scratch = q.scratch + me[0] * SCRATCH
     for group in teams.share(q.bases.shape[0], me):
-        bases, first = q.bases[group], group * q.rows
+        first = group * q.rows
         rows = min(q.rows, q.batch - first)
-        for p in range(q.states.shape[0]):
-            size = q.states[p, ROW]
-            rowwise._copy(like, rows * size // 4, (bases[q.states[p, BASE]], q.states[p, AT] + first * size))
-        for k in range(q.steps):
-            t = q.steps - 1 - k if q.back else k
-            _before(like, q, bases, first, rows, t)
-            _step(like, q.table, bases, q.numbers, scratch)
-            _after(like, q, bases, first, rows, t)
-            for m in range(q.advance.shape[0]):
-                bases[m] += q.advance[m]
-        for p in range(q.states.shape[0]):
-            size = q.states[p, ROW]
-            rowwise._copy(like, rows * size // 4, (q.states[p, LAST] + first * size, bases[q.states[p, BASE]]))
+        _rows(like, q, q.bases[group], first, rows, q.scratch + me[0] * SCRATCH)
 
 
 def run(q: Call, workers: int, held: object) -> None:
@@ -167,3 +222,8 @@ def run(q: Call, workers: int, held: object) -> None:
 def workers(groups: int) -> int:
     """Threads for so many groups of rows."""
     return min(groups, teams.available())
+
+
+def owners(groups: int, workers: int) -> list[int]:
+    """Which thread has each group."""
+    return [w for w in range(workers) for _ in range(groups * w // workers, groups * (w + 1) // workers)]

@@ -147,7 +147,8 @@ class Step:
                 state = tree_map(lambda leaf: leaf.requires_grad_(train), state)
                 o, after = cell.transition(u, state)
                 outs = [*leaves(o), *leaves(after)]
-                given, back = [], []
+                given: list[Tensor] = []
+                back: list[Tensor | None] = []
                 if train:
                     reached = [t for t in outs if t.requires_grad]
                     watched.quiet = True
@@ -193,7 +194,7 @@ class Step:
         self.numbers = sum(tr.made.values()) // self.rows + 1  # that a row's step makes, forwards and back
         halves = [self.forward] + ([self.backward] if self.backward else [])
         wanted = set().union(*({*h.remade, *(w.memory for w in h.weights)} for h in halves))
-        self.before = []
+        self.before: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
         for each in reversed(tr.before):
             results = {memory_of(r) for r in each[3]}
             if results & wanted:
