@@ -199,6 +199,19 @@ def test_a_second_derivative_is_refused():
         g.pow(2).sum().backward()
 
 
+class Shifted(little_cells._Little):
+    """A shift that the softmax takes out again: its gradient is rounding alone."""
+
+    def transition(self, u, h):
+        h = torch.softmax(h + u + self.b.mean(), -1)
+        return h, h
+
+
+def test_a_gradient_that_is_zero_but_for_rounding():
+    torch.manual_seed(0)
+    assert_same(Shifted(), torch.randn(4, 9, 3))
+
+
 class Drops(little_cells._Little):
     def transition(self, u, h):
         h = nn.functional.dropout(torch.tanh(h + u), 0.5, self.training)

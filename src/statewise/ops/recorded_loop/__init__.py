@@ -42,6 +42,7 @@ TILE = 1 << 15  # bytes of an input's rows over a tile of time, which lie beside
 LONGEST = 32  # steps in a tile
 TRIED = 3  # steps that a record is compared over
 CLOSE = 1e-4  # of the largest number: by how much a record may differ from the eager step
+NOTHING = 1e-6  # of the largest number of all: what is smaller may be rounding alone
 
 Loop = Callable[[Any, Any, Tensor | None, Tensor | None], tuple[Any, Any]]
 
@@ -93,10 +94,8 @@ def _find(cell: Cell[Any], u: Any, state: Any) -> _Recorded | str:
     batch = len(leaves(u)[0])
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (*leaves(u), *leaves(state), *cell.parameters()))
     rows = _rows(batch)
-    key = (
-        rows, train, cell.training, _shape(u, 2), _shape(state, 1), tuple(t.data_ptr() for t in _numbers(cell)),
-        _attributes(cell),
-    )  # fmt: skip
+    where = tuple((t.data_ptr(), t.shape, t.stride()) for t in _numbers(cell))
+    key = rows, train, cell.training, _shape(u, 2), _shape(state, 1), where, _attributes(cell)
     records = _of_cells.get(cell)
     if records is None:
         records = _of_cells.setdefault(cell, _Records())
@@ -241,14 +240,20 @@ class _Recorded:
                         wrt = [*leaves(us), *leaves(s), *(p for p in cell.parameters() if p.requires_grad)]
                         found += torch.autograd.grad(total, wrt, allow_unused=True, materialize_grads=True)
                 results.append([t.detach() for t in found])
+        largest = max((_size(t) for t in results[1]), default=0.0)
         for got, want in zip(*results, strict=True):
-            if not _near(got, want):
+            if not _near(got, want, NOTHING * largest):
                 raise Unrecordable("the record gives other numbers: a step must be pure and treat each row by itself")
 
 
-def _near(got: Tensor, want: Tensor) -> bool:
-    size = float(want.abs().nan_to_num(0, 0, 0).max()) if want.numel() else 0.0
-    return got.shape == want.shape and torch.allclose(got, want, rtol=0, atol=CLOSE * size, equal_nan=True)
+def _size(t: Tensor) -> float:
+    """The largest finite number."""
+    return float(t.abs().nan_to_num(0, 0, 0).max()) if t.numel() else 0.0
+
+
+def _near(got: Tensor, want: Tensor, rounding: float) -> bool:
+    allowed = CLOSE * _size(want) + rounding
+    return got.shape == want.shape and torch.allclose(got, want, rtol=0, atol=allowed, equal_nan=True)
 
 
 class _Job:
@@ -370,7 +375,7 @@ class _Job:
         flat = lambda tensors: [t.flatten(0, 1) for t in tensors]
         us, gs, states = flat(u), flat([*g_outs, *lam]), flat(self.before)
         to = [None if t is None else t.flatten(0, 1) for t in by_u]
-        size = max(16, STRETCH // self.step.numbers)
+        size = max(1, STRETCH // self.step.numbers)
         for low in range(0, self.batch * self.steps, size):
             part = slice(low, low + size)
             mine = [t[part].detach().requires_grad_(want) for t, want in zip(us, into, strict=True)]
