@@ -230,3 +230,19 @@ def test_followers_are_the_most_alike_inner_layers() -> None:
     for count in (5, -1):
         with pytest.raises(UsageError, match="expected 0 to 4"):
             followers(alike, count)
+
+
+@pytest.mark.parametrize("cls", [Attention, EchoAttention])
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (dict(heads=0), "heads is 0"),
+        (dict(heads=3), "width 8 is not a multiple of heads 3"),
+        (dict(heads=4, kv_heads=3), "heads 4 is not a multiple of kv_heads 3"),
+        (dict(heads=3, key=2, kv_heads=0), "kv_heads is 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_alike(cls, sizes, words) -> None:
+    with pytest.raises(UsageError, match=f"{cls.__name__}: {words}"):
+        cls(8, window=5, **sizes)
+    cls(8, window=5, heads=3, key=2)

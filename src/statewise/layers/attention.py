@@ -97,15 +97,8 @@ class Attention(RecurrentLayer[AttentionState]):
         bias: bool = True,
     ):
         super().__init__()
-        if key is None:
-            check_sizes("Attention", width=width, heads=heads)
-            if width % heads:
-                raise UsageError(f"Attention: width {width} is not a multiple of heads {heads}")
-            key = width // heads
-        kv_heads, rotary = heads if kv_heads is None else kv_heads, key if rotary is None else rotary
-        check_sizes("Attention", width=width, heads=heads, window=window, key=key, kv_heads=kv_heads)
-        if heads % kv_heads:
-            raise UsageError(f"Attention: heads {heads} is not a multiple of kv_heads {kv_heads}")
+        key, kv_heads = head_sizes("Attention", width, heads=heads, window=window, key=key, kv_heads=kv_heads)
+        rotary = key if rotary is None else rotary
         if not 0 <= rotary <= key or (rotary % 2 and rotary != key):
             raise UsageError(f"Attention: rotary {rotary}; expected an even number up to {key}, or {key}")
         if not 1 < base < math.inf or not (norm_eps is None or 0 < norm_eps < math.inf):
@@ -174,6 +167,25 @@ class Attention(RecurrentLayer[AttentionState]):
     def _turn(self, x: Tensor, position: Tensor) -> Tensor:
         turned, rest = x.split([self.rotary, self.key - self.rotary], -1)
         return torch.cat([rotate(turned, position, base=self.base), rest], -1)
+
+
+def head_sizes(
+    name: str, width: int, *, heads: int, window: int, key: int | None, kv_heads: int | None
+) -> tuple[int, int]:
+    """key and kv_heads: where they are None, such that heads fill the width and each has keys of its own.
+
+    Raises UsageError for sizes below 1, heads that do not divide the width where they must, or groups that are uneven.
+    """
+    if key is None:
+        check_sizes(name, width=width, heads=heads)
+        if width % heads:
+            raise UsageError(f"{name}: width {width} is not a multiple of heads {heads}")
+        key = width // heads
+    kv_heads = heads if kv_heads is None else kv_heads
+    check_sizes(name, width=width, heads=heads, window=window, key=key, kv_heads=kv_heads)
+    if heads % kv_heads:
+        raise UsageError(f"{name}: heads {heads} is not a multiple of kv_heads {kv_heads}")
+    return key, kv_heads
 
 
 def attend(sight: Sight, v: Tensor, past: Tensor | None, window: int) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..core import Traits, UsageError, check_sizes, wide
-from .attention import Attention, Sight, attend
+from ..core import Traits, UsageError, wide
+from .attention import Attention, Sight, attend, head_sizes
 
 
 class EchoAttention(nn.Module):
@@ -35,10 +35,7 @@ class EchoAttention(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        if key is None and width % heads:
-            raise UsageError(f"EchoAttention: width {width} is not a multiple of heads {heads}")
-        key, kv_heads = width // heads if key is None else key, heads if kv_heads is None else kv_heads
-        check_sizes("EchoAttention", width=width, heads=heads, window=window, key=key, kv_heads=kv_heads)
+        key, kv_heads = head_sizes("EchoAttention", width, heads=heads, window=window, key=key, kv_heads=kv_heads)
         self.width = self.out_width = width
         self.heads, self.window, self.key, self.kv_heads = heads, window, key, kv_heads
         self.sizes = [kv_heads * key, heads * key if gate else 0]
