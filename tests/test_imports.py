@@ -26,7 +26,7 @@ BELOW = {name: STACK[:i] for i, name in enumerate(STACK)} | {
     "interpret": [*STACK, "tasks", "training"],
     "decoding": ["core", "models"],
     "serving": ["core", "ops", "models"],
-    "hf": [*STACK, "text", "training", "decoding"],
+    "hf": [*STACK, "text", "training", "decoding", "serving"],
     "bench": [*STACK, "tasks", "training", "testing", "decoding", "serving"],
     "cli": [
         *STACK,
