@@ -8,6 +8,7 @@ from torch import Tensor
 
 from statewise.core import UsageError
 from statewise.layers import NgramHeads
+from statewise.layers.ngram_heads import OF_CHANNELS
 from statewise.models import Stack
 from statewise.tasks import InContextLanguages
 from statewise.tasks.in_context_languages import after_one
@@ -69,3 +70,15 @@ def test_sizes_are_checked() -> None:
         NgramHeads(4, window=0)
     with pytest.raises(UsageError, match="NgramHeads: n is 0"):
         NgramHeads(4, window=8, n=0)
+
+
+def test_symbols_are_hashes_modulo_2_64_by_sums_that_float64_holds() -> None:
+    """onnxruntime adds int64 in float64."""
+    layer = NgramHeads(300, window=2)
+    x = torch.randn(4, 300)
+    _, state = layer(x[None])
+    assert layer.place.abs().double().sum(-1).max() < 2**53
+    for t in range(2):
+        signs = (x[2 + t] > 0).tolist()
+        want = sum(pow(OF_CHANNELS, i + 1, 2**64) for i, sign in enumerate(signs) if sign) % 2**64
+        assert int(state.symbols[0, t - 2]) % 2**64 == want

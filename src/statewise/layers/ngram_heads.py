@@ -12,6 +12,7 @@ from ..core import RecurrentLayer, check_input, check_sizes, clear_past_end, clo
 from ..nn import positions, stretches, tail
 
 OF_CHANNELS, OF_STEPS = 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D  # whose powers, modulo 2^64, make hashes of bits
+HALF = 2**32
 
 
 class NgramHeadsState(NamedTuple):
@@ -48,7 +49,8 @@ class NgramHeads(RecurrentLayer[NgramHeadsState]):
         self.width = self.out_width = width
         self.window, self.n = window, n
         self.out = nn.Linear((1 + n) * width, width)
-        self.register_buffer("place", torch.full((width,), OF_CHANNELS).cumprod(0), persistent=False)
+        place = torch.full((width,), OF_CHANNELS).cumprod(0)
+        self.register_buffer("place", torch.stack([place & HALF - 1, place >> 32]), persistent=False)
 
     def initial_state(self, batch: int) -> NgramHeadsState:
         weight = self.out.weight
@@ -84,11 +86,19 @@ class NgramHeads(RecurrentLayer[NgramHeadsState]):
         self, x: Tensor, state: NgramHeadsState, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, NgramHeadsState]:
         position = positions(state.seen, x.shape[1], reset)  # (B, T)
-        symbols = torch.cat([state.symbols, ((x > 0) * self.place).sum(-1)], 1)  # time t stands at W + n + t
+        symbols = torch.cat([state.symbols, self._symbols(x)], 1)  # time t stands at W + n + t
         values = torch.cat([state.x, x.to(state.x.dtype)], 1)  # time t stands at W + t
         heads = self._means(symbols, values, position)
         y = self.out(torch.cat([x, *(head.to(x.dtype) for head in heads)], -1)).to(x.dtype)
         return y, self._after(symbols, values, state.seen, position, lengths)
+
+    def _symbols(self, x: Tensor) -> Tensor:
+        """The hash of every step's signs, (B, T), modulo 2^64, from sums that onnxruntime, too, has no need to round.
+
+        It adds whole numbers of 64 bits in float64.
+        """
+        low, high = ((x > 0)[..., None, :] * self.place).sum(-1).unbind(-1)
+        return low + HALF * high
 
     def _means(self, symbols: Tensor, values: Tensor, position: Tensor) -> list[Tensor]:
         """What followed the last 1, ..., n symbols: (B, W + n + T), (B, W + T, D), (B, T) -> n times (B, T, D)."""
