@@ -114,3 +114,14 @@ def test_the_residual_sum_stays_wide_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, _ = model(torch.randn(1, 3, 2))
     assert seen == [torch.float32] * 2 and y.dtype == torch.float32
+
+
+def test_a_seed_draws_the_layer_of_a_block_before_its_mlp():
+    def first(**options):
+        torch.manual_seed(0)
+        return Stack("gru", width=4, depth=1, **options).build(x_width=2, y_width=3).blocks[0].layer.state_dict()
+
+    plain = first(mlp=0.0)
+    for options in (dict(mlp=2.0), dict(experts=3)):
+        for name, weight in first(**options).items():
+            assert torch.equal(weight, plain[name]), (options, name)

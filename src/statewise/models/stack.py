@@ -151,11 +151,11 @@ class Stack:
     def _block(self, place: Place) -> Block:
         arguments = self._arguments(place)
         mlp_size, experts = (arguments.pop(name, getattr(self, name)) for name in OF_BLOCK)
-        mlp = self._mlp(mlp_size, experts)
         try:
             layer = _class(place)(**arguments)
         except TypeError as error:
             raise UsageError(f"Stack: {place.layer} does not take {arguments}: {error}") from error
+        mlp = self._mlp(mlp_size, experts)  # after the layer: a seed gives the weights that it always gave
         norms = [NORMS[self.norm](self.width) for _ in range(1 if mlp is None else 2)]
         block = Block(layer, norms, mlp, dropout=self.dropout, scale=self.residual_scale)
         with torch.no_grad():  # the sum of all branches starts with the variance of one
