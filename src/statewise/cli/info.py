@@ -11,7 +11,7 @@ from pathlib import Path
 
 REQUIRED = ("torch", "numpy", "numba", "safetensors", "tyro", "rich")
 OPTIONAL = ("triton", "scikit-learn", "pyarrow", "jinja2", "tensorboard", "onnx", "onnxruntime")
-SETTINGS = ("STATEWISE_BACKEND", "STATEWISE_DATA", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR")
+SETTINGS = ("STATEWISE_BACKEND", "STATEWISE_DATA", "OMP_NUM_THREADS", "NUMBA_CACHE_DIR")
 
 
 @dataclass(frozen=True)

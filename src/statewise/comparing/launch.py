@@ -62,7 +62,7 @@ def spawn(record: dict[str, Any], place: Path, setup: Setup, descriptors: list[i
     """A worker on this machine. It saves and ends when the other end of its standard input is closed."""
     place.mkdir(parents=True, exist_ok=True)
     count = str(setup.threads)
-    env = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "NUMBA_NUM_THREADS": count}
+    env = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
     command = [sys.executable, "-m", "statewise.comparing.worker", str(place), "--threads", count]
     if setup.lengths:
         command += ["--lengths", ",".join(map(str, setup.lengths))]

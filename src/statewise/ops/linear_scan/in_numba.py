@@ -21,14 +21,11 @@ except where products of decays were taken.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -596,30 +593,6 @@ def _run(like: Any, q: _Problem, backward: bool, workers: int, held: object) -> 
     back = 0 if backward else None
     # where they share time, whoever comes late finds nothing left to claim: no thread waits for one that has not begun
     teams.call(_tiles if q.share_time else _units, like, (q, back), workers, held)
-
-
-# what ops/recorded shares out work by
-_apart, _claim, _is_set, _yield = compiled.apart, teams.claim, teams.is_set, teams.give_way
-_one_at_a_time = threading.Lock()
-
-
-def _workers(elements: int) -> int:
-    return min(teams.workers(elements), numba.config.NUMBA_NUM_THREADS)
-
-
-def on_threads(together: Callable[..., None], like: Any, q: Any, workers: int, *more: Any) -> None:
-    """together(like, q, workers, ...), a loop that numba shares out; q: a tuple of what the workers get."""
-    numba.set_num_threads(workers)  # of this Python thread
-    with contextlib.nullcontext() if _many_callers() else _one_at_a_time:
-        together(like, q, workers, *more)
-
-
-def _many_callers() -> bool:
-    """Whether the thread pool that numba picked may be entered by several Python threads at once."""
-    try:
-        return numba.threading_layer() != "workqueue"
-    except ValueError:  # none was picked yet
-        return False
 
 
 def _solve(

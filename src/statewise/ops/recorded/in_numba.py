@@ -23,9 +23,11 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ..linear_scan import in_numba as threads
+from ..compiled import in_numba as compiled
+from ..linear_scan import in_numba as rowwise
 from ..selective_scan import in_numba as lanes  # by name, so that its file counts for the cache of compiled code
 from ..selective_scan.in_numba import _code, _Lanes
+from ..teams import in_numba as teams
 
 BYTES = lanes.BYTES  # of a vector
 LANES = 16  # numbers in a vector
@@ -37,7 +39,7 @@ AHEAD = 3 << 18  # bytes of weights that are fetched before their product begins
 PIECE = 32  # lines of them between two looks at the flag
 PATIENCE = 4000  # looks at a flag before another thread is let in
 
-_compile = threads._compile
+_compile = compiled.function
 _fast = functools.partial(_compile, fastmath={"reassoc", "contract", "nsz"})  # NaN and infinity stay what they are
 
 
@@ -146,7 +148,7 @@ def _weight(w, size, index):
 @_compile
 def _short_dots(w, size, x, y, start, stop, depth, batch, columns):
     """Rows shorter than a vector."""
-    threads._apart()
+    compiled.apart()
     for b in range(batch):
         to, given = _floats(y + 4 * b * columns, columns), _floats(x + 4 * b * depth, depth)
         for n in range(start, stop):
@@ -159,7 +161,7 @@ def _short_dots(w, size, x, y, start, stop, depth, batch, columns):
 @_compile
 def products(like, w, size, scale, bias, x, y, start, stop, depth, batch, columns):
     """y (batch, columns) = x (batch, depth) w^T scale + bias for rows start to stop of w, of `size` bytes a weight."""
-    threads._apart()
+    compiled.apart()
     row = size * depth
     if depth < LANES:
         _short_dots(w, size, x, y, start, stop, depth, batch, columns)
@@ -193,17 +195,12 @@ def products(like, w, size, scale, bias, x, y, start, stop, depth, batch, column
 
 
 @_compile
-def _products_alone(like, given, workers):
+def _product_work(like, given, me):
+    if teams.started(me):
+        return
     w, size, scale, x, y, depth, batch, columns = given
-    products(like, w, size, scale, 0, x, y, 0, columns, depth, batch, columns)
-
-
-@functools.partial(_compile, parallel=True)
-def _products_together(like, given, workers):
-    w, size, scale, x, y, depth, batch, columns = given
-    for i in numba.prange(workers):
-        start, stop = columns * i // workers, columns * (i + 1) // workers
-        products(like, w, size, scale, 0, x, y, start, stop, depth, batch, columns)
+    share = teams.share(columns, me)
+    products(like, w, size, scale, 0, x, y, share.start, share.stop, depth, batch, columns)
 
 
 def product(w: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
@@ -212,11 +209,7 @@ def product(w: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
     y = torch.empty(batch, columns)
     at = 0 if scale is None else scale.data_ptr()
     given = w.data_ptr(), w.element_size(), at, x.data_ptr(), y.data_ptr(), depth, batch, columns
-    workers = threads._workers(w.numel())
-    if workers == 1:
-        _products_alone(np.float32(0), given, 1)
-    else:
-        threads.on_threads(_products_together, np.float32(0), given, workers)
+    teams.call(_product_work, np.float32(0), given, teams.workers(w.numel()), (w, scale, x, y))
     return y
 
 
@@ -560,7 +553,7 @@ def _sum_rows(v: _Lanes, steps: Any, row: Any, to: Any, source: Any, vectors: An
 @_compile
 def _gather(like, to, source, start, count, dims, strides):
     """count places from `start` on, of a tensor with these strides, in a row."""
-    threads._apart()
+    compiled.apart()
     d1, d2, d3 = dims
     s0, s1, s2, s3 = strides
     if s0 == 0 and s1 == 0 and s2 == 0 and s3 == 0:
@@ -608,7 +601,7 @@ def _gather(like, to, source, start, count, dims, strides):
 @_compile
 def _scatter(like, to, source, start, count, dims, strides):
     """The way back."""
-    threads._apart()
+    compiled.apart()
     d1, d2, d3 = dims
     s0, s1, s2, s3 = strides
     i3, rest = start % d3, start // d3
@@ -657,7 +650,7 @@ def _operand(like, table, i, at, bases, scratch, spare, start, count, dims):
 @_compile
 def _strip(like, table, i, bases, numbers, scratch, start, count):
     """All operations of a group on count places from `start` on."""
-    threads._apart()
+    compiled.apart()
     dims = table[i, 5], table[i, 6], table[i, 7]
     vectors = (count + LANES - 1) // LANES
     for m in range(i + 1, i + 1 + table[i, 2]):
@@ -681,7 +674,7 @@ def _strip(like, table, i, bases, numbers, scratch, start, count):
 
 @_fast
 def _row_sum(address, count):
-    threads._apart()
+    compiled.apart()
     row, total = _floats(address, count), np.float32(0)
     for j in range(count):
         total += row[j]
@@ -690,7 +683,7 @@ def _row_sum(address, count):
 
 @_fast
 def _add_row(to, address, count):
-    threads._apart()
+    compiled.apart()
     out, row = _floats(to, count), _floats(address, count)
     for j in range(count):
         out[j] += row[j]
@@ -699,7 +692,7 @@ def _add_row(to, address, count):
 @_compile
 def _reduce(like, table, i, bases, numbers, part, parts):
     """Places kept (k0, k1, k2), which the result has in this order, and places (r0, r1) that go."""
-    threads._apart()
+    compiled.apart()
     what = table[i, 3]
     out, source = bases[table[i, 4]] + table[i, 5], bases[table[i, 6]] + table[i, 7]
     k0, k1, k2, r0, r1 = table[i, 8], table[i, 9], table[i, 10], table[i, 11], table[i, 12]
@@ -769,7 +762,7 @@ def _id(context, address, size):
 @_compile
 def _look_up(table, i, bases):
     """Rows of an embedding. False for an id out of range."""
-    threads._apart()
+    compiled.apart()
     ids, size, count = bases[table[i, 3]] + table[i, 4], table[i, 5], table[i, 6]
     w, item, scale, rows, width = table[i, 7], table[i, 8], table[i, 9], table[i, 10], table[i, 11]
     out = bases[table[i, 12]] + table[i, 13]
@@ -893,7 +886,7 @@ def _first_of_most(at, step, count):
 @_compile
 def _exact(table, i, bases, numbers):
     """A group of one operation, whose operands say of what kind they are."""
-    threads._apart()
+    compiled.apart()
     what, pq = table[i + 1, 0], numbers + table[i + 1, 1]
     p, q = _taken(2, pq), _taken(2, pq + 8)
     d1, d2, d3 = table[i, 5], table[i, 6], table[i, 7]
@@ -1023,7 +1016,7 @@ def _not_finite(at, count):
 @_compile
 def _attend(like, table, i, bases, scratch, part):
     """A part of the rows of keys and values that each of the batch sees, LANES at a time."""
-    threads._apart()
+    compiled.apart()
     parts = table[i, 1]
     q, k, v = bases[table[i, 3]] + table[i, 4], bases[table[i, 5]] + table[i, 6], bases[table[i, 9]] + table[i, 10]
     k_next, k_row, v_next, v_row = table[i, 7], table[i, 8], table[i, 11], table[i, 12]
@@ -1075,7 +1068,7 @@ def _attend(like, table, i, bases, scratch, part):
 @_compile
 def _join(table, i, bases):
     """What the parts gave, as one."""
-    threads._apart()
+    compiled.apart()
     parts, partial, y = table[i, 3], bases[table[i, 4]] + table[i, 5], bases[table[i, 6]] + table[i, 7]
     rows, size = table[i, 8], table[i, 9]
     given = _floats(partial, parts * rows * (size + 2))
@@ -1103,7 +1096,7 @@ def _join(table, i, bases):
 @_compile
 def _part(like, table, i, bases, numbers, scratch, part):
     """One part of instruction i."""
-    threads._apart()
+    compiled.apart()
     kind, parts = table[i, 0], table[i, 1]
     if kind == GROUP:
         strips = (table[i, 3] + STRIP - 1) // STRIP
@@ -1145,7 +1138,7 @@ def _fetch(v: _Lanes, steps: Any, row: Any, address: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
     fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     with cgutils.for_range(builder, steps, intp=steps.type) as loop:
-        at = builder.inttoptr(v.at(address, loop.index, threads.LINE), byte)
+        at = builder.inttoptr(v.at(address, loop.index, rowwise.LINE), byte)
         builder.call(fetch, [at, word(0), word(2), word(1)])
 
 
@@ -1158,24 +1151,24 @@ def _share(like, table, i, bases, numbers, scratch, flags):
     """Parts of instruction i until none is left."""
     claims = flags + 8 * (CLAIMS + 2 * i)
     while True:
-        part: Any = threads._claim(claims)
+        part: Any = teams.claim(claims)
         if part >= table[i, 1]:
             return
         _part(like, table, i, bases, numbers, scratch, part)
-        threads._claim(claims + 8)
+        teams.claim(claims + 8)
 
 
 @_compile
 def _wait(count):
     if count > PATIENCE:
-        threads._yield()
+        teams.give_way()
         return 0
     return count + 1
 
 
 @_compile
 def _lead(like, table, bases, numbers, scratch, flags, workers):
-    threads._apart()
+    compiled.apart()
     i = 0
     while i < table.shape[0]:
         if table[i, 0] == LOOKUP:
@@ -1189,7 +1182,7 @@ def _lead(like, table, bases, numbers, scratch, flags, workers):
             _put(flags + 8 * OPENED, i + 1)
             _share(like, table, i, bases, numbers, scratch, flags)
             looks = 0
-            while threads._is_set(flags + 8 * (CLAIMS + 2 * i + 1)) < table[i, 1]:
+            while teams.is_set(flags + 8 * (CLAIMS + 2 * i + 1)) < table[i, 1]:
                 looks = _wait(looks)
         i += 1 + table[i, 2]
     _put(flags + 8 * OPENED, CLOSED)
@@ -1207,11 +1200,11 @@ def _next_weights(table, i):
 
 @_compile
 def _follow(like, table, bases, numbers, scratch, flags):
-    threads._apart()
+    compiled.apart()
     seen, looks = 0, 0
     ahead, end = _next_weights(table, 0)
     while True:
-        opened = threads._is_set(flags + 8 * OPENED)
+        opened = teams.is_set(flags + 8 * OPENED)
         if opened == CLOSED:
             return
         if opened != seen:
@@ -1220,33 +1213,31 @@ def _follow(like, table, bases, numbers, scratch, flags):
             ahead, end = _next_weights(table, opened - 1)
         elif ahead < end:  # meanwhile memory has nothing to do
             _fetch(like, PIECE, 0, (ahead,))
-            ahead += PIECE * threads.LINE
+            ahead += PIECE * rowwise.LINE
         else:
             looks = _wait(looks)
 
 
 @_compile
-def _work(like, table, bases, numbers, scratch, flags, worker, workers):
-    threads._apart()
-    own = scratch + worker * 4 * STRIP * (REGISTERS + 4)
-    if threads._claim(flags + 8 * ROLE) == 0:
-        _lead(like, table, bases, numbers, own, flags, workers)
+def _work(like, given, me):
+    compiled.apart()
+    if teams.started(me):
+        return
+    table, bases, numbers, scratch, flags = given
+    own = scratch + me[0] * 4 * STRIP * (REGISTERS + 4)
+    if teams.claim(flags + 8 * ROLE) == 0:
+        _lead(like, table, bases, numbers, own, flags, me[1])
     else:
         _follow(like, table, bases, numbers, own, flags)
 
 
-@functools.partial(_compile, parallel=True)
-def _together(like, given, workers):
-    table, bases, numbers, scratch, flags = given
-    for worker in numba.prange(workers):
-        _work(like, table, bases, numbers, scratch, flags, worker, workers)
+def run(
+    table: np.ndarray, bases: np.ndarray, numbers: int, scratch: int, flags: np.ndarray, workers: int, held: object
+) -> bool:
+    """All instructions of a table. False for an id out of range.
 
-
-def run(table: np.ndarray, bases: np.ndarray, numbers: int, scratch: int, flags: np.ndarray, workers: int) -> bool:
-    """All instructions of a table. numbers, scratch: addresses; flags: words, all 0. False for an id out of range."""
-    at = flags.ctypes.data
-    if workers == 1:
-        _work(np.float32(0), table, bases, numbers, scratch, at, 0, 1)
-    else:
-        threads.on_threads(_together, np.float32(0), (table, bases, numbers, scratch, at), workers)
+    numbers, scratch: addresses; flags: words, all 0, of this call alone; held: what has the addresses.
+    """
+    given = table, bases, numbers, scratch, flags.ctypes.data
+    teams.call(_work, np.float32(0), given, workers, (held, flags))
     return not flags[WRONG]

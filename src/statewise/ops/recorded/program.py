@@ -94,7 +94,7 @@ class Program:
         self.arena = torch.zeros(self.table.room // 4 + 16)
         start = -(-self.arena.data_ptr() // 64) * 64
         self.bases = self.table.addresses([0] * len(told), start)
-        self.flags = np.zeros(in_numba.CLAIMS + 2 * len(self.table.rows), np.int64)
+        self.words = in_numba.CLAIMS + 2 * len(self.table.rows)  # that the threads of a call share
         self.scratch = torch.empty(0)
         self.lock = threading.Lock()
 
@@ -112,7 +112,7 @@ class Program:
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs. Raises IndexError for an id out of range."""
         made = [torch.empty(out.shape, dtype=out.dtype) for out in self.outputs if isinstance(out, Fresh)]
-        workers = self.code.threads._workers(1 << 30)
+        workers = self.code.teams.available()
         with self.lock:
             room = workers * self.code.STRIP * (self.code.REGISTERS + 4) + 16
             if self.scratch.numel() < room:
@@ -122,10 +122,11 @@ class Program:
             self.bases[: len(given)] = given
             for window, t in zip(self.rooms.windows, before, strict=True):
                 self.bases[window.input] = t.data_ptr()
-            self.flags.fill(0)
+            flags = np.zeros(self.words, np.int64)  # a thread of an interrupted call may still look at its own
             start = -(-self.scratch.data_ptr() // 64) * 64
             numbers = self.table.numbers.ctypes.data
-            fine = self.code.run(self.table.rows, self.bases, numbers, start, self.flags, workers)
+            held = self, self.scratch, inputs, made, before, after
+            fine = self.code.run(self.table.rows, self.bases, numbers, start, flags, workers, held)
         if not fine:
             raise IndexError("index out of range in self")
         fresh, later = iter(made), {w.memory: t for w, t in zip(self.rooms.windows, after, strict=True)}

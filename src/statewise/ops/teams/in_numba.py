@@ -207,24 +207,21 @@ def call(
         work(like, q, (0, workers, ctypes.addressof(team)))
         if team[3] == workers:
             return True
-    if not waits:
-        _on_ours(work, like, q, [(thread, workers, 0) for thread in range(workers)], held)
-    return not waits
-
-
-def _on_ours(work: Callable[..., None], like: Any, q: Any, each: list[Any], held: object) -> None:
+    if waits:
+        return False
     errors: list[BaseException] = []
     ends = []
-    for me in each[1:]:  # locks of this call alone: an interrupted pool may leave one of its own closed
+    for thread in range(1, workers):  # locks of this call alone: an interrupted pool may leave one of its own closed
         done = _thread.allocate_lock()
         done.acquire()
-        _thread.start_new_thread(_each, ([work, like, q, me, held], errors, done))
+        _thread.start_new_thread(_each, ([work, like, q, (thread, workers, 0), held], errors, done))
         ends.append(done)
-    work(like, q, each[0])
+    work(like, q, (0, workers, 0))
     for done in ends:
         done.acquire()
     if errors:
         raise errors[0]
+    return True
 
 
 _under_way: set[_thread.LockType] = set()  # closed for as long as their threads work
@@ -253,64 +250,3 @@ def _wait() -> None:
     """For what interrupted calls left."""
     for done in tuple(_under_way):
         done.acquire()
-
-
-# ---- the older way, with work(like, q, thread), until nothing uses it
-
-
-@intrinsic
-def in_parallel(context: Any, work: Any, like: Any, q: Any, workers: Any, places: Any) -> Any:
-    """work(like, q, thread) on as many threads of OpenMP; whether there were as many, else nothing was done."""
-    given = (like, q, types.intp)
-    work.get_call_type(context, given, {})  # compiles it
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        overload = work.dispatcher.overloads[given]
-        context.add_linking_libs([overload.library])
-        word, count, pointer = ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()
-        parallel, size, number = cgutils.unpack_tuple(builder, args[4], 3)
-        inputs = [args[1], args[2], args[3], size, number, word(0)]
-        box = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in inputs]))
-        slot = lambda code, box, i: code.gep(box, [count(0), count(i)], inbounds=True)
-        for i, value in enumerate(inputs):
-            builder.store(value, slot(builder, box, i))
-
-        kind = ir.FunctionType(ir.VoidType(), [pointer])
-        member = ir.Function(builder.module, kind, builder.module.get_unique_name("member"))
-        member.linkage = "internal"
-        inside = ir.IRBuilder(member.append_basic_block())
-        its = inside.bitcast(member.args[0], box.type)
-        like_, q_, workers_, size_, number_ = (inside.load(slot(inside, its, i)) for i in range(5))
-        ask = ir.FunctionType(count, []).as_pointer()
-        have = inside.sext(inside.call(inside.inttoptr(size_, ask), []), word)
-        with inside.if_then(inside.icmp_signed("==", have, workers_)):
-            thread = inside.sext(inside.call(inside.inttoptr(number_, ask), []), word)
-            code = context.declare_function(builder.module, overload.fndesc)
-            kinds = overload.fndesc.argtypes
-            context.call_conv.call_function(inside, code, overload.fndesc.restype, kinds, [like_, q_, thread])
-            inside.atomic_rmw("add", slot(inside, its, 5), word(1), "acq_rel")
-        inside.ret_void()
-
-        start = ir.FunctionType(ir.VoidType(), [kind.as_pointer(), pointer, count, count]).as_pointer()
-        data = builder.bitcast(box, pointer)
-        builder.call(builder.inttoptr(parallel, start), [member, data, builder.trunc(args[3], count), count(0)])
-        done = builder.load(slot(builder, box, 5))
-        return builder.zext(builder.icmp_signed("==", done, args[3]), ir.IntType(8))
-
-    return types.boolean(work, like, q, types.intp, places), generate
-
-
-def run(
-    work: Callable[..., None], team: Callable[..., bool], like: Any, q: Any, workers: int, held: object,
-    waits: bool = False,
-) -> bool:  # fmt: skip
-    """team(like, q, workers, places): compiled, returns in_parallel(work, like, q, workers, places)."""
-    if workers == 1:
-        work(like, q, 0)
-        return True
-    openmp = _openmp()
-    if openmp is not None and can_wait() and team(like, q, workers, tuple(_places(openmp))):
-        return True
-    if not waits:
-        _on_ours(work, like, q, list(range(workers)), held)
-    return not waits
