@@ -1,4 +1,4 @@
-"""Newton's method beside the loop, by length and width: measured, and as `parallelize` foresees it."""
+"""Newton's method and the recorded loop beside the loop: measured, and as `parallelize` foresees it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ CELLS = ("para_gru", "para_lstm", "cfc")  # diagonal, blocks of two, dense
 WIDTHS = (16, 64, 256)
 LENGTHS = (16, 64, 256, 1024, 4096)
 DENSE = 16  # the widest state whose dense Jacobians are worth trying
+WAYS = ("loop", "newton", "recorded")
 
 
 class _Bare(Cell[Any]):
@@ -45,8 +46,9 @@ class _Bare(Cell[Any]):
 
 
 def run(names: Sequence[str] = (), *, widths: Sequence[int] = (), batch: int = 1, repeats: int = 3) -> list[Row]:
-    """One row per cell, width and length: seconds of a training step by the loop and by Newton's method, medians of
-    `repeats` in turn after a first call, beside what the cost model says of them; chosen: what "auto" takes.
+    """One row per cell, width and length: seconds of a training step by the loop, by Newton's method and, on a CPU, by
+    the recorded loop, medians of `repeats` in turn after a first call, beside what the cost model says of them; chosen:
+    what "auto" takes.
 
     Raises UsageError for a layer that is no cell or whose recurrence Newton's method cannot run.
     """
@@ -84,7 +86,7 @@ def crossovers(rows: Sequence[Row]) -> list[Row]:
 def _row(made: Parallelized, name: str, width: int, batch: int, steps: int, repeats: int) -> Row:
     x = torch.randn(batch, steps, made.width, generator=torch.Generator().manual_seed(steps))
     predicted = made.predict(batch, steps)
-    times: dict[str, list[float]] = {"loop": [], "newton": []}
+    times: dict[str, list[float]] = {way: [] for way in WAYS if way in made.plan.methods}
     ways = {method: parallelize(made.cell, method, verify=False) for method in times}  # type: ignore[arg-type]
     for turn in range(repeats + 1):
         for method, way in ways.items():

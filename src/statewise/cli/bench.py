@@ -198,11 +198,14 @@ def measure_newton(options: Options) -> list[Row]:
     from .show import table
 
     rows = newton.run(names(options.layers), repeats=options.repeats or 3)
-    columns = ("cell", "width", "T", "loop", "predicted", "Newton", "predicted", "x faster", "iterations", "auto takes")
+    columns = ("cell", "width", "T", "loop", "predicted", "Newton", "predicted", "x faster", "iterations", "recorded",
+               "predicted", "auto takes")  # fmt: skip
+    shown = lambda row, way, kind: show_time(row[f"{way}_{kind}"]) if f"{way}_{kind}" in row else "-"
     lines = [
         [row["cell"], str(row["width"]), str(row["steps"]),
-         *(show_time(row[f"{way}_{kind}"]) for way in ("loop", "newton") for kind in ("measured", "predicted")),
-         times(row["loop_measured"] / row["newton_measured"]), str(row["iterations"]), row["chosen"]]
+         *(shown(row, way, kind) for way in ("loop", "newton") for kind in ("measured", "predicted")),
+         times(row["loop_measured"] / row["newton_measured"]), str(row["iterations"]),
+         *(shown(row, "recorded", kind) for kind in ("measured", "predicted")), row["chosen"]]
         for row in rows
     ]  # fmt: skip
     table(columns, lines, right=columns[1:], title="training steps of one row, float32")

@@ -22,6 +22,7 @@ import ctypes
 import functools
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -214,7 +215,7 @@ def call(
     for thread in range(1, workers):  # locks of this call alone: an interrupted pool may leave one of its own closed
         done = _thread.allocate_lock()
         done.acquire()
-        _thread.start_new_thread(_each, ([work, like, q, (thread, workers, 0), held], errors, done))
+        _thread.start_new_thread(_each, (_Job((work, like, q, (thread, workers, 0), held)), errors, done))
         ends.append(done)
     work(like, q, (0, workers, 0))
     for done in ends:
@@ -224,10 +225,19 @@ def call(
     return True
 
 
+class _Job:
+    """What a thread is to do."""
+
+    def __init__(self, given: tuple[Any, ...] | None):
+        self.given = given
+        _jobs.add(self)
+
+
+_jobs: weakref.WeakSet[_Job] = weakref.WeakSet()  # of threads that may not have begun
 _under_way: set[_thread.LockType] = set()  # closed for as long as their threads work
 
 
-def _each(job: list[Any], errors: list[BaseException], done: _thread.LockType) -> None:
+def _each(job: _Job, errors: list[BaseException], done: _thread.LockType) -> None:
     """It may outlive an interrupted call, and keeps no tensor past `done`: one freed while Python ends aborts it."""
     try:
         _under_way.add(done)
@@ -239,14 +249,17 @@ def _each(job: list[Any], errors: list[BaseException], done: _thread.LockType) -
         done.release()
 
 
-def _work(job: list[Any]) -> None:
-    work, like, q, me, _held = job  # held: until this returns
-    job.clear()
-    work(like, q, me)
+def _work(job: _Job) -> None:
+    given, job.given = job.given, None
+    if given is not None:
+        work, like, q, me, _held = given  # held: until this returns
+        work(like, q, me)
 
 
 @atexit.register
-def _wait() -> None:
-    """For what interrupted calls left."""
+def _end() -> None:
+    """Of what interrupted calls left: who has not begun has nothing to do, the others are waited for."""
+    for job in tuple(_jobs):
+        job.given = None
     for done in tuple(_under_way):
         done.acquire()
