@@ -50,6 +50,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _chosen = before
 
 
+def asked_for() -> str | None:
+    """The backend named by use_backend or STATEWISE_BACKEND."""
+    return _chosen
+
+
 @contextlib.contextmanager
 def observe(note: Note) -> Iterator[None]:
     """Within the block every call of an op is told first: note(op, name of what runs, args, kwargs)."""

@@ -19,7 +19,7 @@ import importlib.util
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,8 +43,6 @@ LONGEST = 32  # steps in a tile
 TRIED = 3  # steps that a record is compared over
 CLOSE = 1e-4  # of the largest number: by how much a record may differ from the eager step
 NOTHING = 1e-6  # of the largest number of all: what is smaller may be rounding alone
-
-Loop = Callable[[Any, Any, Tensor | None, Tensor | None], tuple[Any, Any]]
 
 
 def recorded_loop(
@@ -125,8 +123,8 @@ def _unfit(u: Any, state: Any) -> str | None:
         return "autocast"
     if not _installed():
         return "numba is not installed"
-    if dispatch._chosen not in (None, "numba"):
-        return f"backend {dispatch._chosen!r} was asked for"
+    if dispatch.asked_for() not in (None, "numba"):
+        return f"backend {dispatch.asked_for()!r} was asked for"
     batch, steps = leaves(u)[0].shape[:2]
     if batch == 0 or steps < SHORTEST or getattr(_trying, "on", False):
         return f"{batch} rows of {steps} steps"
