@@ -163,7 +163,7 @@ def test_ctrl_c_ends_with_130(runs):
     process.stdout.read(1)  # it is at work
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=250)
     assert process.returncode == 130 and not err
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -42,12 +41,12 @@ def test_help_does_not_import_torch():
         "for verb in [None, *c.VERBS]: c.main([*([verb] if verb else []), '--help'])\n"
         "c.main(['--version']); c.main(['train', '--lyer', 'gru']); c.main(['trian'])\n"
         "heavy = {'torch', 'numpy', 'numba', 'matplotlib', 'safetensors', 'rich'} & set(sys.modules)\n"
+        "import time; print('\\n', time.process_time())\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain())
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - began < 10  # a second on a quiet machine
+    assert float(done.stdout.split()[-1]) < 10  # seconds of processor time; one here
 
 
 def test_top_help_lists_every_verb(capsys):

@@ -93,7 +93,7 @@ def test_a_signal_saves_and_the_same_words_go_on(call, tmp_path, sent, code):
         ) as process:
             wait_for(partial(beyond, tmp_path / "run", reached))
             process.send_signal(sent)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=250)
         assert process.returncode == code, (out, err)
         assert err.count(b"\n") == 1 and f"error[{code}]: stopped by".encode() in err
         assert (f"goes on from step {reached}".encode() in out) == again
@@ -109,7 +109,7 @@ def steps(run: Path) -> int:
     return max((event["step"] for event in read_log(run / "log.jsonl")[0]), default=0)
 
 
-def wait_for(true, seconds: float = 60) -> None:
+def wait_for(true, seconds: float = 250) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

@@ -175,12 +175,12 @@ def test_bad_file_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
     raw, words = BAD[case]
     path = tmp_path / "bad.safetensors"
     path.write_bytes(raw)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(DataError, match=words) as refused:
         read_tensors(path)
     line = str(refused.value)
     assert refused.value.code == 3 and str(path) in line
-    assert "\n" not in line and len(line.replace(str(path), "")) < 300 and time.perf_counter() - began < 2
+    assert "\n" not in line and len(line.replace(str(path), "")) < 300 and time.process_time() - began < 2
     line.encode()  # any terminal takes it
     assert path.read_bytes() == raw
     write_tensors(path, {"a": torch.ones(1)})  # and the next good request is served
@@ -317,7 +317,7 @@ def test_nothing_runs_whatever_the_file_says(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_mutated_files_give_our_errors_or_the_same_numbers(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "a"
@@ -373,10 +373,10 @@ def test_good_json(tmp_path: Path) -> None:
     "text", ['"' + '\\"' * 500_000, '"' + '\\"' * 500_000 + "\\", '{"a":1,' * 100_000, '"' * 999_999]
 )
 def test_hostile_json_takes_linear_time(text: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UsageError):
         parse_json(text, "x", limit=2_000_000)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 # ---- states

@@ -19,19 +19,19 @@ def shown(data: bytes, stop: tuple[str, ...] = ()) -> list[str]:
 
 
 @given(st.text())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_parts_make_the_text(words):
     assert "".join(shown(words.encode())) == words
 
 
 @given(st.binary(max_size=40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_bytes_can_be_shown(data):
     assert "".join(shown(data)) == text_of_bytes(data)
 
 
 @given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1, max_size=3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_nothing_from_a_stop_string_on_is_shown(text, stops):
     ends = []
     for n in range(len(text) + 1):  # the string that is complete first ends it
@@ -60,7 +60,7 @@ def test_little_is_kept(data):
 
 
 @given(st.binary(max_size=60), st.integers(1, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_bytes_are_let_go_of_where_that_changes_nothing(data, line):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "LINE", line)

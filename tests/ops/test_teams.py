@@ -213,7 +213,7 @@ def printed(code: str, shared: bool) -> list[str]:
     return said(f"SHARED = {shared}" + SETUP + code)
 
 
-def said(code: str, seconds: float = 100) -> list[str]:
+def said(code: str, seconds: float = 250) -> list[str]:
     """In a process of its own: threads that wait for ever cannot be stopped."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-2000:]

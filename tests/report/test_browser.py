@@ -71,7 +71,7 @@ def browse(found: dict[str, Any], width: int, tmp_path: Path, *flags: str) -> tu
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
          f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0",
          f"--window-size={max(width, 500)},1200", "--virtual-time-budget=4000", *flags, "--dump-dom", frame.as_uri()],
-        capture_output=True, text=True, timeout=110, check=True,
+        capture_output=True, text=True, timeout=250, check=True,
     )  # fmt: skip
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
     assert title, "the script did not run"

@@ -25,7 +25,7 @@ def tokenizers() -> list[Tokenizer]:
 
 @pytest.mark.parametrize("tokenizer", tokenizers(), ids=lambda t: t.kind)
 @given(text=st.text())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_there_and_back(tokenizer, text):
     try:
         raw = text.encode()

@@ -132,11 +132,11 @@ def test_torchrun(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "--", *args[1:], "--run", str(two)], capture_output=True, text=True, timeout=90
+        [sys.executable, *launch, "-m", "--", *args[1:], "--run", str(two)], capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("kept in") == 1
-    again = subprocess.run([sys.executable, *args, "--run", str(one)], capture_output=True, text=True, timeout=90)
+    again = subprocess.run([sys.executable, *args, "--run", str(one)], capture_output=True, text=True, timeout=250)
     assert again.returncode == 0, again.stderr[-3000:]
     assert_same_losses(one, two)
 

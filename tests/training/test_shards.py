@@ -193,14 +193,14 @@ def test_torchrun(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     words = [sys.executable, *launch, "-m", "--", "statewise", *args, "--shard", "--run", str(two)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("kept in") == 1
     words = [sys.executable, "-m", "statewise", *args, "--run", str(one)]
-    again = subprocess.run(words, capture_output=True, text=True, timeout=90)
+    again = subprocess.run(words, capture_output=True, text=True, timeout=250)
     assert again.returncode == 0, again.stderr[-3000:]
     assert_same_losses(one, two)
-    alone = subprocess.run([*words, "--shard"], capture_output=True, text=True, timeout=90)
+    alone = subprocess.run([*words, "--shard"], capture_output=True, text=True, timeout=250)
     assert alone.returncode == 2 and alone.stderr.count("\n") == 1 and "torchrun --nproc-per-node 2" in alone.stderr
 
 
