@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ def seeded() -> Iterator[None]:
     torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace for the GPUs: 0.7 ms for each test
     yield
     torch.set_default_dtype(dtype)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: no collection of garbage looks at its millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

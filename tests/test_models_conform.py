@@ -13,7 +13,7 @@ EXAMPLES = dict(models.examples())
 
 
 def build(name: str) -> RecurrentLayer:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return prepare(EXAMPLES[name]())
 
 

@@ -34,7 +34,7 @@ def prepare(layer: Layer, *, seed: int = 0) -> Layer:
 def build(cls: type, example: Mapping[str, Any]) -> Layer:
     """cls(**example) as the checks want it; the arguments stay with it, for the checks of construction."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the one that is put back; torch.manual_seed means every GPU's too
         layer = prepare(cls(**example))
     layer.__dict__["example"] = dict(example)
     return layer
