@@ -131,7 +131,7 @@ def test_every_line_is_answered_at_once_and_sigterm_saves(runs, tmp_path):
             process.stdin.flush()
             assert process.stdout.readline()  # would block for ever if answers were held back
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 143
+        assert process.wait(250) == 143
         assert process.stderr.read().count(b"\n") == 1
     assert (tmp_path / "s").is_file()
 

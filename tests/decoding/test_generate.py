@@ -244,14 +244,14 @@ def test_going_on_from_the_last_token_is_never_having_stopped():
 
 @pytest.mark.parametrize("name", ["gru", "mamba2", "hybrid"])
 def test_memory_per_token_is_constant(name):
-    """The position has the same size after 300 tokens as after 10, and no tensor stays behind."""
+    """The position has the same size after 300 tokens as after 10, and no tensor of each token stays behind."""
     model, sizes, tensors = MODELS[name](), [], []
     for n, token in enumerate(write(model, read(model, torch.tensor([[1, 2]])), 300, Sampling(), rng=generator())):
         if n in (10, 299):
             gc.collect()
             sizes.append(nbytes(token.at))
             tensors.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
-    assert sizes[0] == sizes[1] and tensors[1] <= tensors[0] + 1  # other tests' may go meanwhile
+    assert sizes[0] == sizes[1] and tensors[1] < tensors[0] + 100  # what other tests left may come and go
 
 
 # ---- prefixes

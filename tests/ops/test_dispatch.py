@@ -16,8 +16,9 @@ ONE = (torch.rand(1, 3, 2), torch.rand(1, 3, 2), torch.rand(1, 2))
 def test_explain_says_why_not():
     table = linear_scan.explain(*(t.to("meta") for t in ONE))
     assert table["numba"] == "device meta (takes cpu)" and table["torch"] == "ok" and list(table)[-1] == "reference"
-    assert set(linear_scan.explain(*ONE).values()) <= {"ok", *linear_scan.explain(*ONE).values()}
-    assert linear_scan.explain(*ONE)["numba"] == "ok"
+    table = linear_scan.explain(*ONE)
+    assert table["numba"] == table["torch"] == table["reference"] == "ok"
+    assert all(why == "ok" or name == "triton" for name, why in table.items())
 
 
 def test_the_first_that_is_willing_runs():

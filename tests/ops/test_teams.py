@@ -70,57 +70,69 @@ other.join()
 print(same, torch.equal(gru_loop(*call, backend="numba")[0], want))
 """
 OUTLIVES = """
-import _thread, atexit, time, weakref
+import _thread, atexit, threading, weakref
 from statewise.ops.teams import in_numba as teams
 
-teams._openmp, allocate = lambda: None, _thread.allocate_lock
+teams._openmp, allocate, start = lambda: None, _thread.allocate_lock, _thread.start_new_thread
+looked, over, at_last, late = (threading.Event() for _ in range(4))
+ending = False
 
-class Lingers:
+class Lock:  # whose thread lingers behind it, and which ends the work once it is waited for while Python ends
     def __init__(self):
         self.lock = allocate()
-        self.acquire = self.lock.acquire
+
+    def acquire(self):
+        if ending:
+            over.set()
+        return self.lock.acquire()
 
     def release(self):
         self.lock.release()
-        time.sleep(0.2)
+        looked.wait()
 
 class Held:
     pass
 
 def work(like, q, me):
     if q and me[0]:
-        time.sleep(0.5)
+        q.set()
+        over.wait()
         print("ended")
     elif q:
-        time.sleep(0.1)
+        q.wait()
         raise KeyboardInterrupt
 
-teams._thread.allocate_lock = Lingers
-start = teams._thread.start_new_thread
-teams._thread.start_new_thread = lambda each, args: start(later, (each, args)) if LATE else start(each, args)
-
-def later(each, args):  # as on a busy machine
-    time.sleep(0.3)
+def begin_late(each, args):  # as on a busy machine
+    at_last.wait()
     each(*args)
+    late.set()
 
-LATE = False
+teams._thread.allocate_lock = Lock
 held = Held()
 found = weakref.ref(held)
 teams.call(work, None, False, 2, held)
 del held
 print(found() is None)
-try:
-    teams.call(work, None, True, 2)
-except KeyboardInterrupt:
-    print("interrupted")
-LATE = True
-try:
-    teams.call(work, None, True, 2)
-except KeyboardInterrupt:
-    print("interrupted")
-end = teams._end
-atexit.register(time.sleep, 0.5)  # runs before those registered earlier
-atexit.register(end)
+looked.set()
+for begin in (start, lambda each, args: start(begin_late, (each, args))):
+    teams._thread.start_new_thread, begun = begin, threading.Event()
+    if begin is not start:
+        begun.set()
+    try:
+        teams.call(work, None, begun, 2)
+    except KeyboardInterrupt:
+        print("interrupted")
+
+@atexit.register  # the last that is registered runs first
+def let_the_late_one_begin():
+    at_last.set()
+    late.wait(60)
+
+@atexit.register
+def end():
+    global ending
+    ending = True
+    teams._end()
 """
 
 

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -363,9 +362,13 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from statewise.text import Plan, prepare
+calls = 0
 def progress(what, done, total):
-    print(what, done, total, flush=True)
-    time.sleep(0.05)
+    global calls
+    calls += 1
+    if calls == 5:
+        print("in the middle", flush=True)
+        time.sleep(600)
 prepare(Plan(sys.argv[1]), Path(sys.argv[2]), progress)
 """
 
@@ -376,8 +379,7 @@ def test_stopped_while_tokenising_leaves_nothing_broken(sent, tmp_path):
     words = [sys.executable, "-c", SLOW, str(path), str(tmp_path / "c")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.2)
+        assert process.stdout.readline() == b"in the middle\n"
         process.send_signal(sent)
     assert process.returncode != 0
     made = [p for p in (tmp_path / "c").iterdir() if p.suffix != ".lock"]

@@ -41,7 +41,7 @@ def assert_whole(found: Checkpoint | None) -> int:
 
 
 def kill_saves(run: Path, rounds: int, seed: int, keep: Callable[..., Path] = save) -> tuple[int, int]:
-    """Kill a process that saves all the time, after 0 to 50 ms, again and again; returns kills in a save and losses."""
+    """Kill a process that saves all the time, up to 30 ms after it began; returns kills in a save and losses."""
     rng, torn, lost, step = random.Random(seed), 0, 0, 1
     (run / "experiment.json").touch()
     save(run, step, content(step))
@@ -50,18 +50,20 @@ def kill_saves(run: Path, rounds: int, seed: int, keep: Callable[..., Path] = sa
         pid = os.fork()
         if pid == 0:
             try:
+                os.write(writer, step.to_bytes(8, "little"))  # it has begun
                 for next_step in range(step + 1, step + 10**6):
                     keep(run, next_step, content(next_step))
                     os.write(writer, next_step.to_bytes(8, "little"))  # acknowledged
             finally:
                 os._exit(98)
         os.close(writer)
-        time.sleep(rng.random() * 0.05)
-        os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         with open(reader, "rb") as pipe:
-            acknowledged = pipe.read()
-        promised = int.from_bytes(acknowledged[-8:], "little") if acknowledged else step
+            begun = pipe.read(8)
+            time.sleep(rng.random() * 0.03)
+            os.kill(pid, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+            acknowledged = begun + pipe.read()
+        promised = int.from_bytes(acknowledged[-8:], "little")
         torn += bool(litter(run))
         found, _ = newest(run)
         lost += found is None or found.state["step"] < promised
@@ -378,14 +380,20 @@ def test_a_flipped_bit_in_the_log_is_seen() -> None:
 def test_killed_writers_leave_whole_records(tmp_path: Path) -> None:
     rng, count = random.Random(4), 0
     for _ in range(30):
+        reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
                 with Log(tmp_path / "log") as log:
                     for i in range(10**6):
                         log.write({"event": "train", "step": i, "text": "x" * 500})
+                        if i == 1:
+                            os.write(writer, b"!")  # it is at work
             finally:
                 os._exit(98)
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            assert pipe.read(1)
         time.sleep(rng.random() * 0.01)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
