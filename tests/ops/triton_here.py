@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,66 @@ TYPES = {"reset": "*u8", "ends": "*i64"} | dict.fromkeys(
 )
 
 
+# Importing torch and triton takes seconds: a process that has done so is copied for each piece of code.
+SERVER = """
+import json, os, signal, sys, traceback
+import test_backends, torch, triton
+
+torch.set_num_threads(1)
+for line in sys.stdin:
+    code, environment, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        signal.alarm(290)
+        os.environ.update(environment)
+        for stream, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+        status = 1
+        try:
+            exec(code, {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@functools.cache
+def _server(interpret: str) -> subprocess.Popen[str]:
+    """It ends when its input does, with this process."""
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    env = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": path}
+    words = [sys.executable, "-c", SERVER]
+    return subprocess.Popen(words, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
 def interpreted(code: str) -> str:
     """What the code prints in a process of its own: the mode is chosen when triton is imported."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    return _run(code, env)
+    return _run(code, "1")
+
+
+CROSS = """
+import itertools, torch
+from statewise import ops
+from test_backends import check
+
+for name, dtype, every, longest in CASES:
+    number = itertools.count()
+    keep = lambda sample: sample[LONG].shape[1] <= longest and next(number) % every == 0
+    print(check(getattr(ops, name), "triton", getattr(torch, dtype), keep))
+"""
+
+
+def crossed(*cases: tuple[str, str, int], longest: int = 100, of: str = "x") -> list[int]:
+    """How many samples the kernels compute as the reference does, for each (op, dtype, every which sample).
+
+    longest: samples of more steps of the argument `of` are left out.
+    """
+    given = [(*case, longest) for case in cases]
+    return [int(line) for line in interpreted(f"CASES, LONG = {given!r}, {of!r}\n" + CROSS).split()]
 
 
 def says(op: Op, *args: Any, interpreted: bool = False, **kwargs: Any) -> str:
@@ -38,15 +97,19 @@ def says(op: Op, *args: Any, interpreted: bool = False, **kwargs: Any) -> str:
 
 def compiled(code: str, cache: Path) -> list[str]:
     """The lines that the code prints, which may call `compiles`."""
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    env = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    return _run(code, env).split()
+    return _run(code, "0", TRITON_CACHE_DIR=str(cache)).split()
 
 
-def _run(code: str, env: dict[str, str]) -> str:
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def _run(code: str, interpret: str, **environment: str) -> str:
+    server = _server(interpret)
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        server.stdin.write(json.dumps([code, environment, str(out), str(err)]) + "\n")
+        server.stdin.flush()
+        status = server.stdout.readline()
+        assert status == "0\n", f"{status or server.wait()}: {err.read_text()[-2000:] if err.exists() else ''}"
+        return out.read_text()
 
 
 def compiles(kernel: Any, number: str, constants: dict[str, Any], **options: Any) -> bool:
