@@ -259,9 +259,11 @@ BAD_CSV: dict[str, tuple[str | bytes, str]] = {
     "same time": ("time,a\n1,2\n2,3\n1,4\n", r":4: a second row of this series at the same 'time'"),
     "no time": ("time,a\n1,2\nsoon,3\n", r":3: column 'time' holds 'soon'; expected a number"),
     "no date": ("time,a\n2024-01-01,2\n2024-13-01,3\n", r":3: column 'time' holds '2024-13-01'; expected a number or"),
-    "no numbers": ("a,target\n" + "nan,1\n" * 50, "channel 1 holds no number at all"),
+    "no numbers": ("a,target\n" + "nan,1\n" * 50, r"column 'a' \(task.ignore=a leaves it out\) holds no number"),
     "constant target": ("a,target\n" + "".join(f"{i},7\n" for i in range(50)), "target 1 of 1 is constant"),
-    "constant series": ("a\n" + "7\n" * 50, "channel 1 is constant over the training part"),
+    "constant series": ("a\n" + "7\n" * 50, r"column 'a' \(task.ignore=a leaves it out\) is constant over the"),
+    "huge": (CALM + "12,-2e37,a\n", r":14: column 'a' is -2e\+37; expected at most 1e\+37"),
+    "no header": ("1.5,2\n" * 50, r":1: holds numbers, 1.5, 2, and no names; the first line must name every column"),
     "no target left": ("a,target\n" + "".join(f"{i},\n" for i in range(50)), "nothing is left to ask"),
     "short": ("a\n1\n2\n3\n", "give more data"),
 }  # fmt: skip
@@ -273,6 +275,25 @@ def test_bad_csv(name: str, tmp_path: Path) -> None:
     path = tmp_path / "own.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     refused(Series(path=str(path)), said, path)
+
+
+def test_columns_that_pandas_numbers_are_names(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("0,1\n" + "".join(f"{i % 7},{i % 5}\n" for i in range(60)))
+    assert Series(path=str(path)).x_width == 4
+
+
+def test_files_of_a_folder_have_the_same_columns_in_any_order(tmp_path: Path) -> None:
+    for kind in "no":
+        (tmp_path / kind).mkdir()
+        for i in range(6):
+            names = "ab" if i % 2 else "ba"
+            row = {"a": str(i), "b": str(100 + i)}
+            (tmp_path / kind / f"{i}.csv").write_text(",".join(names) + "\n" + ",".join(row[n] for n in names) + "\n")
+    task = Series(path=str(tmp_path))
+    assert task.rows("train").values.argmax(1).eq(task.rows("train").values.argmax(1)[0]).all()
+    (tmp_path / "n" / "6.csv").write_text("a,c\n1,2\n")
+    refused(Series(path=str(tmp_path), length=99), "columns a, c; the series before it have b, a", tmp_path)
 
 
 def test_a_row_below_a_quoted_line_break_has_its_own_number(tmp_path: Path) -> None:

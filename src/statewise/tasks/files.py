@@ -19,6 +19,7 @@ from ..core import DataError, UsageError
 
 LIMIT = 2 << 30  # bytes of one file
 LINE = 1 << 20  # bytes of one line of a table
+LARGEST = 1e37  # of a user's numbers: what is above leaves float32 as soon as something is added
 
 
 def regular(path: Path, limit: int = LIMIT) -> int:
@@ -72,7 +73,7 @@ class Table:
                         float(cell)
                     except ValueError:
                         wrong = f"{self.at(row)}: column {name!r} holds {cell[:40]!r}; expected a number"
-                        raise DataError(f"{wrong} (or ignore the column: ignore={name})") from None
+                        raise DataError(f"{wrong}, or leave the column out: task.ignore={name}") from None
                 raise
         elif column.dtype.kind in "fiub":
             found = column.astype(np.float64)
@@ -81,6 +82,11 @@ class Table:
         infinite = np.flatnonzero(np.isinf(found))
         if len(infinite):
             raise DataError(f"{self.at(infinite[0])}: column {name!r} is infinite; expected a finite number")
+        large = np.flatnonzero(np.abs(found) > LARGEST)
+        if len(large):
+            raise DataError(
+                f"{self.at(large[0])}: column {name!r} is {found[large[0]]:g}; expected at most {LARGEST:g}"
+            )
         return found
 
     def texts(self, name: str) -> list[str]:
@@ -96,8 +102,10 @@ def read_table(path: Path) -> Table:
     _, header = next(rows)
     for name in header:
         if not name or header.count(name) > 1:
-            fault = f"column {name!r} stands there twice" if name else "a column has no name"
-            raise DataError(f"{path}:1: {fault}; the first line must name every column once")
+            fault = f"column {name!r} stands there twice" if name else "a column has no name (to_csv(index=False)?)"
+            raise DataError(f"{path}:1: {_numbers(header) or fault}; the first line must name every column once")
+    if fault := _numbers(header):
+        raise DataError(f"{path}:1: {fault}; the first line must name every column once")
     lines, cells = [], []
     for line, row in rows:
         lines.append(line)
@@ -105,6 +113,16 @@ def read_table(path: Path) -> Table:
     if not cells:
         raise DataError(f"{path}: a header and no rows")
     return Table(path, {name: list(column) for name, column in zip(header, zip(*cells))}, lines)
+
+
+def _numbers(header: list[str]) -> str:
+    """What is wrong where a first line is a row of data; 0, 1, ... are the names that pandas gives."""
+    if header == [str(i) for i in range(len(header))]:
+        return ""
+    try:
+        return f"holds numbers, {', '.join(f'{float(cell):g}' for cell in header[:3])}, and no names"
+    except ValueError:
+        return ""
 
 
 def _parquet(path: Path) -> Table:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..core import DataError, UsageError
 from .base import Batch, Split, register_task
 from .finite import Finite, Sequences, linear_rule, majority, stratified, three
-from .series_files import Names, is_number, read
-from .windows import Track, ahead, carried, constant, random_answer, windows, with_skill
+from .series_files import Found, Names, is_number, read
+from .windows import Track, ahead, called, carried, constant, random_answer, windows, with_skill
 
 FEWEST = 10  # series, where whole series are shared out among the splits
 SPAN = 32  # steps over which a forecast's input is compared with its own mean
@@ -116,18 +116,19 @@ def _ready(task: Series) -> Ready:
     names = Names(task.series_column, task.time_column, task.label_column, task.target_column, ignore)
     found = read(path, names)
     if found.labels is not None:
-        return _labelled(path, found.series, found.labels)
+        return _labelled(path, found)
     if found.targets is not None and found.targets[0].ndim == 1:
-        return _one_target(path, found.series, found.targets)
+        return _one_target(path, found)
     ends = [(len(steps) * 70 // 100, len(steps) * 85 // 100) for steps in found.series]
     if found.targets is not None:
-        return Ready("regression", _stepwise(path, found.series, found.targets, ends, task.length))
-    _filled(path, found.series)
-    tracks = ahead(str(path), found.series, ends, task.horizon, SPAN)
+        return Ready("regression", _stepwise(path, found, ends, task.length))
+    _filled(path, found.series, found.columns)
+    tracks = ahead(str(path), found.series, ends, task.horizon, SPAN, found.columns)
     return Ready("regression", windows(str(path), tracks, task.length))
 
 
-def _labelled(path: Path, series: list[np.ndarray], labels: list[str]) -> Ready:
+def _labelled(path: Path, found: Found) -> Ready:
+    series, labels = found.series, found.labels or []
     names, counts = np.unique(labels, return_counts=True)
     if len(names) < 2:
         raise DataError(f"{path}: every label is {str(names[0])!r}; expected at least two classes")
@@ -136,25 +137,27 @@ def _labelled(path: Path, series: list[np.ndarray], labels: list[str]) -> Ready:
         raise DataError(f"{path}: {len(series)} series, {rare}; expected at least {FEWEST}, and 2 of each class")
     order = sorted(names.tolist(), key=lambda name: (0, float(name), "") if is_number(name) else (1, 0.0, name))
     y = np.array([order.index(label) for label in labels])
-    parts = _shared_out(path, series, y, y)
+    parts = _shared_out(path, series, y, y, found.columns)
     return Ready("classification", three(parts), tuple(order))
 
 
-def _one_target(path: Path, series: list[np.ndarray], targets: list[np.ndarray]) -> Ready:
-    y = np.stack(targets)
+def _one_target(path: Path, found: Found) -> Ready:
+    y = np.stack(found.targets or [])
     known = np.isfinite(y).all(1)
-    series, y = [steps for steps, ok in zip(series, known) if ok], y[known]
+    series, y = [steps for steps, ok in zip(found.series, known) if ok], y[known]
     if len(series) < FEWEST:
         raise DataError(f"{path}: {len(series)} series with a target; expected at least {FEWEST}")
-    train, validation, test = _shared_out(path, series, y, np.zeros(len(y)))
+    train, validation, test = _shared_out(path, series, y, np.zeros(len(y)), found.columns)
     answers = train.y.double()
     return Ready("regression", three([_scaled(path, part, answers) for part in (train, validation, test)]))
 
 
-def _shared_out(path: Path, series: list[np.ndarray], y: np.ndarray, classes: np.ndarray) -> list[Sequences]:
+def _shared_out(
+    path: Path, series: list[np.ndarray], y: np.ndarray, classes: np.ndarray, columns: tuple[str, ...]
+) -> list[Sequences]:
     count = len(series)
     held = max(1, round(0.15 * count))
-    series = _filled(path, series)
+    series = _filled(path, series, columns)
     parts = [
         Sequences.of([series[row] for row in rows], y[rows])
         for rows in stratified(classes, (count - 2 * held, held, held), "series")
@@ -162,11 +165,9 @@ def _shared_out(path: Path, series: list[np.ndarray], y: np.ndarray, classes: np
     return [part.standardised(parts[0].values) for part in parts]
 
 
-def _stepwise(
-    path: Path, series: list[np.ndarray], targets: list[np.ndarray], ends: list[tuple[int, int]], length: int
-) -> dict[Split, Sequences]:
+def _stepwise(path: Path, found: Found, ends: list[tuple[int, int]], length: int) -> dict[Split, Sequences]:
     tracks = []
-    for x, y, (train, validation) in zip(_filled(path, series), targets, ends):
+    for x, y, (train, validation) in zip(_filled(path, found.series, found.columns), found.targets or [], ends):
         time, known = np.arange(len(x)), np.isfinite(y).all(1)
         asked: dict[Split, np.ndarray] = {
             "train": known & (time < train),
@@ -189,11 +190,11 @@ def _scaled(path: Path, part: Sequences, train: Tensor) -> Sequences:
     return replace(part, y=y, y_shift=train.mean(0), y_scale=spread)
 
 
-def _filled(path: Path, series: list[np.ndarray]) -> list[np.ndarray]:
+def _filled(path: Path, series: list[np.ndarray], columns: tuple[str, ...]) -> list[np.ndarray]:
     """Missing inputs carried forward; a channel that one series lacks gets its mean over the others."""
     whole = np.concatenate(series)
     known = np.isfinite(whole)
     if not known.any(0).all():
-        raise DataError(f"{path}: channel {int(known.any(0).argmin()) + 1} holds no number at all")
+        raise DataError(f"{path}: {called(columns, int(known.any(0).argmin()))} holds no number at all")
     mean = np.where(known, whole, 0).sum(0) / known.sum(0)
     return [np.where(np.isfinite(filled := carried(steps)), filled, mean) for steps in series]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import DataError, near
-from .files import Table, arrays, read_table, regular
+from .files import LARGEST, Table, arrays, read_table, regular
 
 
 class Found(NamedTuple):
@@ -21,6 +21,7 @@ class Found(NamedTuple):
     series: list[np.ndarray]  # (T_i, C) float64, NaN where missing
     labels: list[str] | None = None  # one per series
     targets: list[np.ndarray] | None = None  # (E,) for the whole series, or (T_i, E) for its steps
+    columns: tuple[str, ...] = ()  # what the C channels are called, where they have names
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _file(path: Path, names: Names) -> Found:
     if path.suffix.lower() == ".npz":
         return _packed(path, arrays(path))
     if path.suffix.lower() == ".npy":
-        return Found([_one(path, names)])
+        return Found([_one(path, names)[0]])
     if path.suffix.lower() not in (".csv", ".txt", ".parquet", ".pq"):
         regular(path)  # a missing file is the better thing to say
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; expected .csv, .parquet, .npz or .npy")
@@ -69,7 +70,7 @@ def _columns(table: Table, names: Names) -> Found:
             raise DataError(f"{table.path}: no column {name!r} to ignore; {near(name, table.columns)}")
     label, targets = special["label"], [name for name in targets if name not in names.ignore]
     if label and targets:
-        raise DataError(f"{table.path}: has both {label!r} and {targets[0]!r}; ignore one: ignore=NAME")
+        raise DataError(f"{table.path}: has both {label!r} and {targets[0]!r}; leave one out: task.ignore=NAME")
     inputs = [name for name in table.columns if name not in (*special.values(), *targets, *names.ignore)]
     if not inputs:
         raise DataError(f"{table.path}: no column is left for the input among {', '.join(table.columns)}")
@@ -77,11 +78,11 @@ def _columns(table: Table, names: Names) -> Found:
     groups = _groups(table, special["series"], special["time"])
     series = [x[rows] for rows in groups]
     if label:
-        return Found(series, labels=_labels(table, label, groups))
+        return Found(series, labels=_labels(table, label, groups), columns=tuple(inputs))
     if targets:
         y = np.stack([table.numbers(name) for name in targets], 1)
-        return Found(series, targets=[y[rows] for rows in groups])
-    return Found(series)
+        return Found(series, targets=[y[rows] for rows in groups], columns=tuple(inputs))
+    return Found(series, columns=tuple(inputs))
 
 
 def _named(table: Table, names: Names, field: str) -> str | None:
@@ -198,6 +199,10 @@ def _finite(path: Path, name: str, values: np.ndarray) -> np.ndarray:
         raise DataError(
             f"{path}: {name}{[int(i) for i in first]} is infinite ({infinite.sum()} in all); expected finite"
         )
+    large = np.abs(values) > LARGEST
+    if large.any():
+        first = np.unravel_index(large.argmax(), values.shape)
+        raise DataError(f"{path}: {name}{[int(i) for i in first]} is {values[first]:g}; expected at most {LARGEST:g}")
     return values
 
 
@@ -211,13 +216,15 @@ def _folder(path: Path, names: Names) -> Found:
         members = [file for folder in folders for file in _data_files(folder)]
         if not members:
             raise DataError(f"{path}: its folders hold no .csv or .npy files")
-        series = _same_width([(file, _one(file, names)) for file in members])
-        return Found(series, labels=[file.parent.name for file in members])
+        series, columns = _same_columns((file, *_one(file, names)) for file in members)
+        return Found(series, labels=[file.parent.name for file in members], columns=columns)
     files = _data_files(path)
     if not files:
         raise DataError(f"{path}: the folder holds no .csv or .npy files, and no folders of them")
     parts = [_file(file, names) for file in files]
-    series = _same_width([(file, steps) for file, part in zip(files, parts) for steps in part.series])
+    series, columns = _same_columns(
+        (file, steps, part.columns) for file, part in zip(files, parts) for steps in part.series
+    )
     for field in ("labels", "targets"):
         have = [getattr(part, field) is not None for part in parts]
         if any(have) and not all(have):
@@ -225,7 +232,7 @@ def _folder(path: Path, names: Names) -> Found:
             raise DataError(f"{odd}: has {'no ' if have[0] else ''}{field}, unlike {files[0].name}")
     labels = [label for part in parts for label in part.labels or []]
     targets = [target for part in parts for target in part.targets or []]
-    return Found(series, labels or None, targets or None)
+    return Found(series, labels or None, targets or None, columns)
 
 
 def _listed(path: Path, listed: Path, names: Names) -> Found:
@@ -240,30 +247,30 @@ def _listed(path: Path, listed: Path, names: Names) -> Found:
             raise DataError(f"{table.at(row)}: {name!r} is not a file inside {path}")
         if not file.is_file():
             raise DataError(f"{table.at(row)}: no such file: {file}")
-        series.append((file, _one(file, names)))
-    steps = _same_width(series)
+        series.append((file, *_one(file, names)))
+    steps, columns = _same_columns(series)
     if names.label in table.columns:
         rows = [np.array([row]) for row in range(len(table))]
-        return Found(steps, labels=_labels(table, names.label, rows))
+        return Found(steps, labels=_labels(table, names.label, rows), columns=columns)
     targets = [name for name in table.columns if name.startswith(names.target)]
     if not targets:
         raise DataError(f"{listed}:1: no column {names.label!r} or {names.target!r}")
-    return Found(steps, targets=list(np.stack([table.numbers(name) for name in targets], 1)))
+    return Found(steps, targets=list(np.stack([table.numbers(name) for name in targets], 1)), columns=columns)
 
 
-def _one(file: Path, names: Names) -> np.ndarray:
-    """(T, D) of a file whose answer stands elsewhere."""
+def _one(file: Path, names: Names) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(T, D) of a file whose answer stands elsewhere, and what the D are called."""
     if file.suffix.lower() == ".npy":
         values = arrays(file)["X"]
         if values.ndim not in (1, 2) or values.dtype.kind not in "fiub" or not values.size:
             raise DataError(f"{file}: {values.dtype} {values.shape}; expected numbers (T, D) or (T,)")
-        return _finite(file, "X", values if values.ndim == 2 else values[:, None])
+        return _finite(file, "X", values if values.ndim == 2 else values[:, None]), ()
     table = read_table(file)
     time = _named(table, names, "time")
-    inputs = [name for name in table.columns if name not in (time, *names.ignore)]
+    inputs = tuple(name for name in table.columns if name not in (time, *names.ignore))
     if not inputs:
         raise DataError(f"{file}: no column is left for the input")
-    return np.stack([table.numbers(name) for name in inputs], 1)[_groups(table, None, time)[0]]
+    return np.stack([table.numbers(name) for name in inputs], 1)[_groups(table, None, time)[0]], inputs
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -271,10 +278,17 @@ def _data_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in kinds and not file.name.startswith("."))
 
 
-def _same_width(series: Iterable[tuple[Path, np.ndarray]]) -> list[np.ndarray]:
+def _same_columns(
+    series: Iterable[tuple[Path, np.ndarray, tuple[str, ...]]],
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """The series, their columns in the order of the first. Raises DataError where they are not the same."""
     found: list[np.ndarray] = []
-    for file, steps in series:
+    known: tuple[str, ...] = ()
+    for file, steps, columns in series:
         if found and steps.shape[1] != found[0].shape[1]:
             raise DataError(f"{file}: {steps.shape[1]} channels; the series before it have {found[0].shape[1]}")
-        found.append(steps)
-    return found
+        known = known or columns
+        if columns and set(columns) != set(known):
+            raise DataError(f"{file}: columns {', '.join(columns)}; the series before it have {', '.join(known)}")
+        found.append(steps[:, [columns.index(name) for name in known]] if columns not in ((), known) else steps)
+    return found, known

@@ -72,7 +72,12 @@ def _cuts(asked: np.ndarray, length: int, split: Split) -> list[tuple[int, int, 
 
 
 def ahead(
-    name: str, series: Sequence[np.ndarray], ends: Sequence[tuple[int, int]], horizon: int, span: int
+    name: str,
+    series: Sequence[np.ndarray],
+    ends: Sequence[tuple[int, int]],
+    horizon: int,
+    span: int,
+    columns: Sequence[str] = (),
 ) -> list[Track]:
     """What is needed to forecast `horizon` steps of every channel of series (T_i, C), where NaN is missing.
 
@@ -109,8 +114,15 @@ def ahead(
         )
     size = np.sqrt(np.square(train_y).mean(0))
     if (size == 0).any():
-        raise DataError(f"{name}: channel {int(size.argmin()) // horizon + 1} is constant over the training part")
+        which = called(columns, int(size.argmin()) // horizon)
+        raise DataError(f"{name}: {which} is constant over the training part: there is nothing to learn")
     return [track._replace(y=track.y / size, y_scale=size, span=span) for track in drafts]
+
+
+def called(columns: Sequence[str], channel: int) -> str:
+    """A channel of the user's data in words, with what leaves it out."""
+    name = columns[channel] if columns else ""
+    return f"column {name!r} (task.ignore={name} leaves it out)" if name else f"channel {channel + 1}"
 
 
 def carried(values: np.ndarray) -> np.ndarray:
