@@ -82,6 +82,42 @@ def test_equals_the_loop(make, batch):
             assert (a - b).abs().max() <= CLOSE * max(1e-2, float(b.abs().max()))
 
 
+def by_step(cell, x):
+    assert why_not(cell, cell.encode(x), cell.initial_state(len(x))) is None
+    return [record.step.by_step for record in module._of_cells[cell].found.values()]
+
+
+def test_gradients_of_parameters_come_with_the_steps():
+    cells = [make() for make in (*CELLS, *HOUSE)]
+    assert [by_step(cell, torch.randn(3, 9, cell.width)) for cell in cells] == [[True]] * len(cells)
+
+
+class Picks(little_cells._Little):
+    """h_t = tanh(b_i h_{t-1} + R u_t), i a permutation: the gradient of b is put together as the loop has it."""
+
+    def transition(self, u, h):
+        h = torch.tanh(self.b[torch.arange(7, -1, -1)] * h + u @ self.r)
+        return h, h
+
+
+@pytest.mark.parametrize("batch", [3, 19])
+def test_a_gradient_that_has_no_translation(batch):
+    cell, x = Picks(), torch.randn(batch, 23, 3)
+    assert by_step(cell, x) == [False]
+    assert_same(cell, x, torch.rand(batch, 23) < 0.15, torch.randint(0, 24, (batch,)))
+
+
+def test_a_parameter_that_is_frozen_later():
+    cell, x = Gates(), torch.randn(3, 9, 3)
+    assert_same(cell, x)
+    cell.gates.weight.requires_grad_(False)
+    grads = []
+    for run in (recorded_loop, Cell.scan):
+        o, _ = run(cell, cell.encode(x), cell.initial_state(3), None, None)
+        grads.append(torch.autograd.grad(o.sum(), [cell.gates.bias, cell.inp.weight]))
+    assert all((a - b).abs().max() <= CLOSE * b.abs().max() for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("make", [Dense, Gates])
 def test_sizes_that_fill_no_vector_and_no_panel(make):
     for hidden in (1, 15, 17, 33, 130):

@@ -283,11 +283,14 @@ def _layer_norm(tr: Translation, args: Given, kwargs: Named, results: Sequence[T
 
 def _layer_norm_adjoint(tr: Translation, args: Given, kwargs: Named, results: Sequence[Tensor | None]) -> None:
     g, x, shape, mean, rstd, weight, _, _ = args
-    out = results[0]
-    if out is None:  # whoever reads one of the others finds that nobody made it
-        return
-    dims = list(range(x.ndim - len(shape), x.ndim))
+    out, by_weight, by_bias = results
+    before, dims = list(range(x.ndim - len(shape))), list(range(x.ndim - len(shape), x.ndim))
     z = _point(tr, "mul", _point(tr, "add", x, mean, p=-1.0), rstd)
+    for sums, each in ((by_weight, lambda: _point(tr, "mul", g, z)), (by_bias, lambda: tr.read(g))):
+        if sums is not None:
+            tr.reduce(SUM, [each(), before], sums)
+    if out is None:
+        return
     g = g if weight is None else _point(tr, "mul", g, weight)
     along = _point(tr, "mul", z, _over(tr, _point(tr, "mul", g, z), dims, mean=True))
     rest_ = _point(tr, "add", _point(tr, "add", g, _over(tr, _at(tr, g), dims, mean=True), p=-1.0), along, p=-1.0)

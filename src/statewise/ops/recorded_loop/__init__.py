@@ -3,9 +3,9 @@
 One step, o_t, s_t = f(u_t, s_{t-1}), is run under a watch that sees the operations of torch below it, and each becomes
 a row of a table that compiled code goes through: see `ops.recorded`. Here that code runs the table for t = 0..T-1, for
 some rows of the batch at a time, and threads share out these groups of rows. Backwards the same is done with what
-torch's own derivatives make of the step: lam_{t-1} = (ds_t/ds_{t-1})^T lam_t + (do_t/ds_{t-1})^T g_t. With all states
-and all lam known, one vector-Jacobian product of the eager step over many times at once gives the rest: the gradients
-of u and of the parameters, in large products.
+torch's own derivatives make of the step: lam_{t-1} = (ds_t/ds_{t-1})^T lam_t + (do_t/ds_{t-1})^T g_t, and likewise the
+gradients of u and of the parameters, see `step`. Where the latter have no translation, the loop backwards finds lam
+alone; then one vector-Jacobian product of the eager step over many times at once gives the rest.
 
 Products and sums of the forward pass are kept for the backward one, the rest is computed again. What the step makes of
 parameters alone is made again before each call, so an optimiser's step is seen. A record is compared with the eager
@@ -14,6 +14,7 @@ step, values and gradients, before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -90,10 +91,11 @@ def _find(cell: Cell[Any], u: Any, state: Any) -> _Recorded | str:
     if any(type(t) not in (Tensor, nn.Parameter) for t in _numbers(cell)):
         return "parameters that are no plain tensors"
     batch = len(leaves(u)[0])
-    train = torch.is_grad_enabled() and any(t.requires_grad for t in (*leaves(u), *leaves(state), *cell.parameters()))
+    frozen = tuple(not p.requires_grad for p in cell.parameters())
+    train = torch.is_grad_enabled() and not all((*frozen, *(not t.requires_grad for t in (*leaves(u), *leaves(state)))))
     rows = _rows(batch)
     where = tuple((t.data_ptr(), t.shape, t.stride()) for t in _numbers(cell))
-    key = rows, train, cell.training, _shape(u, 2), _shape(state, 1), where, _attributes(cell)
+    key = rows, train and frozen, cell.training, _shape(u, 2), _shape(state, 1), where, _attributes(cell)
     records = _of_cells.get(cell)
     if records is None:
         records = _of_cells.setdefault(cell, _Records())
@@ -166,9 +168,10 @@ def _record(cell: Cell[Any], u: Any, state: Any, rows: int, train: bool) -> _Rec
     try:
         _trying.on = True
         with torch.random.fork_rng(devices=[]):
-            made = _Recorded(cell, u, state, rows, train)
-            made.check(cell, u, state)
-        return made
+            if train:
+                with contextlib.suppress(Unrecordable):
+                    return _Recorded(cell, u, state, rows, train, by_step=True)
+            return _Recorded(cell, u, state, rows, train, by_step=False)
     except Unrecordable as error:
         return str(error)
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
@@ -183,15 +186,17 @@ def _record(cell: Cell[Any], u: Any, state: Any, rows: int, train: bool) -> _Rec
 class _Recorded:
     """What was recorded of a cell's step, as a loop."""
 
-    def __init__(self, cell: Cell[Any], u: Any, state: Any, rows: int, train: bool):
+    def __init__(self, cell: Cell[Any], u: Any, state: Any, rows: int, train: bool, by_step: bool):
         from .step import Step
 
         self.cell = weakref.ref(cell)
         self.rows, self.train = rows, train
         pick = torch.arange(rows) % len(leaves(u)[0])
         self.step = Step(
-            cell, tree_map(lambda leaf: leaf.detach()[pick, 0], u), tree_map(lambda s: s.detach()[pick], state), train
-        )
+            cell, tree_map(lambda leaf: leaf.detach()[pick, 0], u), tree_map(lambda s: s.detach()[pick], state), train,
+            by_step,
+        )  # fmt: skip
+        self.check(cell, u, state)
 
     def __call__(self, u: Any, state: Any, reset: Tensor | None, lengths: Tensor | None) -> tuple[Any, Any]:
         cell = self.cell()
@@ -263,49 +268,86 @@ class _Job:
         self.loop, self.step, self.cell, self.u = loop, loop.step, cell, tree_map(lambda _: None, u)
         self.like = tree_map(lambda leaf: leaf.new_empty(0), u)
         self.batch, self.steps = leaves(u)[0].shape[:2]
-        self.reset = None if reset is None else reset.contiguous()
-        self.lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
         self.groups = -(-self.batch // loop.rows)
+        self.whole = self.groups * loop.rows  # rows: the last one stands again for those that are missing in a group
+        self.reset = None if reset is None else self._filled(reset)
+        self.lengths = None if lengths is None else self._filled(lengths.to(torch.int32))
         self.kept: list[Tensor] = []  # products and sums of each step
         self.before: list[Tensor] = []  # states before each step
 
     def forward(self, u: list[Tensor], first: list[Tensor], fresh: list[Tensor]) -> list[Tensor]:
         """o and the last state; notes what the way back needs."""
         step, half = self.step, self.step.forward
-        u, first, fresh = [t.contiguous() for t in u], [t.contiguous() for t in first], [t.contiguous() for t in fresh]
+        u, first, fresh = ([self._filled(t) for t in given] for given in (u, first, fresh))
         outs = [self._times(t) for t in leaves(step.o)]
         lasts = [torch.empty_like(t) for t in first]
         if self.loop.train:
             self.before = [self._times(t) for t in first]
-            self.kept = [empty(u[0], self.groups, self.steps, step.sizes[m]) for m in half.kept]
+            self.kept = [self._by_step(m) for m in half.kept]
         states = [
             (step.inputs[len(u) + i], step.lasts[i], t, fresh[i] if fresh else None,
              self.before[i] if self.before else None, lasts[i])
             for i, t in enumerate(first)
         ]  # fmt: skip
-        self._run(half, list(zip(step.inputs, u, strict=False)), list(zip(step.outs, outs, strict=True)), states, False)
-        return [*outs, *lasts]
+        inputs, outputs = list(zip(step.inputs, u, strict=False)), list(zip(step.outs, outs, strict=True))
+        self._run(half, inputs, outputs, states, self.kept, False)
+        return [t[: self.batch] for t in (*outs, *lasts)]
 
-    def backward(self, u: list[Tensor], g_outs: list[Tensor], g_lasts: list[Tensor]) -> Any:
-        """The adjoints of all states, of the first, and of what resets left; g_outs: zero past a row's end."""
+    def backward(
+        self,
+        u: list[Tensor],
+        numbers: list[Tensor],
+        g_outs: list[Tensor],
+        g_lasts: list[Tensor],
+        wanted: Sequence[bool],
+    ) -> tuple[list[Tensor | None], ...]:
+        """The gradients of u where wanted, of the first states, of what resets left, and of the parameters.
+
+        g_outs are zero past a row's end.
+        """
         step, half = self.step, self.step.backward
         assert half is not None
-        inputs = list(zip(step.inputs, [*(t.contiguous() for t in u), *self.before], strict=True))
+        u = [self._filled(t) for t in u]
+        g_outs, g_lasts = ([self._filled(g, zero=True) for g in given] for given in (g_outs, g_lasts))
+        inputs = list(zip(step.inputs, [*u, *self.before], strict=True))
         count = len(g_outs)
         inputs += [(m, g) for m, g in zip(step.adjoints[:count], g_outs, strict=True) if m is not None]
-        lam = [self._times(t) for t in g_lasts]
-        firsts = [torch.empty_like(t) for t in g_lasts]
-        fresh = [torch.zeros_like(t) if self.reset is not None else None for t in g_lasts]
+        lam = [self._times(g) for g in g_lasts] if not step.by_step else []
+        by_u = [self._times(t[:, 0]) if want and step.by_step else None for t, want in zip(u, wanted, strict=True)]
+        firsts = [torch.empty_like(g) for g in g_lasts]
+        fresh = [torch.zeros_like(g) if self.reset is not None else None for g in g_lasts]
         states = [
-            (step.adjoints[count + i], step.backs[i], g, fresh[i], lam[i], firsts[i]) for i, g in enumerate(g_lasts)
+            (step.adjoints[count + i], step.backs[i], g, fresh[i], lam[i] if lam else None, firsts[i])
+            for i, g in enumerate(g_lasts)
         ]
-        self._run(half, inputs, [], states, True)
-        return lam, firsts, fresh
+        outputs = [(m, g) for m, g in zip(step.by_u, by_u, strict=False) if g is not None]
+        noted = [*self.kept, *map(self._by_step, half.kept[len(self.kept) :])]
+        totals = self._run(half, inputs, outputs, states, noted, True)
+        if step.by_step:
+            by_step = {m: t.flatten(0, 1) for m, t in zip(half.kept, noted, strict=True)}
+            sums = step.summed(by_step, totals)
+        else:
+            by_u, sums = self.rest(u, numbers, g_outs, lam, wanted)
+        return *([None if t is None else t[: self.batch] for t in found] for found in (by_u, firsts, fresh)), sums
+
+    def _filled(self, t: Tensor, zero: bool = False) -> Tensor:
+        """With whole groups of rows."""
+        if self.whole == self.batch:
+            return t.contiguous()
+        more = t[-1:].expand(self.whole - self.batch, *t.shape[1:])
+        return torch.cat([t, torch.zeros_like(more) if zero else more])
+
+    def _by_step(self, memory: int) -> Tensor:
+        """For what a step makes, at all times."""
+        return empty(self.before[0], self.groups, self.steps, self.step.sizes[memory])
 
     def _times(self, like: Tensor) -> Tensor:
-        return empty(like.detach(), self.batch, self.steps, *like.shape[1:])
+        return empty(like.detach(), self.whole, self.steps, *like.shape[1:])
 
-    def _run(self, half: Any, inputs: Any, outputs: Any, states: Any, back: bool) -> None:
+    def _run(
+        self, half: Any, inputs: Any, outputs: Any, states: Any, kept: list[Tensor], back: bool
+    ) -> dict[int, Tensor]:
+        """kept: memory of which each step has its own. Returns what the steps added up."""
         import numpy as np
 
         from . import in_numba
@@ -321,6 +363,10 @@ class _Job:
         for memory in half.ports:
             places.append(end)
             end += -(-4 * (tile + 1) * step.sizes[memory] // 64) * 64
+        totals = []
+        for memory in half.sums:
+            totals.append(end)
+            end += -(-4 * step.sizes[memory] // 64) * 64
         # an adjoint that the step does not read is carried all the same, in memory at the end
         spare = [-(-4 * (tile + 1) * rows * math.prod(s[2].shape[1:]) // 64) * 64 for s in states]
         room = -(-(end + half.table.room + sum(spare)) // 64) * 64
@@ -332,13 +378,14 @@ class _Job:
         for g, thread in enumerate(in_numba.owners(self.groups, workers)):
             own = start + thread * room
             given = [own + at for at in places]
-            for t in self.kept:
+            for t in kept:
                 size = 4 * t.shape[2]
                 given.append(t.data_ptr() + (g * self.steps + (self.steps - 1 if back else 0)) * size)
+            given += [own + at for at in totals]
             given += [t.data_ptr() for t in (*remade, *laid)]
             bases[g, :words] = half.table.addresses(given, own + end)
             bases[g, words:] = own + end + half.table.room + np.cumsum([0, *spare[:-1]])
-        advance = [[len(half.ports) + i, -4 * t.shape[2] if back else 4 * t.shape[2]] for i, t in enumerate(self.kept)]
+        advance = [[len(half.ports) + i, -4 * t.shape[2] if back else 4 * t.shape[2]] for i, t in enumerate(kept)]
 
         def row(t: Tensor, skip: int) -> int:
             return 4 * math.prod(t.shape[skip:])
@@ -358,23 +405,28 @@ class _Job:
         call = in_numba.Call(
             table=half.table.rows, numbers=half.table.numbers.ctypes.data, bases=bases,
             moves=table(list(moves.items()), 2), advance=table(advance, 2),
-            inputs=table(ins, 3), outputs=table(outs, 3), states=table(carried, 7), batch=self.batch, rows=rows,
-            steps=self.steps, tile=tile, reset=0 if self.reset is None else self.reset.data_ptr(),
+            inputs=table(ins, 3), outputs=table(outs, 3), states=table(carried, 7), rows=rows, steps=self.steps,
+            tile=tile, reset=0 if self.reset is None else self.reset.data_ptr(),
             lengths=0 if self.lengths is None else self.lengths.data_ptr(), back=int(back),
             scratch=-(-scratch.data_ptr() // 64) * 64,
         )  # fmt: skip
-        in_numba.run(call, workers, (half, arena, scratch, remade, laid, self, inputs, outputs, states))
+        in_numba.run(call, workers, (half, arena, scratch, remade, laid, self, inputs, outputs, states, kept))
+        begin = (start - arena.data_ptr()) // 4
+        return {
+            m: arena.as_strided((workers, step.sizes[m]), (room // 4, 1), begin + at // 4).sum(0)
+            for m, at in zip(half.sums, totals, strict=True)
+        }
 
     def rest(self, u: list[Tensor], wanted: list[Tensor], g_outs: list[Tensor], lam: list[Tensor],
              into: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor | None]]:  # fmt: skip
         """Gradients of u, where they are wanted, and of parameters, by the eager step over many times at once."""
-        by_u = [empty(t, *t.shape) if want else None for t, want in zip(u, into, strict=True)]
+        by_u = [self._times(t[:, 0]) if want else None for t, want in zip(u, into, strict=True)]
         sums: list[Tensor | None] = [None] * len(wanted)
         flat = lambda tensors: [t.flatten(0, 1) for t in tensors]
-        us, gs, states = flat(u), flat([*g_outs, *lam]), flat(self.before)
+        us, gs, states = flat(u), flat([*g_outs, *lam]), flat(self.before)  # what stands for missing rows has g zero
         to = [None if t is None else t.flatten(0, 1) for t in by_u]
         size = max(1, STRETCH // self.step.numbers)
-        for low in range(0, self.batch * self.steps, size):
+        for low in range(0, self.whole * self.steps, size):
             part = slice(low, low + size)
             mine = [t[part].detach().requires_grad_(want) for t, want in zip(us, into, strict=True)]
             left, held = iter(mine), iter(states)
@@ -425,11 +477,10 @@ class _Back(torch.autograd.Function):
         inputs, first, fresh = job.counts
         u, numbers = list(tensors[:inputs]), list(tensors[inputs + first + fresh :])
         outs = len(grads) - first
-        g_outs = [g.contiguous() for g in grads[:outs]]
+        g_outs = list(grads[:outs])
         if job.lengths is not None:
-            g_outs = [clear_past_end(g, job.lengths) for g in g_outs]
-        lam, firsts, freshs = job.backward(u, g_outs, [g.contiguous() for g in grads[outs:]])
-        by_u, sums = job.rest([t.contiguous() for t in u], numbers, g_outs, lam, wanted[:inputs])
+            g_outs = [clear_past_end(g, job.lengths[: job.batch]) for g in g_outs]
+        by_u, firsts, freshs, sums = job.backward(u, numbers, g_outs, list(grads[outs:]), wanted[:inputs])
         return (*by_u, *firsts, *(freshs[:fresh] if fresh else ()), *sums)
 
     @staticmethod

@@ -3,7 +3,8 @@
 A step reads and writes memory of its own: dense rows that stay in the nearest caches. Inputs are copied there a tile of
 time at once, since the rows of the batch lie far apart; outputs and states go to their places likewise, and after each
 step the new state becomes the old one. Rows that a reset cuts take the fresh state, or backwards end their adjoint;
-rows that have ended keep theirs. Each thread runs all times of its rows.
+rows that have ended keep their state, and their adjoint is zero, so that nothing is added up for them. Each thread runs
+all times of its rows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ class Call(NamedTuple):
     inputs: Any  # (ports, words) of what is (B, T, row)
     outputs: Any
     states: Any  # of (B, row)
-    batch: int
     rows: int  # of a group
     steps: int
     tile: int  # steps
@@ -93,12 +93,12 @@ def _cut(q, b, t):
 
 
 @_compile
-def _fetch(like, q, bases, first, rows, t, count, by):
+def _fetch(like, q, bases, first, t, count, by):
     """Inputs of a tile of time."""
     compiled.apart()
     for p in range(q.inputs.shape[0]):
         size = q.inputs[p, ROW]
-        for b in range(rows):
+        for b in range(q.rows):
             to, at = bases[q.inputs[p, BASE]] + b * size, q.inputs[p, AT] + ((first + b) * q.steps + t) * size
             for _ in range(count):
                 rowwise._copy(like, size // 4, (to, at))
@@ -117,19 +117,19 @@ def _put(like, q, b, t, count, by, to, at, size):
 
 
 @_compile
-def _store(like, q, bases, first, rows, t, count, by):
+def _store(like, q, bases, first, t, count, by):
     """Outputs and states of a tile of time; the state after it comes first in the next."""
     compiled.apart()
     for p in range(q.outputs.shape[0]):
         size = q.outputs[p, ROW]
-        for b in range(rows):
+        for b in range(q.rows):
             to = q.outputs[p, AT] + ((first + b) * q.steps + t) * size
             _put(like, q, first + b, t, count, by, to, bases[q.outputs[p, BASE]] + b * size, size)
     for p in range(q.states.shape[0]):
         size, home = q.states[p, ROW], bases[q.states[p, BASE]]
         if q.states[p, KEEP] == 0:
             continue
-        for b in range(rows):
+        for b in range(q.rows):
             to, at = q.states[p, KEEP] + ((first + b) * q.steps + t) * size, home + b * size
             if q.back:
                 _put(like, q, first + b, t, count, by, to, at, size)
@@ -140,17 +140,17 @@ def _store(like, q, bases, first, rows, t, count, by):
 
 
 @_compile
-def _start_fresh(like, q, bases, first, rows, t):
+def _start_fresh(like, q, bases, first, t):
     compiled.apart()
     for p in range(q.states.shape[0]):
         size, to = q.states[p, ROW], bases[q.states[p, BASE]]
-        for b in range(rows):
+        for b in range(q.rows):
             if _cut(q, first + b, t) and not _ended(q, first + b, t):
                 rowwise._copy(like, size // 4, (to + b * size, q.states[p, FRESH] + (first + b) * size))
 
 
 @_compile
-def _carry(like, q, bases, first, rows, t):
+def _carry(like, q, bases, first, t):
     """What the step at t made of the states becomes what the next one starts from."""
     compiled.apart()
     for p in range(q.states.shape[0]):
@@ -159,9 +159,13 @@ def _carry(like, q, bases, first, rows, t):
         if q.lengths == 0 and (q.reset == 0 or not q.back):
             rowwise._copy(like, q.rows * size // 4, (to, given))
             continue
-        for b in range(rows):
+        for b in range(q.rows):
             if _ended(q, first + b, t):
-                if to != now:
+                if q.back and not _ended(
+                    q, first + b, t - 1
+                ):  # the adjoint of the last state enters where the row ends
+                    rowwise._copy(like, size // 4, (to + b * size, q.states[p, AT] + (first + b) * size))
+                elif to != now:
                     rowwise._copy(like, size // 4, (to + b * size, now + b * size))
                 continue
             rowwise._copy(like, size // 4, (to + b * size, given + b * size))
@@ -178,29 +182,33 @@ def _move(bases, by, times):
 
 
 @_compile
-def _rows(like, q, bases, first, rows, scratch):
+def _rows(like, q, bases, first, scratch):
     """All times of some rows."""
     compiled.apart()
     by = -1 if q.back else 1
     for p in range(q.states.shape[0]):
-        size = q.states[p, ROW]
-        rowwise._copy(like, rows * size // 4, (bases[q.states[p, BASE]], q.states[p, AT] + first * size))
+        size, to = q.states[p, ROW], bases[q.states[p, BASE]]
+        for b in range(q.rows):
+            if q.back and _ended(q, first + b, q.steps - 1):
+                rowwise._zero(like, size // 4, (to + b * size,))
+            else:
+                rowwise._copy(like, size // 4, (to + b * size, q.states[p, AT] + (first + b) * size))
     for start in range(0, q.steps, q.tile):
         count, begin = min(q.tile, q.steps - start), q.steps - 1 - start if q.back else start
-        _fetch(like, q, bases, first, rows, begin, count, by)
+        _fetch(like, q, bases, first, begin, count, by)
         for k in range(count):
             t = begin + by * k
             if q.reset != 0 and not q.back:
-                _start_fresh(like, q, bases, first, rows, t)
+                _start_fresh(like, q, bases, first, t)
             _step(like, q.table, bases, q.numbers, scratch)
-            _carry(like, q, bases, first, rows, t)
+            _carry(like, q, bases, first, t)
             _move(bases, q.moves, 1)
             _move(bases, q.advance, 1)
         _move(bases, q.moves, -count)
-        _store(like, q, bases, first, rows, begin, count, by)
+        _store(like, q, bases, first, begin, count, by)
     for p in range(q.states.shape[0]):
         size = q.states[p, ROW]
-        rowwise._copy(like, rows * size // 4, (q.states[p, LAST] + first * size, bases[q.states[p, BASE]]))
+        rowwise._copy(like, q.rows * size // 4, (q.states[p, LAST] + first * size, bases[q.states[p, BASE]]))
 
 
 @_compile
@@ -209,9 +217,7 @@ def _work(like, q, me):
     if teams.started(me):
         return
     for group in teams.share(q.bases.shape[0], me):
-        first = group * q.rows
-        rows = min(q.rows, q.batch - first)
-        _rows(like, q, q.bases[group], first, rows, q.scratch + me[0] * SCRATCH)
+        _rows(like, q, q.bases[group], group * q.rows, q.scratch + me[0] * SCRATCH)
 
 
 def run(q: Call, workers: int, held: object) -> None:
