@@ -43,7 +43,7 @@ def test_finished_runs_are_scored_at_what_they_lack(tmp_path):
     assert "trained up to here" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_killed_while_lengths_are_scored_a_trained_run_is_done_and_goes_on(tmp_path, monkeypatch):
+def test_killed_while_lengths_are_scored_a_trained_run_is_done_and_goes_on(tmp_path, monkeypatch, new_workers):
     """The worker dies at each attempt once one of two lengths is scored; the next comparison scores the other alone."""
     plan = Plan((base(Parity(longest=8, test_longest=8)),), ("gru",), seeds=1)
     monkeypatch.setattr(pool, "RETRIES", 0)
