@@ -5,7 +5,7 @@ any of them. Here one call runs them all. Operations on the same places go strip
 stays in the nearest cache. Threads share out products and what else is large: the first one goes through the table and
 opens each such instruction, whoever is free claims a part of it, and the first waits only for parts that were claimed.
 
-Pointers are integers. Rows of the table, in words: see `program`, which writes them.
+Pointers are integers. Rows of the table, in words: see `rows`, which writes them.
 """
 
 from __future__ import annotations
@@ -551,18 +551,34 @@ def _sum_rows(v: _Lanes, steps: Any, row: Any, to: Any, source: Any, vectors: An
 
 
 @_compile
+def _indices(start, dims):
+    """Where in four dimensions, of which the first may be of any size, so many places from the beginning are."""
+    d1, d2, d3 = dims
+    rest = start // d3
+    return rest // d2 // d1, rest // d2 % d1, rest % d2, start % d3
+
+
+@_compile
+def _carried(i0, i1, i2, dims):
+    """A row's indices, the last of which may be one too far."""
+    d1, d2, _ = dims
+    if i2 == d2:
+        i2, i1 = 0, i1 + 1
+        if i1 == d1:
+            i1, i0 = 0, i0 + 1
+    return i0, i1, i2
+
+
+@_compile
 def _gather(like, to, source, start, count, dims, strides):
     """count places from `start` on, of a tensor with these strides, in a row."""
     compiled.apart()
-    d1, d2, d3 = dims
     s0, s1, s2, s3 = strides
     if s0 == 0 and s1 == 0 and s2 == 0 and s3 == 0:
-        d3 = count
-        start = 0
+        start, dims = 0, (dims[0], dims[1], count)
+    _, d2, d3 = dims
     whole = d3 % LANES == 0 and start % d3 == 0 and count % d3 == 0 and (s3 == 0 or s3 == 1)
-    i3, rest = start % d3, start // d3
-    i2, rest = rest % d2, rest // d2
-    i1, i0 = rest % d1, rest // d1
+    i0, i1, i2, i3 = _indices(start, dims)
     done = 0
     while done < count:
         at = source + 4 * (i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3)
@@ -572,11 +588,8 @@ def _gather(like, to, source, start, count, dims, strides):
                 _repeat_rows(like, rows, 4 * s2, (to + 4 * done, at, d3 // LANES))
             else:
                 _copy_rows(like, rows, 4 * s2, (to + 4 * done, at, d3 // LANES))
-            done, i2 = done + rows * d3, i2 + rows
-            if i2 == d2:
-                i2, i1 = 0, i1 + 1
-                if i1 == d1:
-                    i1, i0 = 0, i0 + 1
+            i0, i1, i2 = _carried(i0, i1, i2 + rows, dims)
+            done += rows * d3
             continue
         run = min(d3 - i3, count - done)
         row = _floats(to + 4 * done, run)
@@ -591,36 +604,27 @@ def _gather(like, to, source, start, count, dims, strides):
         else:
             for j in range(run):
                 row[j] = _floats(at + 4 * j * s3, 1)[0]
-        done, i3, i2 = done + run, 0, i2 + 1
-        if i2 == d2:
-            i2, i1 = 0, i1 + 1
-            if i1 == d1:
-                i1, i0 = 0, i0 + 1
+        i0, i1, i2 = _carried(i0, i1, i2 + 1, dims)
+        done, i3 = done + run, 0
 
 
 @_compile
 def _scatter(like, to, source, start, count, dims, strides):
     """The way back."""
     compiled.apart()
-    d1, d2, d3 = dims
     s0, s1, s2, s3 = strides
-    i3, rest = start % d3, start // d3
-    i2, rest = rest % d2, rest // d2
-    i1, i0 = rest % d1, rest // d1
+    i0, i1, i2, i3 = _indices(start, dims)
     done = 0
     while done < count:
-        at, run = to + 4 * (i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3), min(d3 - i3, count - done)
+        at, run = to + 4 * (i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3), min(dims[2] - i3, count - done)
         if s3 == 1 and run % LANES == 0:
             _copy_rows(like, 1, 0, (at, source + 4 * done, run // LANES))
         else:
             given = _floats(source + 4 * done, run)
             for j in range(run):
                 _floats(at + 4 * j * s3, 1)[0] = given[j]
-        done, i3, i2 = done + run, 0, i2 + 1
-        if i2 == d2:
-            i2, i1 = 0, i1 + 1
-            if i1 == d1:
-                i1, i0 = 0, i0 + 1
+        i0, i1, i2 = _carried(i0, i1, i2 + 1, dims)
+        done, i3 = done + run, 0
 
 
 @_compile
@@ -900,8 +904,7 @@ def _exact(table, i, bases, numbers):
     y0, y1, y2, y3 = _strides(table, i + 1, FIRST + OPERAND)
     z0, z1, z2, z3 = _strides(table, i + 1, FIRST + 2 * OPERAND)
     for row in range(table[i, 4] * d1 * d2):
-        i2, rest = row % d2, row // d2
-        i1, i0 = rest % d1, rest // d1
+        i0, i1, i2, _ = _indices(row, (d1, d2, 1))
         at_o, at_x = i0 * o0 + i1 * o1 + i2 * o2, i0 * x0 + i1 * x1 + i2 * x2
         at_y, at_z = i0 * y0 + i1 * y1 + i2 * y2, i0 * z0 + i1 * z1 + i2 * z2
         for k in range(d3):

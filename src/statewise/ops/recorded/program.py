@@ -7,7 +7,6 @@ Memory is used again as soon as nobody reads it.
 
 from __future__ import annotations
 
-import math
 import operator
 import threading
 from collections.abc import Sequence
@@ -18,29 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from . import complex_numbers, composed, exact_numbers, windows  # noqa: F401  # translations
-from .instructions import (
-    Attend,
-    Exact,
-    Group,
-    Instruction,
-    Lookup,
-    Places,
-    Point,
-    Product,
-    Tiles,
-    Unrecordable,
-    Weights,
-    in_order,
-    memory_of,
-    numbers_of,
-    places_of,
-)
+from .instructions import Group, Instruction, Point, in_order, memory_of, numbers_of, places_of
+from .rows import Rows
+from .rows import panel_of as panel_of
 from .translation import KINDS, Translation
 from .watch import Watch
 
 _version = operator.attrgetter("_version")
-SHARED = 1 << 13  # places from which on a group of operations is shared out
-PART = 1 << 19  # bytes of weights that are claimed at a time
 
 
 class Fresh(NamedTuple):
@@ -149,12 +132,15 @@ class Table:
     def __init__(self, tr: Translation, instructions: list[Instruction], given: Sequence[int], wanted: set[int]):
         from . import in_numba
 
-        self.code = in_numba
         self.kept: list[Any] = []  # their addresses stand in the table
         instructions = needed(instructions, wanted)
         registers = _registers(instructions, wanted, in_numba.REGISTERS)
         self._lay_out(tr, instructions, registers, given)
-        self._write(instructions, registers)
+        written = Rows(in_numba, self.base, registers)
+        for each in instructions:
+            written.add(each)
+        self.rows, self.numbers = written.table(), np.array(written.numbers, np.float32)
+        self.kept += written.kept
 
     def addresses(self, given: Sequence[int], arena: int) -> np.ndarray:
         """Of each memory: those given, those of constants, and those within an arena of `room` bytes."""
@@ -190,114 +176,6 @@ class Table:
         self.constants = [t.untyped_storage().data_ptr() for t in constants.values()]
         self.within, self.room = list(where.values()), end
         self.base = {memory: i for i, memory in enumerate((*given, *constants, *where))}
-
-    def _write(self, instructions: list[Instruction], registers: dict[int, int]) -> None:
-        code = self.code
-        rows: list[list[int]] = []
-        products: list[int] = []
-        numbers: list[float] = [1.0, 0.0]
-
-        def at(o: Places) -> list[int]:
-            return [self.base[o.memory], 4 * o.offset]
-
-        def number(*given: float) -> int:
-            numbers.extend(given)
-            return 4 * (len(numbers) - len(given))
-
-        def weights(w: Weights) -> list[int]:
-            self.kept.append(w)
-            return [w.kept.element_size(), w.kept.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()]
-
-        def operand(o: Places, dims: list[int]) -> list[int]:
-            if o.memory in registers:
-                return [code.REGISTER, registers[o.memory], 0, 0, 0, 0, 0]
-            strides = _merge(o, dims)
-            mode = code.PLAIN if in_order(o) else code.SPREAD
-            return [mode, *at(o), *[0] * (4 - len(strides)), *strides]
-
-        for each in instructions:
-            if isinstance(each, Group):
-                everything = [o for p in each.points for o in (p.out, *p.operands)]
-                dims = _dims(each.sizes, everything)
-                sizes = [math.prod(each.sizes[a:b]) for a, b in zip(dims, [*dims[1:], len(each.sizes)], strict=False)]
-                if len(sizes) > 4:
-                    raise Unrecordable("a result of too many dimensions")
-                count = math.prod(each.sizes)
-                strips = -(-count // code.STRIP)
-                parts = max(1, strips // 2) if count >= SHARED else 1
-                rows.append([code.GROUP, parts, len(each.points), count, *[1] * (4 - len(sizes)), *sizes])
-                for p in each.points:
-                    row = [code.CODES[p.name], number(p.p, p.q), *operand(p.out, dims)]
-                    rows.append(row + [word for o in p.operands for word in operand(o, dims)])
-            elif isinstance(each, Product):
-                columns, depth = each.w.kept.shape
-                size = each.w.kept.element_size()
-                batch = math.prod(each.x.sizes) // depth
-                parts = min(columns // 4, max(4, columns * depth * size // PART)) if columns * depth > 4 * SHARED else 1
-                bias = [-1, 0] if each.bias is None else at(each.bias)
-                more = [*bias, *at(each.x), *at(each.y), depth, batch, columns]
-                products.append(len(rows))
-                rows.append([code.PRODUCT, parts, 0, *weights(each.w), *more])
-            elif isinstance(each, Tiles):
-                depth, columns = each.w.sizes
-                batch = math.prod(each.x.sizes) // depth
-                bias = [-1, 0] if each.bias is None else at(each.bias)
-                spare = [-1, 0] if each.spare is None else at(each.spare)
-                panels = self.base[panel_of(each.w)]
-                rows.append([code.TILES, 1, 0, panels, *at(each.x), *at(each.y), depth, batch, columns, *bias, *spare])
-            elif isinstance(each, Lookup):
-                count, (many, width) = math.prod(each.ids.sizes), each.w.kept.shape
-                size, w, scale = weights(each.w)
-                ids = [self.base[each.ids.memory], each.id_size * each.ids.offset]
-                more = [*ids, each.id_size, count, w, size, scale, many, width, *at(each.out)]
-                rows.append([code.LOOKUP, 1, 0, *more])
-            elif isinstance(each, Attend):
-                batch, _, _, heads, size = each.sizes
-                parts = each.partial.sizes[0]
-                (position, first), kind = at(each.position), code.KINDS[each.kind]
-                first, step = (code.SIZES[kind] // 4 * n for n in (first, 4 * each.position.strides[0]))
-                more = [*at(each.q), *at(each.k), each.k.strides[0] * 4, each.k.strides[1] * 4]
-                more += [*at(each.v), each.v.strides[0] * 4, each.v.strides[1] * 4, position, first, step, kind]
-                more += [*at(each.partial), *each.sizes]
-                rows.append([code.ATTEND, parts, 0, *more])
-                rows.append([code.JOIN, 1, 0, parts, *at(each.partial), *at(each.y), batch * heads, size])
-            elif isinstance(each, Exact):
-                everything = [each.out, *each.operands]
-                dims = _dims(each.out.sizes, everything)
-                sizes = [math.prod(each.out.sizes[a:b]) for a, b in zip(dims, [*dims[1:], None], strict=False)]
-                if len(sizes) > 4:
-                    raise Unrecordable("a result of too many dimensions")
-                rows.append([code.EXACT, 1, 1, math.prod(sizes), *[1] * (4 - len(sizes)), *sizes])
-                numbers.extend([0.0] * (len(numbers) % 2))
-                row = [code.EXACTLY[each.name], number(*np.array([each.p, each.q]).view(np.float32).tolist())]
-                for o, kind in zip(everything, each.kinds, strict=True):
-                    which, strides = code.KINDS[kind], _merge(o, dims)
-                    at_ = [self.base[o.memory], code.SIZES[which] * o.offset]
-                    row += [which, *at_, *[0] * (4 - len(strides)), *strides]
-                rows.append(row)
-            else:
-                kept = [(1, 0)] * (3 - len(each.kept)) + each.kept
-                gone = [(1, 0)] * (2 - len(each.gone)) + each.gone
-                total = math.prod(n for n, _ in (*kept, *gone))
-                by_rows = each.what == code.SUM and kept[2][1] == 1 and gone[1][1] != 1
-                most = kept[0][0] * kept[1][0] * (1 if by_rows else kept[2][0])
-                parts = min(most, max(1, total // SHARED)) if total >= SHARED else 1
-                more = [n for n, _ in (*kept, *gone)] + [s for _, s in (*kept, *gone)]
-                rows.append(
-                    [code.REDUCTION, parts, 0, each.what, *at(each.out), *at(each.x), *more, number(each.factor)]
-                )
-        self.rows = np.zeros((len(rows), code.WIDTH), np.int64)
-        for i, row in enumerate(rows):
-            self.rows[i, : len(row)] = row
-        self.rows[:, code.NEXT] = -1
-        for before, following in zip([0, *products], products, strict=False):
-            self.rows[before:following, code.NEXT] = following
-        self.numbers = np.array(numbers, np.float32)
-
-
-def panel_of(w: Places) -> int:
-    """What stands for the panels of w among memories."""
-    return -1 - abs(hash(w))
 
 
 def needed(instructions: list[Instruction], wanted: set[int]) -> list[Instruction]:
@@ -338,17 +216,3 @@ def _registers(instructions: list[Instruction], wanted: set[int], most: int) -> 
                 found[memory] = free.pop()
             free += [found[m] for m, when in last.items() if when == k and m in found]
     return found
-
-
-def _dims(sizes: tuple[int, ...], operands: list[Places]) -> list[int]:
-    """Where the dimensions start that remain when those that follow each other in every operand are joined."""
-    starts = [0] if sizes else []
-    for d in range(1, len(sizes)):
-        if not all(o.strides[d - 1] == sizes[d] * o.strides[d] for o in operands):
-            starts.append(d)
-    return starts
-
-
-def _merge(o: Places, dims: list[int]) -> list[int]:
-    """The strides of the joined dimensions."""
-    return [o.strides[d - 1] for d in (*dims[1:], len(o.sizes))] if dims else []
