@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from statewise.cli import VERBS, explain_error, main
+from statewise.cli import VERBS, explain_error, main, show_warning
 from statewise.core import NumericError, ResourceError, Unknown, UsageError
 
 PYTHON = [sys.executable, "-m", "statewise"]
@@ -96,6 +96,11 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_more(monkeypatch, capsy
     assert err.count("\n") == 1 and err.startswith("error[1]: ZeroDivisionError")
     assert main(["list", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line(capsys):
+    show_warning(UserWarning("a tensor of\n  many"), UserWarning, "place.py", 7)
+    assert capsys.readouterr().err == "warning: a tensor of many\n"
 
 
 def test_ctrl_c_is_130_and_quiet(monkeypatch, capsys):

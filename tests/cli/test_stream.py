@@ -12,7 +12,9 @@ import sys
 
 import pytest
 import torch
+from numba.core import event
 
+from statewise.cli.compiling import WORDS, telling
 from statewise.cli.stream import Streamer
 from statewise.ops.recorded import Program
 from statewise.tasks import Series
@@ -39,7 +41,7 @@ def test_the_answers_are_those_of_forward(runs, call):
 )
 def test_fast_steps_are_recorded_and_give_the_same_answers(runs, call, run, lines, monkeypatch):
     kept, record = [], Streamer.record
-    monkeypatch.setattr(Streamer, "record", lambda self: (kept.append(self), record(self)))
+    monkeypatch.setattr(Streamer, "record", lambda self, x: (kept.append(self), record(self, x)))
     fast, plain = (call("stream", runs[run], *more, stdin=lines).out for more in (["--fast"], []))
     assert all(isinstance(program, Program) for program in kept[0].step.programs.values())
     found, want = (re.split(r"[\s,]+", out.replace("- ", "nan ").strip()) for out in (fast, plain))
@@ -120,6 +122,31 @@ def test_a_bad_line_keeps_what_came_before(runs, call, tmp_path):
     assert call("stream", runs["adding"], "--save-state", tmp_path / "s", stdin=b"1,0.5\nbad\n").code == 3
     rest = call("stream", runs["adding"], "--load-state", tmp_path / "s", stdin=b"0,2\n")
     assert rest.out == call("stream", runs["adding"], stdin=b"1,0.5\n0,2\n").out.splitlines(keepends=True)[1]
+
+
+def test_fast_reads_a_line_before_it_gets_ready(runs, call, monkeypatch):
+    monkeypatch.setattr(Streamer, "record", lambda *_: pytest.fail("made ready for a line that is refused"))
+    assert call("stream", runs["adding"], "--fast", stdin=b"x,1\n").code == 3
+    assert call("stream", runs["copy"], "--fast", "--skip-bad", stdin=b"\n-1\n").code == 0
+
+
+def test_compiling_is_said_once(capsys):
+    with telling(sys.stderr):
+        for _ in range(2):
+            event.broadcast(event.Event("numba:compile", event.EventStatus.START))
+    event.broadcast(event.Event("numba:compile", event.EventStatus.START))
+    assert capsys.readouterr() == ("", f"{WORDS}\n")
+
+
+def test_where_a_state_goes_is_looked_at_before_a_line_is_read(runs, call, tmp_path):
+    for place, why in ((tmp_path, "Is a directory"), (tmp_path / "none" / "s", "No such file")):
+        said = call("stream", runs["adding"], "--save-state", place, stdin=b"1,0.5\n")
+        assert (said.code, said.out) == (3, "") and f"cannot write {place}: {why}" in said.err
+
+
+def test_a_line_of_names_is_known(runs, call):
+    assert "no line of names (tail -n +2" in call("stream", runs["adding"], stdin=b"value,mark\n").err
+    assert "names" not in call("stream", runs["adding"], stdin=b"1,mark\n").err
 
 
 def test_every_line_is_answered_at_once_and_sigterm_saves(runs, tmp_path):

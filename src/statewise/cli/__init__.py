@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for out in (sys.stdout, sys.stderr):
         if hasattr(out, "reconfigure"):
             out.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 must not end the run
+    if argv is None:  # the process is ours
+        warnings.showwarning = show_warning
     try:
         status = _dispatch(args)
         sys.stdout.flush()
@@ -78,6 +81,11 @@ def fail(code: int, message: str) -> int:
     sys.stdout.flush()
     print(f"error[{code}]: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
+
+
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning of torch or numpy in one line, without the place in the code where it arose."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def explain_error(error: Exception) -> tuple[int, str]:

@@ -51,10 +51,13 @@ class Options:
 def run(options: Options) -> int:
     import torch
 
-    from ..core.machine import cores
+    from ..core.files import check_writable
+    from ..core.machine import cores, use_threads
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
+    if options.json is not None:  # before the minutes that it takes to have something to write
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(options.json)
     load, count = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cores()
     noisy = "; NOISY: more work than cores, do not trust these times" if load > count else ""
     print(f"load average {load:.1f} on {count} cores, torch on {torch.get_num_threads()} threads{noisy}")

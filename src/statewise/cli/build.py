@@ -27,11 +27,11 @@ def experiment(
     for place in places(layer):
         layers[place.layer]
     given = dict_once(settings)
-    chosen = {path: str(value) for path, value in SETTINGS.get(task, {}).items() if path not in given} | given
-    inside = {path.removeprefix("task."): text for path, text in chosen.items() if path.startswith("task.")}
+    inside = {path.removeprefix("task."): text for path, text in given.items() if path.startswith("task.")}
     of_task = make_task(task, data, inside)
     made = Experiment(of_task, descriptions[of_task.model](layer=layer, width=width, depth=depth), seed=seed)
-    return put_texts(made, {path: text for path, text in chosen.items() if not path.startswith("task.")})
+    made = put_texts(made, {path: str(value) for path, value in SETTINGS.get(task, {}).items() if path not in given})
+    return put_texts(made, {path: text for path, text in given.items() if not path.startswith("task.")})
 
 
 def make_task(name: str, data: Path | None, settings: Mapping[str, str]) -> Task:

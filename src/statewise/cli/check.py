@@ -48,7 +48,7 @@ def run(options: Options) -> int:
         return parity(options)
     if not options.layer:
         raise UsageError("check needs a layer: module:Class, or a registered one; or --parity")
-    given = {name: free(text) for name, text in dict_once(options.args).items()}
+    given = {name: free(text) for name, text in dict_once(options.args, "--args").items()}
     if ":" in options.layer:
         cls = load(options.layer)
     else:
@@ -66,9 +66,12 @@ def run(options: Options) -> int:
 def parity(options: Options) -> int:
     """Print the table, row by row as it is measured, and write it where it is wanted. 1 if a row is past its limit."""
     from ..core import UsageError, layers, near
+    from ..core.files import check_writable
     from ..testing import build
     from ..testing.parity import CALLS, of_layer, of_ops
 
+    if options.out:
+        check_writable(options.out)
     if options.steps < 1:
         raise UsageError(f"--steps {options.steps}; expected at least 1")
     calls = [name for name in CALLS if name.split(" ")[0] == options.layer or not options.layer]
@@ -155,6 +158,9 @@ def load(place: str) -> type:
     from ..core import RecurrentLayer, UsageError, near
 
     module_name, _, name = place.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise UsageError(f"{place!r}: expected module:Class, as Python imports it from here: {dotted}:{name}")
     if "" not in sys.path and "." not in sys.path:
         sys.path.insert(0, "")
     try:

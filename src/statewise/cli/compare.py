@@ -262,14 +262,16 @@ def command_of(options: Options) -> str:
 
 def _check(options: Options) -> None:
     from ..core import UsageError
+    from ..core.machine import MOST_THREADS
 
     for name, value, low in (
         ("steps", options.steps, 0), ("minutes", options.minutes, 0), ("threads", options.threads, 1),
         ("timeout", options.timeout, 0), ("cell-timeout", options.cell_timeout, 0), ("memory", options.memory, 0),
         ("workers", 1 if options.workers == "auto" else options.workers, 1),
     ):  # fmt: skip
-        if not low <= value <= 10**9:
-            raise UsageError(f"--{name} {value}; expected {low} to {10**9}")
+        high = MOST_THREADS if name == "threads" else 10**9
+        if not low <= value <= high:
+            raise UsageError(f"--{name} {value}; expected {low} to {high}")
     if options.steps and options.minutes:
         raise UsageError("--steps and --minutes both say how long to train; give one of them")
 

@@ -190,7 +190,7 @@ def show_layer(
     from .check import check_arguments
     from .settings import dict_once, free
 
-    given = {name: free(text) for name, text in dict_once(options.args).items()} or info.sized(shape[-1])
+    given = {name: free(text) for name, text in dict_once(options.args, "--args").items()} or info.sized(shape[-1])
     check_arguments(info.name, info.cls, given)
     try:
         layer: RecurrentLayer[Any] = info.cls(**given).to(device=device, dtype=dtype)
@@ -236,7 +236,7 @@ def show_cell(options: Options, shape: tuple[int, ...], dtype: torch.dtype, devi
     cls = load(options.what)
     if not issubclass(cls, Cell):
         raise UsageError(f"{options.what} is not a Cell: only a class with a transition can be run in another way")
-    given = {name: free(text) for name, text in dict_once(options.args).items()} or examples_of(cls)[0]
+    given = {name: free(text) for name, text in dict_once(options.args, "--args").items()} or examples_of(cls)[0]
     check_arguments(options.what, cls, given)
     try:
         cell = cls(**given).to(device=device, dtype=dtype)

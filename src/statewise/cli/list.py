@@ -27,9 +27,11 @@ class Options:
 
 
 def run(options: Options) -> int:
+    from ..core.files import check_writable
     from .show import console
 
     if options.out:
+        check_writable(options.out)
         Path(options.out).write_text("\n".join(layers_table()) + "\n", encoding="utf-8")
         print(f"written to {options.out}")
         return 0

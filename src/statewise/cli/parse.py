@@ -20,6 +20,8 @@ PLAIN = {  # words of Python and tyro in words for people
     r"invalid literal for int\(\) with base 10: ": "expected a whole number, got ",
     r"could not convert string to float: ": "expected a number, got ",
     r"Expected 1 values": "expected one",
+    r"^Missing from statewise \w+: (\{.*?\}) .*": r"\1 is missing",
+    r"^Missing from statewise \w+: ([A-Z]+) (.*?)\.?( \(required.*)?$": r"\1 is missing: \2",
 }
 
 O = TypeVar("O")

@@ -42,16 +42,13 @@ class Options:
 
 
 def run(options: Options) -> int:
-    import torch
-
     from ..core import UsageError
+    from ..core.machine import use_threads
     from ..recipes import find, judge, names, reproduce
 
     if not options.name:
         raise UsageError(f"which paper? statewise reproduce NAME; known: {', '.join(names())}")
-    if not 1 <= options.threads <= 4096:
-        raise UsageError(f"--threads {options.threads}; expected 1 to 4096")
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads, least=1)
     asked = names() if options.name == "all" else [part.strip() for part in options.name.split(",") if part.strip()]
     chosen = [find(name) for name in asked]
     for name, recipe in chosen:

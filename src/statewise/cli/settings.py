@@ -13,15 +13,21 @@ from ..core import UsageError, near
 C = TypeVar("C")
 
 LETTERS = 200  # of a user's text repeated in an error
+FORM = {
+    "--set": "FIELD=VALUE, as in --set train.lr=1e-3",
+    "--args": "NAME=VALUE, as in --args width=4",
+    "--grid": "FIELD=VALUES, as in --grid train.lr=1e-3,3e-3",
+    "--where": "COLUMN=VALUE, as in --where layer=gru",
+}
 
 
 def dict_once(settings: Iterable[str], flag: str = "--set") -> dict[str, str]:
-    """FIELD=VALUE texts as a dict; a field given twice is refused."""
+    """NAME=VALUE texts as a dict; a name given twice is refused."""
     found: dict[str, str] = {}
     for text in settings:
         path, equals, value = text.partition("=")
         if not equals or not path:
-            raise UsageError(f"{flag} {text[:LETTERS]!r}; expected FIELD=VALUE, as in {flag} train.lr=1e-3")
+            raise UsageError(f"{flag} {text[:LETTERS]!r}; expected {FORM[flag]}")
         if path in found:
             raise UsageError(f"{flag} {path}: given twice, as {found[path]!r} and as {value!r}")
         found[path] = value

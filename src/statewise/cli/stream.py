@@ -7,8 +7,8 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -53,7 +53,8 @@ class Options:
     save_state: Path | None = None
     """Save the state after the last line answered, also when stopped by a signal."""
     fast: bool = False
-    """Take each step as one compiled call: several times as fast, for seconds at the start and 200 MB of memory."""
+    """Take each step as one compiled call: several times as fast, for seconds before the first answer and 200 MB of
+    memory."""
     skip_bad: bool = False
     """Report a bad line and go on, instead of stopping with exit status 3."""
 
@@ -71,7 +72,7 @@ class Streamer:
         self.model, self.units, self.bytes = model, units, text
         self.format = fits[0] if format == "auto" else format
         self.state = model.initial_state(1)
-        self.step = model.step
+        self.step: Callable[[Tensor, Any], tuple[Tensor, Any]] = model.step
         self.ahead: Tensor | None = None  # logits for the next byte
         self.recent: np.ndarray | None = None  # what units.encode carries from step to step
 
@@ -93,16 +94,25 @@ class Streamer:
         self.state, self.ahead, self.recent = state, ahead, recent
         return self.write(ahead[0].float(), bits / counted if counted else None)
 
-    def record(self) -> None:
-        """Take steps as one compiled call each, which is made ready now."""
-        import torch
-
+    def record(self, x: Tensor) -> None:
+        """Take steps as one compiled call each, which is made ready now, with an input of a step."""
         from ..serving import RecordedStep
+        from .compiling import telling
 
-        self.step = RecordedStep(self.model)
-        weight = next(self.model.parameters())
-        x = torch.zeros(1, dtype=torch.int64) if self.model.vocab else torch.zeros(1, self.model.width).to(weight.dtype)
-        self.step(x, self.model.initial_state(1))
+        recorded = RecordedStep(self.model)
+        with telling(sys.stderr):
+            recorded(x, self.model.initial_state(1))
+        self.step = recorded
+
+    def recorded(self, source: Iterable[bytes]) -> Iterator[bytes]:
+        """The lines; `record` at the first that can be taken, so that a wrong one is answered before it."""
+        ready = False
+        for line in source:
+            if not ready:
+                with suppress(ValueError, IndexError):  # a line that holds nothing
+                    self.record(self.read(line)[0][0])
+                    ready = True
+            yield line
 
     def read(self, line: bytes) -> tuple[list[Tensor], np.ndarray | None]:
         """The inputs of step, (1, D) or (1,), that a line holds, and what the next line's need of it."""
@@ -156,8 +166,11 @@ def run_speech(options: Options) -> int:
     import torch
 
     from ..core import load_state, save_state
+    from ..core.files import check_writable
     from .speech import RATE, detector, frames
 
+    if options.save_state is not None:
+        check_writable(options.save_state)
     model = detector()
     state = load_state(options.load_state, model) if options.load_state else model.initial_state(1)
     try:
@@ -177,10 +190,12 @@ def run_lines(options: Options) -> int:
     import torch
 
     from ..core import DataError, load_state, save_state
-    from ..core.files import read_tensors
+    from ..core.files import check_writable, read_tensors
     from ..tasks.units import kept_units, units_of
     from ..training import load
 
+    if options.save_state is not None:
+        check_writable(options.save_state)
     model, experiment = load(options.run)
     units = kept_units(options.run) or units_of(experiment.task)
     streamer = Streamer(model.eval(), experiment.task.name, units, options.format)
@@ -189,11 +204,9 @@ def run_lines(options: Options) -> int:
         notes = json.loads(read_tensors(options.load_state, allow_nonfinite=True)[1].get("extra", "{}"))
         streamer.ahead = torch.tensor([notes[AHEAD]]) if notes.get(AHEAD) else None
         streamer.recent = np.array(notes[RECENT]) if notes.get(RECENT) else None
-    if options.fast:
-        with torch.inference_mode():
-            streamer.record()
     try:
-        with torch.inference_mode(), closing(until_stopped(lines())) as source:
+        given = streamer.recorded(lines()) if options.fast else lines()
+        with torch.inference_mode(), closing(until_stopped(given)) as source:
             for number, line in enumerate(source, 1):
                 try:
                     if len(line) > LIMIT:
@@ -239,8 +252,15 @@ def numbers(found: Any) -> list[float]:
                 raise TypeError
             values.append(float(part))
         except (TypeError, ValueError):
-            raise ValueError(f"place {place} is {str(part)[:40]!r}; expected a number") from None
+            hint = "" if any(map(_is_number, parts)) else ", and no line of names (tail -n +2 leaves one out)"
+            raise ValueError(f"place {place} is {str(part)[:40]!r}; expected a number{hint}") from None
     return values
+
+
+def _is_number(part: Any) -> bool:
+    with suppress(TypeError, ValueError):
+        return not isinstance(part, bool) and math.isfinite(float(part))
+    return False
 
 
 def parse_json(text: str) -> Any:

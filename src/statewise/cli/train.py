@@ -57,9 +57,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    import torch
-
     from ..core import NumericError, UsageError
+    from ..core.machine import use_threads
     from ..training import Stopped, choose_device
     from ..training.distributed import from_torchrun, joined
 
@@ -67,8 +66,7 @@ def run(options: Options) -> int:
     device = choose_device(options.device)
     if size > 1 and device.type == "cuda" and device.index is None:
         device = choose_device(f"cuda:{local}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     if rank == 0:
         with joined(device, shard=options.shard) as ranks:
             return train(options, ranks)
@@ -83,6 +81,7 @@ def train(options: Options, ranks: Ranks) -> int:
     """What each of the processes does; rank 0 alone writes, and goes first where it does."""
     from ..training import add_lengths, at_lengths, fit
     from .build import build
+    from .compiling import telling
     from .settings import lengths
 
     made = described(options)
@@ -103,7 +102,7 @@ def train(options: Options, ranks: Ranks) -> int:
         refuse_other(place, made)
     if (place / "result.json").is_file():
         print(f"{place} holds a finished run; --fresh trains anew")
-    with progress(made.train.steps) as on_event:
+    with telling(sys.stdout), progress(made.train.steps) as on_event:
         result = fit(made, place, device=str(ranks.device), signals=True, on_event=on_event, ranks=ranks)
     show(made, result, beside, place)
     if asked and ranks.writes:

@@ -36,7 +36,7 @@ class Budget:
         for name in ("parameters", "tokens", "seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 10**15:
-                raise UsageError(f"--budget {name}={value}; expected a number above 0")
+                raise UsageError(f"--budget {name}={value:g}; expected a number above 0, at most 1e15")
         if not 0 < self.tolerance < 1:
             raise UsageError(f"--budget tolerance={self.tolerance:g}; expected a share between 0 and 1, as in 0.05")
 

@@ -114,6 +114,16 @@ def replace_file(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryvi
             beside.unlink()
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise DataError now where `replace_file` would after long work: for a folder, or a place that takes no file."""
+    path = Path(path)
+    fault = errno.EISDIR if path.is_dir() else 0 if path.parent.is_dir() else errno.ENOENT
+    if not fault and not os.access(path.parent, os.W_OK):
+        fault = errno.EACCES
+    if fault:
+        raise write_error(path, OSError(fault, os.strerror(fault)))
+
+
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """A JSON file, replaced whole."""
     replace_file(path, [json_bytes(record)])

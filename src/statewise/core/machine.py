@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from .errors import UsageError
 from .files import FLAGS, NO_LINK, shown, write_error
 
@@ -17,9 +19,20 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 
+MOST_THREADS = 1024  # torch takes any number, and crashes where the system gives no more
+
+
 def cores() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_threads(count: int, least: int = 0) -> None:
+    """Let torch use so many threads; 0 leaves it to torch. Raises UsageError for a number that no machine has."""
+    if not least <= count <= MOST_THREADS:
+        raise UsageError(f"--threads {count}; expected {least} to {MOST_THREADS}")
+    if count:
+        torch.set_num_threads(count)
 
 
 def free_memory() -> int | None:
