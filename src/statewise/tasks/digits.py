@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass
 
-import numpy as np
-
-from ..core import DataError
 from .base import Split, register_task
 from .finite import Sequences, stratified, three
-from .pictures import Pictures
+from .pictures import Pictures, read_table
 from .sources import DIGITS
 
 
@@ -35,12 +31,7 @@ class Digits(Pictures):
         return 1 if self.pixels else 8
 
     def load(self) -> dict[Split, Sequences]:
-        path = DIGITS.paths()["digits.csv.gz"]
-        with gzip.open(path, "rt", encoding="ascii") as file:
-            table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-        if table.shape != (1797, 65):
-            raise DataError(f"{path}: a table of {table.shape}; expected (1797, 65)")
-        pictures, y = table[:, :64].reshape(-1, 8, 8), table[:, 64]
+        pictures, y = read_table(DIGITS.paths()["digits.csv.gz"], 1797, 8)
         return three(
             [
                 self.sequences(pictures[rows], y[rows], white=16, pixels=self.pixels, permuted=self.permuted)

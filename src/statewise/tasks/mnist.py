@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from ..core import DataError
 from .base import Split, register_task
 from .finite import Sequences, stratified, three
-from .pictures import Pictures
+from .pictures import Pictures, read_table
 from .sources import MNIST
 
 
@@ -22,12 +18,7 @@ class _Mnist(Pictures):
     data = MNIST.data
 
     def load(self) -> dict[Split, Sequences]:
-        path = MNIST.paths()["mnist_5k.csv.gz"]
-        with gzip.open(path, "rt", encoding="ascii") as file:
-            table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-        if table.shape != (5000, 785):
-            raise DataError(f"{path}: a table of {table.shape}; expected (5000, 785)")
-        pictures, y = table[:, :784].reshape(-1, 28, 28), table[:, 784]
+        pictures, y = read_table(MNIST.paths()["mnist_5k.csv.gz"], 5000, 28)
         return three(
             [
                 self.sequences(pictures[rows], y[rows], white=255, pixels=self.pixels, permuted=self.permuted)

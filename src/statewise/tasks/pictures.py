@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..core import DataError
 from .base import rng_of
 from .finite import Classify, Sequences
+
+
+def read_table(path: Path, count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (count, side, side) and classes of a gzipped CSV: in a row the pixels of one, then its class.
+
+    Raises DataError for a table of another shape.
+    """
+    with gzip.open(path, "rt", encoding="ascii") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    expected = count, side * side + 1
+    if table.shape != expected:
+        raise DataError(f"{path}: a table of {table.shape}; expected {expected}")
+    return table[:, :-1].reshape(-1, side, side), table[:, -1]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,21 @@ def plan(steps: int, per_step: int, heads: int, rows: int, together: int) -> Pla
     return Plan(steps, per_step, tokens, -(-steps // tokens), max(1, together // max(1, heads)))
 
 
+def shapes(p: Plan, q: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    """What a forward pass that keeps everything returns, with nothing in it: outputs, the last state and what is spoilt
+    (see `contained`); and for the backward pass the states between chunks, the inverses, what each correction writes.
+    """
+    (batch, steps, heads, _), values = q.shape, v.shape[-1]
+    return (
+        v.new_empty(batch, steps, heads, values),
+        state.new_empty(state.shape),
+        state.new_empty(batch, steps, dtype=torch.bool),
+        state.new_empty(p.chunks + 1, batch * heads, *state.shape[2:]),
+        state.new_empty(p.chunks, batch * heads, p.rows, p.rows),
+        state.new_empty(p.chunks, batch * heads, p.rows, values),
+    )
+
+
 def by_row(
     q: Tensor, state: Tensor, log_decay: Tensor | None, reset: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:

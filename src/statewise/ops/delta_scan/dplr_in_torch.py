@@ -25,7 +25,7 @@ from ..contain import contained
 from ..looping import loop
 from ..opaque import Kernel, opaque
 from . import dplr_step
-from .chunks import CUT, IN_TORCH, Passes, Plan, by_row, cleared, fold, inverse, plan, unfold
+from .chunks import CUT, IN_TORCH, Passes, Plan, by_row, cleared, fold, inverse, plan, shapes, unfold
 
 _ROWS = 64
 ARGUMENTS = "q k v a b g? reset? state"
@@ -238,15 +238,7 @@ def by_loop(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
 ) -> tuple[Tensor, ...]:
-    p, size = _plan(q, 1), state.shape[0] * state.shape[1]
-    return (
-        v.new_empty(v.shape),
-        state.new_empty(state.shape),
-        state.new_empty(v.shape[0], q.shape[1], dtype=torch.bool),
-        state.new_empty(p.chunks + 1, size, *state.shape[2:]),
-        state.new_empty(p.chunks, size, p.rows, p.rows),
-        state.new_empty(p.chunks, size, p.rows, v.shape[-1]),
-    )
+    return shapes(_plan(q, 1), q, v, state)
 
 
 def chunked(name: str, devices: str | tuple[str, ...] | None, passes: Passes) -> Kernel:

@@ -20,7 +20,7 @@ from ..contain import contained
 from ..looping import loop
 from ..opaque import Kernel, opaque
 from . import delta_step
-from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, decays, fold, inverse, plan, unfold
+from .chunks import IN_TORCH, Passes, Plan, by_row, cleared, decays, fold, inverse, plan, shapes, unfold
 from .dplr_in_torch import run as dplr_run
 
 _ROWS = 64
@@ -186,15 +186,7 @@ def by_loop(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, reset: Tensor | None, state: Tensor
 ) -> tuple[Tensor, ...]:
-    p, size = _plan(q, k, 1), state.shape[0] * state.shape[1]
-    return (
-        v.new_empty(*q.shape[:3], v.shape[-1]),
-        state.new_empty(state.shape),
-        state.new_empty(v.shape[0], q.shape[1], dtype=torch.bool),
-        state.new_empty(p.chunks + 1, size, *state.shape[2:]),
-        state.new_empty(p.chunks, size, p.rows, p.rows),
-        state.new_empty(p.chunks, size, p.rows, v.shape[-1]),
-    )
+    return shapes(_plan(q, k, 1), q, v, state)
 
 
 def chunked(name: str, devices: str | tuple[str, ...] | None, passes: Passes) -> Kernel:
