@@ -685,14 +685,6 @@ def _row_sum(address, count):
     return total
 
 
-@_fast
-def _add_row(to, address, count):
-    compiled.apart()
-    out, row = _floats(to, count), _floats(address, count)
-    for j in range(count):
-        out[j] += row[j]
-
-
 @_compile
 def _reduce(like, table, i, bases, numbers, part, parts):
     """Places kept (k0, k1, k2), which the result has in this order, and places (r0, r1) that go."""
@@ -705,13 +697,13 @@ def _reduce(like, table, i, bases, numbers, part, parts):
     if what == SUM and s2 == 1 and t1 != 1:  # whole rows at a time
         for k in range(k0 * k1 * part // parts, k0 * k1 * (part + 1) // parts):
             at, to = source + 4 * (k // k1 * s0 + k % k1 * s1), out + 4 * k * k2
-            row = _floats(to, k2)
-            for j in range(k2):
-                row[j] = 0
+            rowwise._zero(like, k2, (to,))
             for r in range(r0 * r1):
-                _add_row(to, at + 4 * (r // r1 * t0 + r % r1 * t1), k2)
-            for j in range(k2):
-                row[j] *= factor
+                rowwise._sum(like, k2, (to, to, at + 4 * (r // r1 * t0 + r % r1 * t1)))
+            if factor != 1:
+                row = _floats(to, k2)
+                for j in range(k2):
+                    row[j] *= factor
         return
     total = k0 * k1 * k2
     start, stop = total * part // parts, total * (part + 1) // parts
