@@ -23,7 +23,7 @@ def copies() -> Any:
     """The processes of multiprocessing, as copies of one that has imported what takes seconds to import."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "torch.distributed", "numba", "statewise.layers", "statewise.training", "statewise.comparing.worker"]
+        ["torch.distributed.fsdp", "numba", "statewise.layers", "statewise.comparing.worker"]
     )
     return context
 

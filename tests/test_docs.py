@@ -8,7 +8,9 @@ import types
 import pytest
 
 import statewise.layers  # noqa: F401  registers them
+from copied import Copy
 from statewise.cli.list import layer_words
+from statewise.comparing import launch
 from statewise.core import layers
 from statewise.tasks import tasks
 
@@ -22,6 +24,7 @@ WITH_CODE = [page for page in PAGES if FOUND[page]]
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "spawn", Copy)
     for registry in (layers, tasks):  # a page may register a layer or a task of its own
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     module = types.ModuleType(f"page_{page.stem}")

@@ -27,7 +27,7 @@ from statewise.training.shards import Shards, whole_blocks
 DEEP = Experiment(
     Adding(length=12),
     Stack("lru,gru", width=5, depth=3, dropout=0.0),
-    Train(steps=20, batch=6, evaluate_every=5, clip=0.1, optimizer="adam", ema=0.9, recompute_blocks=True),
+    Train(steps=12, batch=6, evaluate_every=4, clip=0.1, optimizer="adam", ema=0.9, recompute_blocks=True),
 )
 SHARED = replace(
     DEEP, model=Stack("min_gru@one", width=5, depth=2), train=replace(DEEP.train, optimizer="sgd", ema=0.0)

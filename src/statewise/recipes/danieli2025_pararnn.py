@@ -98,7 +98,9 @@ def runs(scale: Scale) -> dict[str, Run]:
     for layer, width in WIDTHS.items():
         size = {"smoke": 8, "small": width, "paper": 8 * width}[scale]
         made[f"text_{layer}"] = Experiment(
-            Text(length=512 if smoke else 128), LanguageModel(layer, width=size, depth=2), train
+            Text(length=64, evaluate=4096) if smoke else Text(length=128),
+            LanguageModel(layer, width=size, depth=2),
+            train,
         )
     return made
 

@@ -101,7 +101,7 @@ def pace(seed: int, *, width: int, depth: int, heads: int, contexts: list[int]) 
 def runs(scale: Scale) -> dict[str, Run]:
     """Of six layers three or two become Mamba-2; of the paper's 32 it is 16, 8 or 4."""
     text: dict[str, int] = {
-        "smoke": dict(width=8, depth=4, heads=2, length=512, batch=2, steps=2, heal=2, looks=2, read=4096),
+        "smoke": dict(width=8, depth=4, heads=2, length=128, batch=2, steps=2, heal=2, looks=2, read=2048),
         "small": dict(width=64, depth=6, heads=4, length=128, batch=8, steps=600, heal=120, looks=3, read=32_768),
         "paper": dict(width=512, depth=12, heads=8, length=1024, batch=64, steps=50_000, heal=2000, looks=10, read=0),
     }[scale]

@@ -41,14 +41,14 @@ def runs(scale: Scale) -> dict[str, Run]:
         "small": Train(steps=600, batch=32, lr=4e-3, warmup=20, evaluate_every=0),  # after 200 one hybrid had begun
         "paper": Train(steps=50_000, batch=256, lr=1e-3, warmup=500, evaluate_every=1000),
     }[scale]
-    length, window = {"smoke": (512, 16), "small": (256, 256), "paper": (4096, 4096)}[scale]
+    length, window = {"smoke": (64, 16), "small": (256, 256), "paper": (4096, 4096)}[scale]
     pairs = {"smoke": 2, "small": 16, "paper": 64}[scale]
     made: dict[str, Run] = {}
     for model, width in TEXT.items():
         layers = pattern(model, *((4, 3) if paper else (3, 0)), window)
         size = 4 if smoke else 32 * width if paper else width
         described = LanguageModel(layers, width=size, depth=24 if paper else 4)
-        made[f"text_{model}"] = Experiment(Text(length=length), described, text)
+        made[f"text_{model}"] = Experiment(Text(length=length, evaluate=4096 if smoke else 0), described, text)
     for model, width in RECALL.items():
         layers = pattern(model, *((4, 3) if paper else (1, 0)), 4 * pairs)
         stack = Stack(layers, width=4 if smoke else 4 * width if paper else width, depth=8 if paper else 2)

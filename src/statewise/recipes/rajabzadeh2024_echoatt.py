@@ -119,7 +119,7 @@ def pace(seed: int, *, width: int, depth: int, heads: int, length: int, batch: i
 def runs(scale: Scale) -> dict[str, Run]:
     """Of six layers two take over a matrix, of the paper's 22 about as many in proportion."""
     text = {
-        "smoke": dict(width=8, depth=4, heads=2, length=512, batch=2, steps=2, heal=2, echoes=1, read=4096),
+        "smoke": dict(width=8, depth=4, heads=2, length=128, batch=2, steps=2, heal=2, echoes=1, read=2048),
         "small": dict(width=64, depth=6, heads=4, length=128, batch=8, steps=600, heal=150, echoes=2, read=32_768),
         "paper": dict(width=512, depth=22, heads=8, length=1024, batch=64, steps=50_000, heal=5000, echoes=9, read=0),
     }[scale]

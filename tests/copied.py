@@ -1,4 +1,4 @@
-"""The workers of comparisons, without the seconds that a new process takes to import torch."""
+"""The workers of comparisons without the seconds that a new process takes to import torch."""
 
 from __future__ import annotations
 
