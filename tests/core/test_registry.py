@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from statewise.core import LayerInfo, Registry, Unknown, UsageError, layers, register_layer
+from statewise.core import LayerInfo, RecurrentLayer, Registry, Unknown, UsageError, layers, register_layer
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_refuses_a_name_twice(scratch):
 
 
 def test_register_layer_leaves_the_class_as_it_was():
-    class Own:
+    class Own(RecurrentLayer):
         """h_t = x_t.
 
         More.

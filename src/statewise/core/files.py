@@ -511,12 +511,18 @@ def save_state(
 
     weights: put a hash of the parameters in it, so that only these weights take it back. extra: JSON-able notes, found
     again by `read_tensors(path, allow_nonfinite=True)[1]["extra"]`.
+
+    Raises UsageError for the state of another layer, which `load_state` would not take back.
     """
+    fingerprint, wanted = _fingerprint(state), _fingerprint(layer.initial_state(0))
+    if fingerprint != wanted:
+        name = type(layer).__name__
+        raise UsageError(f"save_state: the state {_brief(fingerprint)} is not that of {name}, {_brief(wanted)}")
     metadata = {
         "kind": "statewise state",
         "format": str(STATE_FORMAT),
         "layer": type(layer).__name__,
-        "leaves": json.dumps(_fingerprint(state)),
+        "leaves": json.dumps(fingerprint),
         "extra": json.dumps(extra),
     }
     if weights:

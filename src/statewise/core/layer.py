@@ -66,6 +66,9 @@ class RecurrentLayer(nn.Module, abc.ABC, Generic[S]):
         """x (B, D) -> y (B, E) and the next state. Pure: leaves both arguments as they were."""
 
 
+WRONG_CALL = (RuntimeError, TypeError, IndexError, AttributeError, UsageError)  # what wrong arguments end in
+
+
 class Cell(RecurrentLayer[S]):
     """The template: write `transition`, and encode and decode if they are wanted.
 
@@ -91,7 +94,9 @@ class Cell(RecurrentLayer[S]):
         outs = []
         for t in range(_steps(u)):
             before = state if reset is None else where(reset[:, t], self.initial_state(len(reset)), state)
-            o, new = self.transition(tree_map(lambda leaf: leaf[:, t], u), before)  # noqa: B023
+            o, new = _both(self, self.transition(tree_map(lambda leaf: leaf[:, t], u), before))  # noqa: B023
+            if t == 0:
+                _check_closed(self, before, new)
             state = new if lengths is None else where(t < lengths, new, state)
             outs.append(o)
         return tree_map(lambda *leaf: torch.stack(leaf, 1), *outs), state
@@ -112,8 +117,12 @@ class Cell(RecurrentLayer[S]):
         return clear_past_end(self.decode(o, x), lengths), state
 
     def step(self, x: Tensor, state: S) -> tuple[Tensor, S]:
-        o, state = self.transition(self.encode(x), state)
-        return self.decode(o, x), state
+        try:
+            o, after = _both(self, self.transition(self.encode(x), state))
+            return self.decode(o, x), after
+        except WRONG_CALL:
+            check_step(self, x, state)
+            raise
 
 
 def ragged(
@@ -205,6 +214,31 @@ def check_input(
         raise UsageError(f"{name}: reset is on {reset.device}, x on {x.device}; move one of them")
     if lengths is not None:
         _check_lengths(name, x, lengths)
+
+
+def check_step(layer: RecurrentLayer[Any], x: Tensor, state: Any) -> None:
+    """Refuse with one clear line what step could not take. Called where it failed: a check costs as much as a step."""
+    name = type(layer).__name__
+    if isinstance(x, Tensor) and x.ndim != (1 if layer.vocab else 2):
+        looks = "(B,)" if layer.vocab else "(B, D)"
+        raise UsageError(f"{name}: x has shape {tuple(x.shape)}; expected {looks}, one time of all rows")
+    if state is None:
+        raise UsageError(f"{name}: step needs a state; begin with initial_state({len(x)})")
+    check_input(layer, x[:, None] if isinstance(x, Tensor) else x, state, None, None)
+
+
+def _both(layer: RecurrentLayer[Any], made: Any) -> Any:
+    """What transition returned, which a batch of two rows would be taken for."""
+    if isinstance(made, Tensor):
+        raise UsageError(f"{type(layer).__name__}: transition returns one tensor; expected two things, o and the state")
+    return made
+
+
+def _check_closed(layer: RecurrentLayer[Any], before: Any, after: Any) -> None:
+    """Refuse a transition that changes the kind of the state: its leaves or their shapes."""
+    was, now = ({n: tuple(t.shape) for n, t in zip(names(s), leaves(s), strict=True)} for s in (before, after))
+    if was != now:
+        raise UsageError(f"{type(layer).__name__}: transition makes a state of {now} out of one of {was}")
 
 
 def _check_ids(name: str, x: Tensor, vocab: int) -> None:

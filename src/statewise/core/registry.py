@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from .errors import Unknown
+from .errors import Unknown, UsageError
+from .layer import RecurrentLayer
 
 T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Refuses duplicates; an unknown name says what was near it."""
+    """Refuses duplicates; an unknown name says what was near it.
+
+    A class that is defined anew, as in a cell of a notebook that is run again, takes the place of the old one.
+    """
 
     def __init__(self, kind: str):
         self.kind = kind
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> T:
-        if name in self._entries:
-            raise ValueError(f"{self.kind} {name!r} is already registered by {self._entries[name]!r}")
+        taken = self._entries.get(name)
+        if taken is not None and _place(taken) != _place(entry):
+            what = getattr(taken, "cls", taken)
+            raise UsageError(f"{self.kind} {name!r} is already registered by {what!r}; choose another name")
         self._entries[name] = entry
         return entry
 
@@ -41,6 +48,12 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         return sorted(self._entries)
+
+
+def _place(entry: Any) -> Any:
+    """Where the class of an entry is written; an entry without one is a place of its own."""
+    cls = getattr(entry, "cls", None)
+    return (cls.__module__, cls.__qualname__) if cls is not None else object()
 
 
 def near(name: str, known: Any) -> str:
@@ -85,9 +98,16 @@ def register_layer(
     examples: constructor arguments of tiny instances for the conformance suite.
     sized: constructor arguments of an ordinary instance of a given width (in and out), for models and `compare`.
     known_failures: check name to reason; strict, so a check that passes after all fails the suite.
+
+    Raises UsageError for the name of another class, for one that no pattern of layers could hold, and for what is no
+    layer.
     """
+    if not re.fullmatch(r"[A-Za-z]\w*", name):
+        raise UsageError(f"register_layer: name {name!r}; expected letters, digits and _, as in my_layer")
 
     def decorate(cls: type) -> type:
+        if not (isinstance(cls, type) and issubclass(cls, RecurrentLayer)):
+            raise UsageError(f"register_layer: {cls!r} is no layer; expected a subclass of statewise.RecurrentLayer")
         layers.add(name, LayerInfo(name, cls, paper, tuple(examples), sized, known_failures or {}))
         return cls
 

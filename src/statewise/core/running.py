@@ -52,6 +52,8 @@ def chunked(
 
     Raises UsageError for sizes that do not.
     """
+    if isinstance(sizes, int):
+        raise UsageError(f"chunks of {sizes} steps; expected the size of every chunk: [{sizes}, {sizes}, ...]")
     if not sizes or min(sizes) < 0 or sum(sizes) != x.shape[1]:
         raise UsageError(f"chunks of {list(sizes)} steps; expected sizes of at least 0 with sum T = {x.shape[1]}")
     state = layer.initial_state(x.shape[0]) if state is None else state
@@ -71,6 +73,8 @@ def chunked(
 
 def stream(layer: RecurrentLayer[S], inputs: Iterable[Tensor], state: S | None = None) -> Iterator[tuple[Tensor, S]]:
     """Answer inputs (B, D) one by one in constant memory: yields (y (B, E), state after it)."""
+    if isinstance(inputs, Tensor):
+        raise UsageError(f"stream: a tensor {tuple(inputs.shape)}; expected inputs (B, D) one by one: x.unbind(1)")
     for x in inputs:
         state = layer.initial_state(x.shape[0]) if state is None else state
         y, state = layer.step(x, state)

@@ -63,6 +63,8 @@ def select(state: S, rows: Tensor) -> S:
 
 def join(states: list[S]) -> S:
     """States of several batches as the state of one batch."""
+    if not states:
+        raise UsageError("join: no states; expected at least one")
     return tree_map(lambda *rows: torch.cat(rows, 0), *states)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..core import RecurrentLayer, UsageError, check_input, clear_past_end, wide
+from ..core.layer import WRONG_CALL, check_step
 from ..ops.gated_loop import elman_loop, elman_step, gru_loop, gru_step, lstm_loop, lstm_step
 from .bidirectional import backward_in_time
 
@@ -354,13 +355,19 @@ class TorchLayer(RecurrentLayer[Any]):
         return y, _packed_up([torch.stack(part, 1) for part in zip(*last, strict=True)])
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        cell, last = self.drop_in, []
-        for layer, before in enumerate(self._by_layer(state)):
-            if layer and cell.training:
-                x = F.dropout(x, cell.dropout)
-            last.append(cell._step(x, before, cell._weights(f"_l{layer}")))
-            x = last[-1][0].to(x.dtype)
-        return x, _packed_up([torch.stack(part, 1) for part in zip(*last, strict=True)])
+        cell, y, last = self.drop_in, x, []
+        if not x.is_floating_point():  # which answers would be rounded to
+            check_step(self, x, state)
+        try:
+            for layer, before in enumerate(self._by_layer(state)):
+                if layer and cell.training:
+                    y = F.dropout(y, cell.dropout)
+                last.append(cell._step(y, before, cell._weights(f"_l{layer}")))
+                y = last[-1][0].to(x.dtype)
+            return y, _packed_up([torch.stack(part, 1) for part in zip(*last, strict=True)])
+        except WRONG_CALL:
+            check_step(self, x, state)
+            raise
 
     def to_torch(self, state: Any) -> Any:
         """The state as torch.nn's hx: h_n (L, B, N), for an LSTM (h_n, c_n)."""

@@ -30,6 +30,7 @@ from ..core import (
     tree_map,
     wide,
 )
+from ..core.layer import WRONG_CALL, check_step
 from ..core.vary import LATER
 from ..layers import Attention, EchoAttention, Sight
 from ..nn import GLU, Experts, GatedMLP, RMSNorm
@@ -398,8 +399,12 @@ class Residual(RecurrentLayer[tuple[Any, ...]]):
             h, after, sight = block.along(h[:, None], before, sight)
             return h[:, 0], after, sight
 
-        h, used, after = self._deepen(self._embed(x), state, run)
-        return self._head(h, x), after if used is None else self._pay(used, state, after)
+        try:
+            h, used, after = self._deepen(self._embed(x), state, run)
+            return self._head(h, x), after if used is None else self._pay(used, state, after)
+        except WRONG_CALL:
+            check_step(self, x, state)
+            raise
 
     def _deepen(
         self,
