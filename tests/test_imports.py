@@ -155,23 +155,18 @@ EVERYTHING = "import statewise, statewise.core, statewise.ops, statewise.nn, sta
 EVERYTHING += "import statewise.tasks, statewise.training, statewise.testing, statewise.cli"
 
 
-def test_importing_opens_no_socket():
+def test_importing_opens_no_socket_and_loads_no_extra():
     code = """
-import socket, sys
+import socket, sys, torch
 def refuse(*args, **kwargs):
     raise RuntimeError("a socket was opened")
 socket.socket.__init__ = refuse
 socket.create_connection = socket.getaddrinfo = refuse
 import urllib.request
 urllib.request.urlopen = refuse
+before = set(sys.modules)
 """
-    run(code + EVERYTHING)
-
-
-def test_importing_loads_no_extra():
-    loaded = set(
-        run(f"import torch, sys; before = set(sys.modules); {EVERYTHING}; print(*(set(sys.modules) - before))").split()
-    )
+    loaded = set(run(f"{code}{EVERYTHING}; print(*(set(sys.modules) - before))").split())
     packages = {name.split(".")[0] for name in loaded}
     assert "statewise.layers.gru" in loaded and "statewise.training" in loaded
     assert not packages & (HEAVY - {"rich", "tyro"}), packages & HEAVY
@@ -185,16 +180,10 @@ print(time.process_time() - before)
 """
 
 
-@pytest.mark.parametrize(
-    "what, seconds",
-    [
-        ("import statewise", 0.3),
-        ("from statewise import Cell, RecurrentLayer, LSTM, GRU, RNN, chunked, stream, unroll", 0.3),
-    ],
-)
-def test_import_costs_little_beyond_torch(what, seconds):
+def test_import_costs_little_beyond_torch():
     """Processor time, the least of several runs: other work on the machine does not count."""
-    costs = []
+    what, seconds = "from statewise import Cell, RecurrentLayer, LSTM, GRU, RNN, chunked, stream, unroll", 0.3
+    costs: list[float] = []
     for _ in range(6):
         costs.append(float(run(COST.format(what=what))))
         if costs[-1] <= seconds / 2:
@@ -203,5 +192,5 @@ def test_import_costs_little_beyond_torch(what, seconds):
 
 
 def test_import_loads_torch_only_when_asked():
-    assert run("import statewise, sys; print('torch' in sys.modules)") == "False"
-    assert run("import statewise, sys; statewise.Cell; print('torch' in sys.modules)") == "True"
+    code = "import statewise, sys; print('torch' in sys.modules); statewise.Cell; print('torch' in sys.modules)"
+    assert run(code).split() == ["False", "True"]

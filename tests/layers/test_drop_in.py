@@ -272,7 +272,7 @@ def test_full_graph_compilation_works_where_torchs_modules_refuse_it(kind: str) 
         torch.compile(theirs, fullgraph=True, backend="aot_eager")(x)
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm_proj"])
+@pytest.mark.parametrize("kind", [pytest.param("gru", marks=pytest.mark.slow), "lstm_proj"])
 def test_layer_conforms(kind: str) -> None:
     name, args = KINDS[kind]
     report = check_layer(getattr(statewise, name)(3, 4, num_layers=2, dropout=0.4, **args).layer())

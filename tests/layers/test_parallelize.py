@@ -329,7 +329,7 @@ CASES = [
         cls,
         check,
         id=f"{cls.__name__}-{check.name}",
-        marks=[pytest.mark.slow] * (check.slow or cls in (UserTanh, UserLeak)),
+        marks=[pytest.mark.slow] * (check.slow or cls is not UserRipple),  # test_equals_the_loop has them all
     )
     for cls in (UserRipple, UserPairs, UserTanh, UserLeak)
     for check in checks_for(build(cls, dict(width=3, hidden=3)))

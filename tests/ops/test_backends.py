@@ -16,7 +16,13 @@ from statewise.core import leaves, tree_map, wide
 from statewise.ops import Op, ops
 
 CASES = [
-    pytest.param(op, name, dtype, id=f"{op.name}-{name}-{str(dtype).removeprefix('torch.')}")
+    pytest.param(
+        op,
+        name,
+        dtype,
+        id=f"{op.name}-{name}-{str(dtype).removeprefix('torch.')}",
+        marks=[pytest.mark.slow] * (dtype == torch.float16),  # cast at the borders as bfloat16 is
+    )
     for op in ops.values()
     for name, backend in op.backends.items()
     if "cpu" in backend.devices and "triton" not in backend.requires  # test_triton.py

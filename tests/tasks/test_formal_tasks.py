@@ -14,7 +14,7 @@ import torch
 
 from statewise import tasks as t
 from statewise.core import UsageError, put
-from statewise.tasks import SPLITS, Batch, tasks
+from statewise.tasks import SPLITS, Batch, pathfinder, tasks
 from statewise.tasks.asked import Answers, Membership, majority
 from statewise.tasks.automaton import Automaton
 from statewise.tasks.chaos import lorenz, mackey_glass
@@ -408,7 +408,10 @@ def test_pathfinder_at_full_size() -> None:
 
 
 @pytest.mark.parametrize(("length", "dashes", "dash"), [(324, 4, 3), (1024, 10, 3), (1024, 4, 10)])
-def test_pathfinder_without_room_is_refused_and_does_not_draw_forever(length: int, dashes: int, dash: int) -> None:
+def test_pathfinder_without_room_is_refused_and_does_not_draw_forever(
+    length: int, dashes: int, dash: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pathfinder, "RARE", 1000)  # pictures before it gives up
     with pytest.raises(UsageError, match="had room for two lines"):
         t.Pathfinder(length=length, dashes=dashes, dash=dash).batch(0, 1, seed=0)
 

@@ -67,11 +67,12 @@ def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stopped_at_every_step(tmp_path: Path, unsynced: None) -> None:
-    experiment = toy(**HARD)
+    steps = 22
+    experiment = toy(**{**HARD, "steps": steps, "evaluate_every": 8})
     fit(experiment, tmp_path / "calm")
     calm, curve = outcome(tmp_path / "calm"), losses(tmp_path / "calm")
-    assert len(curve) == 60 and {"carried.state", "rng.cpu", "average.decay"} <= calm["optim"].keys()
-    for step in range(61):
+    assert len(curve) == steps and {"carried.state", "rng.cpu", "average.decay"} <= calm["optim"].keys()
+    for step in range(steps + 1):
         run = tmp_path / f"stop-{step}"
         with pytest.raises(Stopped) as stopped:
             fit(experiment, run, signals=True, on_event=stop_at(step))
@@ -122,12 +123,13 @@ def test_a_resume_that_forgets_the_generator_is_caught(tmp_path: Path, monkeypat
         assert_same_bits(outcome(tmp_path / "cut"), outcome(tmp_path / "calm"))
 
 
-def test_signals_at_fifty_random_moments(tmp_path: Path, unsynced: None) -> None:
+@pytest.mark.parametrize("moments", [16, pytest.param(50, marks=pytest.mark.slow)])
+def test_signals_at_random_moments(tmp_path: Path, unsynced: None, moments: int) -> None:
     """Wherever the signal lands, in a step, an evaluation or a save, the run ends well and goes on."""
     experiment = toy(**{**HARD, "steps": 300, "evaluate_every": 9})
     fit(experiment, tmp_path / "calm")
     rng, codes = random.Random(1), set()
-    for _ in range(50):
+    for _ in range(moments):
         number, wait = rng.choice([signal.SIGINT, signal.SIGTERM]), rng.random() * 0.03
         codes.add(in_child(lambda: interrupted(experiment, tmp_path / "cut", number, wait)))  # noqa: B023
     assert codes == {130, 143} or codes == {0, 130, 143}
