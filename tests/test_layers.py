@@ -8,6 +8,9 @@ import statewise.layers  # noqa: F401  registers them
 from statewise.core import layers
 from statewise.testing import Skipped, build, checks, checks_for, known_failures
 
+# One layer for each way of walking through time. Of the others only forward with resets is compiled among the fast
+# tests, with its gradients.
+COMPILED = {"attention", "delta_net", "gru", "lru", "mamba2", "mlstm", "rwkv7", "slstm", "window_attention"}
 CASES = [
     pytest.param(
         info.cls,
@@ -16,7 +19,12 @@ CASES = [
         id=f"{info.name}{i}-{check.name}",
         # the first example of a layer goes through everything, the second through what is quick, the others when asked
         marks=[pytest.mark.slow]
-        * (check.slow or i > 1 or (i == 1 and (check.group == "compile" or "gradcheck" in check.name)))
+        * (
+            check.slow
+            or i > 1
+            or (i == 1 and (check.group == "compile" or "gradcheck" in check.name))
+            or (check.group == "compile" and check.name != "forward_compiles" and info.name not in COMPILED)
+        )
         + [
             pytest.mark.xfail(reason=known_failures(info.cls)[c], strict=True)
             for c in [check.name]

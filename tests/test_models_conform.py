@@ -7,26 +7,32 @@ import torch
 
 from statewise import models
 from statewise.core import RecurrentLayer
-from statewise.testing import Skipped, checks_for, prepare
+from statewise.testing import Skipped, checks_for
+from statewise.testing.sample import moved
 
 EXAMPLES = dict(models.examples())
 
 
 def build(name: str) -> RecurrentLayer:
     torch.default_generator.manual_seed(0)
-    return prepare(EXAMPLES[name]())
+    return moved(EXAMPLES[name]())
 
 
-QUICK = 4  # models whose compilation and gradcheck are among the fast tests
+QUICK = {"stack_min_gru", "stack_window_attention"}  # whose compilation and gradcheck are among the fast tests
+OTHERS = {"shared_attention_twice", "universal_gru"}  # nothing of which is: like one beside them
 CASES = [
     pytest.param(
         name,
         check,
         id=f"{name}-{check.name}",
         marks=[pytest.mark.slow]
-        * (check.slow or (i >= QUICK and (check.group == "compile" or "gradcheck" in check.name))),
+        * (
+            check.slow
+            or name in OTHERS
+            or (name not in QUICK and (check.group == "compile" or "gradcheck" in check.name))
+        ),
     )
-    for i, name in enumerate(EXAMPLES)
+    for name in EXAMPLES
     for check in checks_for(build(name))
 ]
 

@@ -22,7 +22,12 @@ Layer = RecurrentLayer[Any]
 
 def prepare(layer: Layer, *, seed: int = 0) -> Layer:
     """A copy in float64 and eval mode, its parameters moved a little: zeros at birth would hide mistakes."""
-    layer = copy.deepcopy(layer).double().eval()
+    return moved(copy.deepcopy(layer), seed=seed)
+
+
+def moved(layer: Layer, *, seed: int = 0) -> Layer:
+    """What `prepare` gives, of a layer that nobody else holds: itself."""
+    layer = layer.double().eval()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in layer.parameters():
@@ -35,7 +40,7 @@ def build(cls: type, example: Mapping[str, Any]) -> Layer:
     """cls(**example) as the checks want it; the arguments stay with it, for the checks of construction."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the one that is put back; torch.manual_seed means every GPU's too
-        layer = prepare(cls(**example))
+        layer = moved(cls(**example))
     layer.__dict__["example"] = dict(example)
     return layer
 
