@@ -13,8 +13,11 @@ def row(steps: int, *, loop: float, newton: float, predicted: float = 1.0) -> di
 
 def test_the_crossover_is_the_first_length_that_pays():
     rows = [row(16, loop=1, newton=2), row(64, loop=2, newton=1, predicted=1), row(256, loop=9, newton=1, predicted=3)]
-    assert newton.crossovers(rows) == [{"cell": "a", "width": 4, "measured": 64, "predicted": 256}]
-    assert newton.crossovers(rows[:1]) == [{"cell": "a", "width": 4, "measured": None, "predicted": None}]
+    assert newton.crossovers(rows) == [{"cell": "a", "width": 4, "than": "loop", "measured": 64, "predicted": 256}]
+    assert newton.crossovers(rows[:1])[0].items() >= {"measured": None, "predicted": None}.items()
+    recorded = [r | {"recorded_measured": 1.5, "recorded_predicted": 2.5} for r in rows]
+    beside = {"cell": "a", "width": 4, "than": "recorded", "measured": 64, "predicted": 16}
+    assert newton.crossovers(recorded) == [*newton.crossovers(rows), beside]
 
 
 @pytest.mark.parametrize("name", ["para_gru", "para_lstm"])

@@ -71,15 +71,19 @@ def run(names: Sequence[str] = (), *, widths: Sequence[int] = (), batch: int = 1
 
 
 def crossovers(rows: Sequence[Row]) -> list[Row]:
-    """Of each cell and width: the first length at which Newton's method is faster, measured and predicted, or None."""
+    """Of each cell and width, beside the loop and beside the recorded loop where it ran: the first length at which
+    Newton's method is faster, measured and predicted, or None.
+    """
     found = []
     for name, width in dict.fromkeys((row["cell"], row["width"]) for row in rows):
         mine = [row for row in rows if (row["cell"], row["width"]) == (name, width)]
-        first = {
-            kind: next((row["steps"] for row in mine if row[f"newton_{kind}"] < row[f"loop_{kind}"]), None)
-            for kind in ("measured", "predicted")
-        }
-        found.append({"cell": name, "width": width, **first})
+        for other in ("loop", "recorded"):
+            if all(f"{other}_measured" in row for row in mine):
+                first = {
+                    kind: next((row["steps"] for row in mine if row[f"newton_{kind}"] < row[f"{other}_{kind}"]), None)
+                    for kind in ("measured", "predicted")
+                }
+                found.append({"cell": name, "width": width, "than": other, **first})
     return found
 
 

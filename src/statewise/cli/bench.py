@@ -25,7 +25,7 @@ class Options:
     peers: the linear family beside other implementations and beside matrix products. tasks: generators of data.
     decoding: tokens per second at batch 1, beside reading the weights once.
     gated_loop: LSTM, GRU and Elman beside torch.nn.
-    newton: Newton's method beside the loop, and from which length on it is faster.
+    newton: Newton's method and the recorded loop beside the loop, and from which length on Newton's is faster.
     scaling: 10,000 runs on a simulated cluster."""
     results: Path | None = None
     """Of scaling: a folder of `statewise compare` or of recipes, whose measured run times are taken instead of ours."""
@@ -213,11 +213,11 @@ def measure_newton(options: Options) -> list[Row]:
     ]  # fmt: skip
     table(columns, lines, right=columns[1:], title="training steps of one row, float32")
     lines = [
-        [row["cell"], *(str(row[k] or "-") for k in ("width", "measured", "predicted"))]
+        [row["cell"], *(str(row[k] or "-") for k in ("width", "than", "measured", "predicted"))]
         for row in newton.crossovers(rows)
     ]
-    heads = ("cell", "width", "measured", "predicted")
-    table(heads, lines, right=heads[1:], title="first length at which Newton's method is faster")
+    heads = ("cell", "width", "than", "measured", "predicted")
+    table(heads, lines, right=("width", *heads[3:]), title="first length at which Newton's method is faster")
     return rows
 
 
