@@ -4,7 +4,7 @@
 python3 dev.py demo     train five recurrent layers on spoken digits, compare them, write the report
 python3 dev.py test     ruff, mypy and the fast tests            (--with triton: its interpreter tests too;
                         --with peers: other implementations, to compare ours with)
-python3 dev.py slow     the tests marked slow, 35 minutes
+python3 dev.py slow     the tests marked slow, 40 minutes
 python3 dev.py docs     build the documentation into site/
 python3 dev.py bench    time the kernels and layers on this machine
 python3 dev.py run ...  any statewise command, for example: python3 dev.py run list

@@ -12,7 +12,7 @@ from statewise.comparing.rows import RESULTS
 from statewise.core import UsageError
 from statewise.models import Stack
 from statewise.report import write_all
-from statewise.tasks import Digits, ListOps, Parity, Pathfinder
+from statewise.tasks import Digits, ListOps, Mqar, Parity, Pathfinder
 from statewise.training import Experiment, Train
 from statewise.training.log import Log
 
@@ -93,20 +93,20 @@ def test_a_length_that_failed_is_tried_again(tmp_path):
 
 
 def test_a_length_that_one_task_cannot_have_is_a_failed_point_of_that_task(tmp_path):
-    small = Pathfinder(length=256, dashes=2, others=0)
+    small = Mqar(length=16, pairs=2, symbols=8)
     plan = Plan((base(Parity(longest=8, test_longest=8)), base(small)), ("gru",), seeds=1)
-    found = compare(plan, tmp_path, workers=1, lengths=(12, 169))
+    found = compare(plan, tmp_path, workers=1, lengths=(11, 20))
     rows = {row["task"]: row for row in read_rows(tmp_path).values()}
     assert {row["status"] for row in rows.values()} == {"done"}
     assert all(entry["failed"] is None for entry in rows["parity"]["scores_by_length"])
-    refused, taken = rows["pathfinder"]["scores_by_length"]
-    assert refused["length"] == 12 and refused["score"] is None and "expected a square" in refused["failed"]
+    refused, taken = rows["mqar"]["scores_by_length"]
+    assert refused["length"] == 11 and refused["score"] is None and "expected an even" in refused["failed"]
     assert taken["failed"] is None and taken["score"] is not None
     seen = []
-    compare(plan, tmp_path, workers=1, lengths=(12, 169), on_event=lambda event: seen.append(event["event"]))
+    compare(plan, tmp_path, workers=1, lengths=(11, 20), on_event=lambda event: seen.append(event["event"]))
     assert seen.count("kept") == 2 and "start" not in seen  # what a task cannot have is not tried again
     write_all(found, tmp_path)
-    assert "expected a square" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "expected an even" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

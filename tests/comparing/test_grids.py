@@ -112,7 +112,7 @@ def parameters_of(made: Experiment) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("base", [PARITY, RECALL], ids=["parity", "mqar"])
+@pytest.mark.parametrize("base", [pytest.param(PARITY, marks=pytest.mark.slow), RECALL], ids=["parity", "mqar"])
 def test_every_layer_gets_its_width(base):
     import statewise.layers  # noqa: F401
 
