@@ -103,6 +103,12 @@ def test_a_warning_is_one_line(capsys):
     assert capsys.readouterr().err == "warning: a tensor of many\n"
 
 
+def test_streams_that_are_closed_are_done_without(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["--version"]) == 0 and main(["nothing"]) == 2
+
+
 def test_ctrl_c_is_130_and_quiet(monkeypatch, capsys):
     def stopped(options):
         raise KeyboardInterrupt

@@ -81,6 +81,18 @@ def test_out_of_numbers_is_exit_5(call, tmp_path):
     assert said.code == 5 and said.err.startswith("error[5]: ") and said.err.count("\n") == 1, said
 
 
+@pytest.mark.parametrize(("fault", "code"), [(BrokenPipeError(32, "Broken pipe"), 141), (OSError(28, "full"), 4)])
+def test_a_run_that_nobody_hears_any_more_is_saved(call, tmp_path, monkeypatch, fault, code):
+    def tell(self, event):
+        raise fault
+
+    monkeypatch.setattr("statewise.cli.train.Lines.__call__", tell)
+    said = call(*WORDS, "--set", "task.length=6", "--set", "train.steps=50", "--run", tmp_path / "run")
+    assert said.code == code
+    kept = [int(p.name.removeprefix("step-")) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(kept) == 1 and kept[0] < 50
+
+
 @pytest.mark.parametrize(
     ("sent", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )

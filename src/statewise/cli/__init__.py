@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [*(sys.argv[1:] if argv is None else argv)]  # `list` is a verb here once it has been imported
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for out in (sys.stdout, sys.stderr):
         if hasattr(out, "reconfigure"):
             out.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 must not end the run

@@ -7,7 +7,6 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .parse import Positional
@@ -27,12 +26,12 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from ..core.files import check_writable
+    from ..core.files import check_writable, replace_file
     from .show import console
 
     if options.out:
         check_writable(options.out)
-        Path(options.out).write_text("\n".join(layers_table()) + "\n", encoding="utf-8")
+        replace_file(options.out, ["\n".join(layers_table()).encode() + b"\n"])
         print(f"written to {options.out}")
         return 0
     for name, show in SHOW.items():

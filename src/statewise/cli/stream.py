@@ -271,9 +271,10 @@ def parse_json(text: str) -> Any:
 
 
 def until_stopped(items: Iterable[Item]) -> Generator[Item]:
-    """The items, until SIGTERM or Ctrl-C: at once while waiting for an item, else when the item in hand is done with,
-    so that no state holds an item that was not answered. Raises Stopped. Close it to get the old handlers back."""
-    from ..training.signals import HANDLED, Stopped
+    """The items, until SIGTERM, Ctrl-C or a closed terminal: at once while waiting for an item, else when the item in hand
+    is done with, so that no state holds an item that was not answered. Raises Stopped. Close it to get the old
+    handlers back."""
+    from ..training.signals import Stopped, handled
 
     asked, waiting = 0, False
 
@@ -286,7 +287,7 @@ def until_stopped(items: Iterable[Item]) -> Generator[Item]:
     if threading.current_thread() is not threading.main_thread():  # Python takes no handlers there
         yield from items
         return
-    before = {number: signal.signal(number, stop) for number in HANDLED}
+    before = {number: signal.signal(number, stop) for number in handled()}
     source = iter(items)
     try:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,7 @@ def run(options: Options) -> int:
 
 def train(options: Options, ranks: Ranks) -> int:
     """What each of the processes does; rank 0 alone writes, and goes first where it does."""
-    from ..training import add_lengths, at_lengths, fit
+    from ..training import Stopped, add_lengths, at_lengths, fit
     from .build import build
     from .compiling import telling
     from .settings import lengths
@@ -103,7 +104,13 @@ def train(options: Options, ranks: Ranks) -> int:
     if (place / "result.json").is_file():
         print(f"{place} holds a finished run; --fresh trains anew")
     with telling(sys.stdout), progress(made.train.steps) as on_event:
-        result = fit(made, place, device=str(ranks.device), signals=True, on_event=on_event, ranks=ranks)
+        teller = Teller(on_event)
+        try:
+            result = fit(made, place, device=str(ranks.device), signals=True, on_event=teller, ranks=ranks)
+        except Stopped:
+            if teller.lost is not None:
+                raise teller.lost from None
+            raise
     show(made, result, beside, place)
     if asked and ranks.writes:
         show_lengths(made, add_lengths(place, asked, device=str(ranks.device)))
@@ -189,6 +196,23 @@ def progress(steps: int) -> Iterator[Callable[[Event], None]]:
                 bar.console.print(text)
 
         yield show_event
+
+
+class Teller:
+    """Passes events on. Where nobody can be told any more, as in `train | head`, the run saves and stops."""
+
+    def __init__(self, tell: Callable[[Event], None]):
+        self.tell = tell
+        self.lost: OSError | None = None
+
+    def __call__(self, event: Event) -> None:
+        if self.lost is not None:
+            return
+        try:
+            self.tell(event)
+        except OSError as error:
+            self.lost = error
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def fit(
     run gives its result at once; without, what an earlier run left there is removed. force: go on though configuration
     or data differ.
     device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
-    signals: SIGTERM and Ctrl-C finish the step, save and raise `Stopped` (main thread only).
+    signals: SIGTERM, SIGHUP and Ctrl-C finish the step, save and raise `Stopped` (main thread only).
     tensorboard: write its files into the run too, where it is installed; the log has everything in any case.
     on_event: called with every event of the log: dicts with "event", "step", and what belongs to it.
     ranks: the processes that train together, each of which calls fit with the same arguments, as `distributed.joined`
@@ -449,7 +449,7 @@ class Training:
         if not received:
             return
         self._save()
-        name = {2: "Ctrl-C", 15: "SIGTERM"}.get(received, f"signal {received}")
+        name = {1: "the end of the terminal", 2: "Ctrl-C", 15: "SIGTERM"}.get(received, f"signal {received}")
         kept = f"saved in {shown(self.run)}; the same command goes on from there" if self.run else "nothing was saved"
         raise Stopped(received, f"stopped by {name} at step {self.step}; {kept}")
 

@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C: the first asks the loop to finish its step, save and stop; the second ends the process."""
+"""SIGTERM, Ctrl-C and a closed terminal: the first asks the loop to finish its step, save and stop; the second ends the
+process."""
 
 from __future__ import annotations
 
@@ -10,11 +11,16 @@ from typing import Any
 
 from ..core import StatewiseError
 
-HANDLED = (signal.SIGTERM, signal.SIGINT)
+HANGUP: tuple[signal.Signals, ...] = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # not on Windows
+
+
+def handled() -> tuple[signal.Signals, ...]:
+    """The signals that ask for an end; under nohup a closed terminal does not."""
+    return (signal.SIGTERM, signal.SIGINT, *(n for n in HANGUP if signal.getsignal(n) != signal.SIG_IGN))
 
 
 class Stopped(StatewiseError):
-    """Training ended by a signal, its progress saved. `code` is 128 + the signal: 143 or 130."""
+    """Training ended by a signal, its progress saved. `code` is 128 + the signal: 143, 130 or 129."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -33,7 +39,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in HANDLED}
+            self._before = {number: signal.signal(number, self._note) for number in handled()}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
