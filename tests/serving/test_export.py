@@ -64,7 +64,7 @@ def streams_alike(name: str, steps: int, path) -> None:
     )  # another batch than it was made with
     got = run_onnx(path, model, ids)
     with torch.no_grad():
-        want = torch.stack([y for y, _ in stream(model, ids)])
+        want = torch.stack([y for y, _ in stream(model, ids.unbind())])
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
@@ -101,7 +101,7 @@ def test_torch_export_streams_alike(name, tmp_path):
         for x in ids:
             y, *state = program(x, *state)
             outs.append(y)
-        want = torch.stack([y for y, _ in stream(model, ids)])
+        want = torch.stack([y for y, _ in stream(model, ids.unbind())])
     torch.testing.assert_close(torch.stack(outs), want, rtol=1e-4, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statewise.core import RecurrentLayer, layers, leaves, stream
+from statewise.core import RecurrentLayer, UsageError, layers, leaves, stream
 from statewise.models import LanguageModel
 from statewise.ops.recorded import Program
 from statewise.serving import for_streaming
@@ -206,7 +206,7 @@ def test_a_step_is_pure(name):
             assert all(map(torch.equal, leaves(state), before))
             kept.append((y, y.clone(), leaves(after), [leaf.clone() for leaf in leaves(after)]))
             state = after
-        again = [y for y, _ in stream(model, torch.arange(5)[:, None] + torch.tensor([0, 9]))]
+        again = [y for y, _ in stream(model, (torch.arange(5)[:, None] + torch.tensor([0, 9])).unbind())]
     for (y, then, now, at_the_time), same in zip(kept, again, strict=True):
         assert torch.equal(y, then) and all(map(torch.equal, now, at_the_time)) and torch.equal(y, same)
 
@@ -218,7 +218,7 @@ def test_threads_change_nothing():
         for threads in (1, 2, 1):
             torch.set_num_threads(threads)
             with torch.no_grad():
-                found.append(torch.stack([y for y, _ in stream(model, torch.arange(9)[:, None])]))
+                found.append(torch.stack([y for y, _ in stream(model, torch.arange(9)[:, None].unbind())]))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -229,7 +229,7 @@ def test_several_callers_at_once():
 
     def write(first: int) -> None:
         with torch.no_grad():
-            found[first] = torch.stack([y for y, _ in stream(model, (torch.arange(60) * first % 57)[:, None])])
+            found[first] = torch.stack([y for y, _ in stream(model, (torch.arange(60) * first % 57)[:, None].unbind())])
 
     write(1), write(2)
     alone = dict(found)
@@ -260,7 +260,7 @@ def test_ids_out_of_range_are_refused_before_and_after():
     state = model.initial_state(1)
     for _ in range(2):
         for wrong in (-1, 57):
-            with pytest.raises(IndexError):
+            with pytest.raises(UsageError, match=f"id {wrong} at row 0"):
                 model.step(torch.tensor([wrong]), state)
         model.step(torch.tensor([56], dtype=torch.int32), state)
         _, state = model.step(torch.tensor([56]), state)

@@ -60,7 +60,10 @@ class RecordedStep:
             if not program.takes(inputs):
                 return self._plain(x, state)
             inputs = program.laid_out(inputs)
-        y, *after = program([x.contiguous(), *inputs[1:]])
+        try:
+            y, *after = program([x.contiguous(), *inputs[1:]])
+        except IndexError:  # an id out of range: the step itself says which
+            return self._plain(x, state)
         state = _rebuilt(state, iter(after))
         self.last = _Last(program, state, after)
         return y, state
