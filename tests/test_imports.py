@@ -52,7 +52,7 @@ HEAVY = {
     "tensorboard", "transformers", "triton", "tyro",
 }  # fmt: skip
 AT_HOME = {
-    "numba": ["in_numba.py"], "triton": ["in_triton.py"], "tyro": ["cli/"], "rich": ["cli/"],
+    "numba": ["in_numba"], "triton": ["in_triton.py"], "tyro": ["cli/"], "rich": ["cli/"],
     "jinja2": ["report/"], "transformers": ["hf/in_transformers.py"], "huggingface_hub": ["hf/on_hub.py"],
     "lm_eval": ["hf/in_lm_eval.py"],
 }  # fmt: skip

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import copied
 import pytest
 
+import copied
 from statewise.comparing import launch
 
 

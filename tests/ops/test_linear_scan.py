@@ -92,7 +92,7 @@ def test_sharing_out_time_is_the_same_every_time(shared_time):
 def test_results_past_the_caches_are_the_same_bits(monkeypatch, dtype, width, batch):
     inputs = _inputs(batch, 300, width, dtype=dtype)
     usual = _outcome(inputs, backend="numba")
-    monkeypatch.setattr(in_numba, "STREAM", 0)
+    monkeypatch.setattr(in_numba.vectors, "STREAM", 0)
     called = []
     streams = in_numba._streams
     monkeypatch.setattr(in_numba, "_streams", lambda *args: called.append(streams(*args)) or called[-1])

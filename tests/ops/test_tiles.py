@@ -76,9 +76,9 @@ def test_compiled_code_is_not_kept_beyond_a_change_in_what_it_calls(tmp_path: Pa
     monkeypatch.syspath_prepend(tmp_path)
     head = "from statewise.ops.compiled.in_numba import function\n"
     (tmp_path / "last_in_numba.py").write_text(f"{head}@function\ndef number():\n    return 1\n")
-    (tmp_path / "second_in_numba.py").write_text("import last_in_numba\n")
-    code = "import second_in_numba\nlast = second_in_numba.last_in_numba\n"
-    (tmp_path / "first_in_numba.py").write_text(f"{head}{code}@function\ndef call():\n    return last.number()\n")
+    (tmp_path / "second_in_numba.py").write_text("from last_in_numba import number\n")
+    code = "import second_in_numba\nnumber = second_in_numba.number\n"
+    (tmp_path / "first_in_numba.py").write_text(f"{head}{code}@function\ndef call():\n    return number()\n")
 
     def anew() -> int:
         compiled._stamp.cache_clear()

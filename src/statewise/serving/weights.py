@@ -100,7 +100,7 @@ class StreamedWeight(Tensor):
         return self._product(x, rows, bias)
 
     def _product(self, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
-        from ..ops.recorded.in_numba import product
+        from ..ops.recorded.in_numba.products import product
 
         y = product(self.kept, self.scale, x.detach().reshape(rows, -1).contiguous())
         y = y if x.ndim == 2 else y.view(*x.shape[:-1], -1)

@@ -18,12 +18,17 @@ def function(function: Callable[..., Any], **options: Any) -> Any:
     """numba.njit, cached beside its file, else in the user's cache directory, else not at all.
 
     Numba takes a cache for fresh as long as the file of the function is what it was. Code of other files is compiled
-    into it: here they count too.
+    into it: here they count too. And it compiles a function once more for each constant among its arguments, with all
+    that this calls: here a constant is a number like others.
     """
     try:
         compiled = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
     except RuntimeError:  # no directory can be written
-        return numba.njit(nogil=True, error_model="numpy", **options)(function)
+        compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    template = compiled.get_call_template
+    compiled.get_call_template = lambda args, kws: template(
+        tuple(map(types.unliteral, args)), {name: types.unliteral(kind) for name, kind in kws.items()}
+    )
     cache = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if cache is not None:
         cache._source_stamp = _stamp(function.__module__)
@@ -32,11 +37,12 @@ def function(function: Callable[..., Any], **options: Any) -> Any:
 
 @functools.cache
 def _stamp(module: str) -> tuple[tuple[int, int], ...]:
-    """Times and sizes of the module's file and of those of compiled code that it imports, and so on."""
+    """Times and sizes of the module's file and of those of compiled code that it imports or imports from, and so on."""
     found = [sys.modules[module]]
     for one in found:  # grows
-        names = (n for n in vars(one).values() if isinstance(n, ModuleType) and n.__name__.endswith("in_numba"))
-        found += [n for n in dict.fromkeys(names) if n not in found]
+        names = [n.__name__ if isinstance(n, ModuleType) else getattr(n, "__module__", "") for n in vars(one).values()]
+        ours = [sys.modules[n] for n in dict.fromkeys(names) if n in sys.modules and "in_numba" in n]
+        found += [n for n in ours if n not in found]
     files = [os.stat(one.__file__) for one in found if one.__file__]
     return tuple((f.st_mtime_ns, f.st_size) for f in files)
 

@@ -28,11 +28,11 @@ from .. import fresh
 from ..compiled import in_numba as compiled
 from ..contain import contained
 from ..opaque import opaque
-from ..selective_scan import in_numba as vectors
-from ..selective_scan.in_numba import _code, _Lanes
 from ..teams import in_numba as teams
 from ..tiles import in_numba as tiles
 from ..tiles.in_numba import LOG2
+from ..vectors import in_numba as vectors
+from ..vectors.in_numba import Lanes, code
 from . import dplr_in_torch, in_torch
 from .chunks import CUT
 from .in_torch import ARGUMENTS, by_loop
@@ -41,8 +41,8 @@ _compile = compiled.function
 ROWS = 64  # corrections in a chunk
 
 
-@functools.partial(_code, addresses=5)
-def _copy_rows(v: _Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, out_row: Any, ahead: Any) -> None:
+@functools.partial(code, addresses=5)
+def _copy_rows(v: Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, out_row: Any, ahead: Any) -> None:
     """`steps` rows of `row` bytes; those `ahead` bytes further on are asked for."""
     word, builder = steps.type, v.builder
     pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -139,7 +139,7 @@ def _triangle_by(back: bool, scaled: bool) -> Any:
     """ROWS rows, all in registers: x_r += sum_{j < r} weights_rj z_j from the first on, z = betas x or x; or its
     adjoint, x_j += sum_{r > j} weights_rj z_r from the last on."""
 
-    def body(v: _Lanes, steps: Any, row: Any, weights: Any, weights_row: Any, x: Any, *more: Any) -> None:
+    def body(v: Lanes, steps: Any, row: Any, weights: Any, weights_row: Any, x: Any, *more: Any) -> None:
         word = steps.type
 
         def weight(r: int, j: int) -> Any:
@@ -169,7 +169,7 @@ def _triangle_by(back: bool, scaled: bool) -> Any:
             for place, value in zip(places, xs):
                 v.store(place, value)
 
-    return _code(body, 5 if scaled else 3)
+    return code(body, 5 if scaled else 3)
 
 
 _solve_rows, _solve_rows_back = _triangle_by(False, True), _triangle_by(True, True)
@@ -366,8 +366,8 @@ def _forward(
     o, last = fresh.empty(v, *q.shape[:3], v.shape[3]), fresh.empty(state, *state.shape)
     states, missed = (fresh.empty(state, *(size if keep else (0, *size[1:]))) for size in (shape, v.shape))
     given = q.new_empty(*q.shape[:2], 0) if g is None else g
-    before, after = vectors._arrays(q, k, v, beta, given, state), vectors._arrays(o, last, states, missed)
-    vectors._run(_forward_work, v, 1, len(q) * q.shape[2], *before, tokens, each, *after)
+    before, after = teams.arrays(q, k, v, beta, given, state), teams.arrays(o, last, states, missed)
+    teams.run(_forward_work, v, 1, len(q) * q.shape[2], *before, tokens, each, *after)
     return o, last, states, missed
 
 
@@ -378,9 +378,9 @@ def _backward(
     tokens, each, _ = _sizes(q, k, v)
     given = q.new_empty(*q.shape[:2], 0) if g is None else g
     grads = [fresh.empty(t, *t.shape) for t in (q, k, v, beta, given, d_last)]
-    before = vectors._arrays(d_o, d_last, q, k, v, beta, given, states, missed)
-    arrays = *before, tokens, each, *vectors._arrays(*grads)
-    vectors._run(_backward_work, v, 1, len(q) * q.shape[2], *arrays)
+    before = teams.arrays(d_o, d_last, q, k, v, beta, given, states, missed)
+    arrays = *before, tokens, each, *teams.arrays(*grads)
+    teams.run(_backward_work, v, 1, len(q) * q.shape[2], *arrays)
     return tuple(grads if g is not None else [*grads[:4], grads[5]])
 
 
@@ -406,7 +406,7 @@ _run_delta = opaque(
 LEAF = 16  # steps in a block whose pairs are walked
 
 
-def _across(v: _Lanes, row: Any, most: int, emit: Callable[[Any, int], None]) -> None:
+def _across(v: Lanes, row: Any, most: int, emit: Callable[[Any, int], None]) -> None:
     """Code by emit(offset, count) for all `row` bytes of rows: `most` vectors side by side, then one at a time."""
     word, builder = row.type, v.builder
     many = builder.udiv(row, word(vectors.BYTES))
@@ -421,7 +421,7 @@ def _across(v: _Lanes, row: Any, most: int, emit: Callable[[Any, int], None]) ->
 class _Columns:
     """`count` vectors side by side, at `offset` of their rows."""
 
-    def __init__(self, v: _Lanes, row: Any, offset: Any, count: int):
+    def __init__(self, v: Lanes, row: Any, offset: Any, count: int):
         self.v, self.row = v, row
         self.offsets = [v.builder.add(offset, offset.type(i * vectors.BYTES)) for i in range(count)]
 
@@ -439,8 +439,8 @@ class _Columns:
         return [self.v.variable(self.v.full(value)) for _ in self.offsets]
 
 
-@functools.partial(_code, addresses=4)
-def _factors(v: _Lanes, steps: Any, row: Any, logs: Any, power: Any, rest: Any, total: Any) -> None:
+@functools.partial(code, addresses=4)
+def _factors(v: Lanes, steps: Any, row: Any, logs: Any, power: Any, rest: Any, total: Any) -> None:
     """e^logs in two parts, and the sums of the logs in powers of 2."""
 
     def emit(offset: Any, count: int) -> None:
@@ -460,7 +460,7 @@ def _factors(v: _Lanes, steps: Any, row: Any, logs: Any, power: Any, rest: Any, 
 
 
 def _running(
-    v: _Lanes, steps: Any, columns: _Columns, power: Any, rest: Any, back: bool, use: Callable[[Any, list[Any]], None]
+    v: Lanes, steps: Any, columns: _Columns, power: Any, rest: Any, back: bool, use: Callable[[Any, list[Any]], None]
 ) -> None:
     """use(i, the product of decays from the first step to i), or that of those behind i, from the last step back."""
     products = columns.variables(1.0)
@@ -477,7 +477,7 @@ def _scaled_by(back: bool) -> Any:
     """Two tiles times the products of decays up to their rows, or of those behind them."""
 
     def body(
-        v: _Lanes, steps: Any, row: Any, x: Any, other: Any, power: Any, rest: Any, out: Any, other_out: Any
+        v: Lanes, steps: Any, row: Any, x: Any, other: Any, power: Any, rest: Any, out: Any, other_out: Any
     ) -> None:
         def emit(offset: Any, count: int) -> None:
             columns = _Columns(v, row, offset, count)
@@ -491,7 +491,7 @@ def _scaled_by(back: bool) -> Any:
 
         _across(v, row, 4, emit)
 
-    return _code(body, 6)
+    return code(body, 6)
 
 
 def _through_by(back: bool, first: bool) -> Any:
@@ -499,7 +499,7 @@ def _through_by(back: bool, first: bool) -> Any:
     decay is in, from what stands in `total` on. first: what stands in d_x, and forwards in d_g, does not count."""
 
     def body(
-        v: _Lanes, steps: Any, row: Any, x_: Any, dx_: Any, d_x: Any, other_: Any, d_other_: Any, d_other: Any,
+        v: Lanes, steps: Any, row: Any, x_: Any, dx_: Any, d_x: Any, other_: Any, d_other_: Any, d_other: Any,
         power: Any, rest: Any, d_g: Any, total: Any,
     ) -> None:  # fmt: skip
         def emit(offset: Any, count: int) -> None:
@@ -524,7 +524,7 @@ def _through_by(back: bool, first: bool) -> Any:
 
         _across(v, row, 4, emit)
 
-    return _code(body, 10)
+    return code(body, 10)
 
 
 _upto, _after = _scaled_by(False), _scaled_by(True)
@@ -532,7 +532,7 @@ _first_upto, _first_after = _through_by(False, True), _through_by(True, True)
 _more_upto, _more_after = _through_by(False, False), _through_by(True, False)
 
 
-def _sums(v: _Lanes, values: list[Any]) -> list[Any]:
+def _sums(v: Lanes, values: list[Any]) -> list[Any]:
     """The sums over the lanes of each of some vectors, a power of 2 of them."""
     many, groups, width = len(values), 1, v.count
     while len(values) > 1:  # lanes of two become groups side by side of one
@@ -549,9 +549,9 @@ def _sums(v: _Lanes, values: list[Any]) -> list[Any]:
     return [v.builder.extract_element(value, ir.IntType(32)(g * group)) for g in range(many)]
 
 
-@functools.partial(_code, addresses=10)
+@functools.partial(code, addresses=10)
 def _walk(
-    v: _Lanes, steps: Any, row: Any, q: Any, a: Any, k: Any, b: Any, power: Any, rest: Any, seen: Any, out: Any,
+    v: Lanes, steps: Any, row: Any, q: Any, a: Any, k: Any, b: Any, power: Any, rest: Any, seen: Any, out: Any,
     out_row: Any, apart: Any,
 ) -> None:  # fmt: skip
     """What q and a of `steps` steps read of k, then of b, of the first of these; seen: scratch, two rows.
@@ -588,9 +588,9 @@ def _walk(
         step(i, arrive)
 
 
-@functools.partial(_code, addresses=15)
+@functools.partial(code, addresses=15)
 def _walk_back(
-    v: _Lanes, steps: Any, row: Any, q: Any, a: Any, k: Any, b: Any, power: Any, rest: Any, seen: Any, given: Any,
+    v: Lanes, steps: Any, row: Any, q: Any, a: Any, k: Any, b: Any, power: Any, rest: Any, seen: Any, given: Any,
     given_row: Any, apart: Any, d_q: Any, d_a: Any, d_k: Any, d_b: Any, d_g: Any,
 ) -> None:  # fmt: skip
     """Backward of _walk, to which the gradients and that of the logs grow; seen: scratch, 2 LEAF rows."""
@@ -929,9 +929,9 @@ def _dplr_forward(
     o, last = fresh.empty(v, *v.shape), fresh.empty(state, *state.shape)
     states, read = (fresh.empty(state, *(many if keep else (0, *many[1:]))) for many in (shape, v.shape))
     given = q.new_empty(*q.shape[:3], 0) if g is None else g
-    before = vectors._arrays(q, k, v, a, b, given, state)  # resets are in the decays
-    arrays = *before, size, *vectors._arrays(o, last, states, read)
-    vectors._run(_dplr_forward_work, v, 1, len(q) * q.shape[2], *arrays)
+    before = teams.arrays(q, k, v, a, b, given, state)  # resets are in the decays
+    arrays = *before, size, *teams.arrays(o, last, states, read)
+    teams.run(_dplr_forward_work, v, 1, len(q) * q.shape[2], *arrays)
     return o, last, states, read
 
 
@@ -941,9 +941,9 @@ def _dplr_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     size, given = _sizes(q, k, v)[0], q.new_empty(*q.shape[:3], 0) if g is None else g
     grads = [fresh.empty(t, *t.shape) for t in (q, k, v, a, b, given, d_last)]
-    before = vectors._arrays(d_o, d_last, q, k, v, a, b, given, states, read)
-    arrays = *before, size, *vectors._arrays(*grads)
-    vectors._run(_dplr_backward_work, v, 1, len(q) * q.shape[2], *arrays)
+    before = teams.arrays(d_o, d_last, q, k, v, a, b, given, states, read)
+    arrays = *before, size, *teams.arrays(*grads)
+    teams.run(_dplr_backward_work, v, 1, len(q) * q.shape[2], *arrays)
     return tuple(grads if g is not None else [*grads[:5], grads[6]])
 
 

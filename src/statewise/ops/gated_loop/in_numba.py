@@ -28,12 +28,11 @@ from torch.nn import functional as F
 
 from ..compiled import in_numba as compiled
 from ..fresh import empty
-from ..linear_scan import in_numba as rowwise
 from ..opaque import opaque
 from ..products import in_numba as products
 from ..products.in_numba import PANEL
-from ..selective_scan import in_numba as vectors
 from ..teams import in_numba as teams
+from ..vectors import in_numba as vectors
 from .cells import fresh_slstm
 from .in_aten import jordan_by
 
@@ -120,7 +119,7 @@ class SlstmExp(_Problem): ...
 # ---- the cells
 
 
-class _Units(vectors._Lanes):
+class _Units(vectors.Lanes):
     """Vector code for `count` units at byte `offset` of each row."""
 
     def __init__(self, builder: Any, like: Any, count: int, offset: Any):
@@ -482,7 +481,7 @@ def _word(address):
 
 @_compile
 def _resets(q, b, t):
-    return q.reset != 0 and rowwise._byte(q.reset + b * q.steps + t) != 0
+    return q.reset != 0 and vectors.byte(q.reset + b * q.steps + t) != 0
 
 
 @_compile
@@ -505,7 +504,7 @@ def _forward_task(like, q, team, member, head, r0, r1, goal):
     first_gap, longest = q.batch * row, _longest(q, r0, r1)
     for b in range(r0, r1):
         first = q.fresh if _resets(q, b, 0) else q.first + b * row
-        rowwise._copy(like, q.units, (near + (b - r0) * q.near_row + mine, first + at))
+        vectors.copy(like, q.units, (near + (b - r0) * q.near_row + mine, first + at))
     goal = _meet(q, team, goal)
     here, there = near, near + q.near_size
     for t in range(longest):
@@ -547,12 +546,12 @@ def _forward_task(like, q, team, member, head, r0, r1, goal):
                 for g in range(q.gates):
                     _fetch(gates + (q.gates + g) * row, q.units * item)
             if t + 1 < q.stretch and _resets(q, b, t + 1):
-                rowwise._copy(like, q.units, (after, q.fresh + at))
+                vectors.copy(like, q.units, (after, q.fresh + at))
         goal = _meet(q, team, goal)
         here, there = there, here
     for b in range(r0, r1):
         for t in range(_word(q.ends + b * 8), q.stretch):
-            rowwise._zero(like, q.units, (q.h + (b * q.steps + t) * row + at,))
+            vectors.zero(like, q.units, (q.h + (b * q.steps + t) * row + at,))
     return goal
 
 
@@ -569,9 +568,9 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
     for b in range(r0, r1):
         for t in range(_word(q.ends + b * 8), q.stretch):
             for g in range(q.gates):
-                rowwise._zero(like, q.units, (q.x + ((b * q.stretch + t) * q.gates + g) * row + at,))
+                vectors.zero(like, q.units, (q.x + ((b * q.stretch + t) * q.gates + g) * row + at,))
             if q.d_more != 0:
-                rowwise._zero(like, q.units, (q.d_more + (b * q.stretch + t) * row + at,))
+                vectors.zero(like, q.units, (q.d_more + (b * q.stretch + t) * row + at,))
     goal = _meet(q, team, goal)  # of rows before these, someone may still be reading what is near
     here, there = near, near + q.near_size
     for t in range(longest - 1, -1, -1):
@@ -636,11 +635,11 @@ def _backward_task(like, q, team, member, head, r0, r1, goal):
             later, others, others_gap = q.zero + at, q.zero + at, 0
         to = q.d_first + b * row + at
         if q.parts == 1 and q.side_row != 0:
-            rowwise._sum(like, q.units, (to, later, others))
+            vectors.add(like, q.units, (to, later, others))
         else:
-            rowwise._copy(like, q.units, (to, later))
+            vectors.copy(like, q.units, (to, later))
         for part in range(1, q.parts):
-            rowwise._copy(like, q.units, (to + part * first_gap, others + (part - 1) * others_gap))
+            vectors.copy(like, q.units, (to + part * first_gap, others + (part - 1) * others_gap))
     return goal
 
 

@@ -21,7 +21,6 @@ except where products of decays were taken.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,6 +35,8 @@ from torch import Tensor
 from ..compiled import in_numba as compiled
 from ..fresh import empty
 from ..teams import in_numba as teams
+from ..vectors import in_numba as vectors
+from ..vectors.in_numba import Row
 from .adjoint import differentiable
 from .edges import at_lengths, normal
 
@@ -44,8 +45,6 @@ BLOCK = 4096  # channels in a row: a, x and two rows of h fit the first-level ca
 NARROW = 512  # channels below which a part of a row is read far slower than the whole
 SHORTEST = 64  # steps in a tile, at least
 AT_ONCE = 256  # bytes of a row that are carried in registers
-LINE = 64  # bytes of a cache line
-STREAM = 1 << 22  # bytes from which on results go past the caches: they would not stay there
 ALONE = 2  # threads for each row up to which one runs it alone, unless guesses pay: else every tile is run twice
 FAR = 1 << 24  # bytes of x from which on guesses pay: with results and decays they are more than the caches hold
 FIRST = 64  # rows of a tile after which a guess is checked first
@@ -54,66 +53,7 @@ LEFT = 1e-18  # part of a state that a tile leaves where guessing pays
 _compile = compiled.function
 
 
-class _Lanes:
-    """Vector code for `count` channels at byte `offset` of each row."""
-
-    def __init__(self, builder: Any, like: Any, count: int, offset: Any):
-        self.builder, self.offset, self.complex = builder, offset, isinstance(like, types.Complex)
-        real = like.underlying_float if self.complex else like
-        self.scalar = ir.FloatType() if real.bitwidth == 32 else ir.DoubleType()
-        self.align, self.size = real.bitwidth // 8, count * (2 if self.complex else 1)
-        self.type = ir.VectorType(self.scalar, self.size)
-
-    def _at(self, row: Any, offset: Any, kind: Any) -> Any:
-        return self.builder.inttoptr(self.builder.add(row, offset), kind.as_pointer())
-
-    def load(self, row: Any) -> Any:
-        return self.builder.load(self._at(row, self.offset, self.type), align=self.align)
-
-    def store(self, row: Any, value: Any) -> None:
-        self.builder.store(value, self._at(row, self.offset, self.type), align=self.align)
-
-    def stream(self, row: Any, value: Any) -> None:
-        """Store past the caches, where a whole line is at hand: it is not read first only to be overwritten."""
-        whole = self.size * self.align % LINE == 0
-        align = LINE if whole else self.align
-        store = self.builder.store(value, self._at(row, self.offset, self.type), align=align)
-        if whole:
-            flag = self.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-            store.set_metadata("nontemporal", flag)
-
-    def first(self, row: Any) -> Any:
-        """The first channel of the row, in every lane."""
-        width = 2 if self.complex else 1
-        kind = ir.VectorType(self.scalar, width)
-        value = self.builder.load(self._at(row, ir.Constant(row.type, 0), kind), align=self.align)
-        return self._shuffle(value, [i % width for i in range(self.size)])
-
-    def full(self, value: float) -> Any:
-        if self.complex:
-            return ir.Constant(self.type, [value, 0.0] * (self.size // 2))
-        return ir.Constant(self.type, [value] * self.size)
-
-    def add(self, p: Any, q: Any) -> Any:
-        return self.builder.fadd(p, q)
-
-    def mul(self, p: Any, q: Any, conj: bool = False) -> Any:
-        """p q, or conj(p) q. Complex numbers lie as (re, im) pairs."""
-        if not self.complex:
-            return self.builder.fmul(p, q)
-        each = range(self.size)
-        real, imag = self._shuffle(p, [i & ~1 for i in each]), self._shuffle(p, [i | 1 for i in each])
-        swapped = self._shuffle(q, [i ^ 1 for i in each])
-        cross = self.builder.fmul(imag, swapped)
-        sign = ir.Constant(self.type, [1.0, -1.0] * (self.size // 2) if conj else [-1.0, 1.0] * (self.size // 2))
-        return self.builder.fadd(self.builder.fmul(real, q), self.builder.fmul(cross, sign))
-
-    def _shuffle(self, value: Any, order: list[int]) -> Any:
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order)
-        return self.builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
-
-
-def _through(carries: int, rows: int, results: int, put: Callable[..., None] = _Lanes.store, down: bool = False) -> Any:
+def _through(carries: int, rows: int, results: int, put: Callable[..., None] = Row.store, down: bool = False) -> Any:
     """Compiled f(like, n, steps, (address, ...), (stride, ...)): the body's code over n channels and `steps` rows.
 
     The addresses are those of the carries, then of the first row of what is read and of what is written; strides, in
@@ -141,7 +81,7 @@ def _through(carries: int, rows: int, results: int, put: Callable[..., None] = _
                     with cgutils.for_range_slice(builder, start, stop, step, intp=word) as (index, _):
                         if down:
                             index = builder.sub(builder.sub(builder.add(start, stop), step), index)
-                        v = _Lanes(builder, like, count, builder.mul(index, ir.Constant(word, size)))
+                        v = Row(builder, like, count, builder.mul(index, ir.Constant(word, size)))
                         kept = [cgutils.alloca_once_value(builder, v.load(row)) for row in held[:carries]]
                         places = [cgutils.alloca_once_value(builder, row) for row in held[carries:]]
                         with cgutils.for_range(builder, args[2]):
@@ -175,9 +115,9 @@ def _adjoint(v, mu, a, g, before):
     return [v.mul(a, lam, conj=True)], [lam, v.mul(before, lam, conj=True)]
 
 
-_recur_store, _recur_stream = _through(1, 2, 1)(_recur), _through(1, 2, 1, _Lanes.stream)(_recur)
+_recur_store, _recur_stream = _through(1, 2, 1)(_recur), _through(1, 2, 1, Row.stream)(_recur)
 _adjoint_store = _through(1, 3, 2, down=True)(_adjoint)
-_adjoint_stream = _through(1, 3, 2, _Lanes.stream, down=True)(_adjoint)
+_adjoint_stream = _through(1, 3, 2, Row.stream, down=True)(_adjoint)
 
 
 @_through(2, 2, 0)
@@ -196,83 +136,9 @@ def _adjoint_advance(v, mu, product, a, g):
     return [v.mul(a, v.add(g, mu), conj=True), v.mul(a, product, conj=True)], []
 
 
-def _rowwise(body: Callable[..., None]) -> Any:
-    """Compiled f(like, n, (row, ...)): the body's code over n channels; rows are addresses, like gives the dtype."""
-    rows = len(inspect.signature(body).parameters) - 1
-
-    @intrinsic
-    def run(context: Any, like: Any, n: Any, addresses: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointers, word = cgutils.unpack_tuple(builder, args[2], rows), args[1].type
-            start = ir.Constant(word, 0)
-            for count in (16, 4, 1):
-                stop = builder.and_(args[1], ir.Constant(word, -count))
-                with cgutils.for_range_slice(builder, start, stop, ir.Constant(word, count), intp=word) as (index, _):
-                    offset = builder.mul(index, ir.Constant(word, like.bitwidth // 8))
-                    body(_Lanes(builder, like, count, offset), *pointers)
-                start = stop
-            return context.get_dummy_value()
-
-        return types.void(like, types.intp, types.UniTuple(types.intp, rows)), generate
-
-    return run
-
-
-@_rowwise
+@vectors.rowwise
 def _combine(v, past, product, into, end):
     v.store(past, v.add(v.mul(v.load(product), v.load(into)), v.load(end)))
-
-
-@_rowwise
-def _sum(v, out, p, q):
-    v.store(out, v.add(v.load(p), v.load(q)))
-
-
-@_rowwise
-def _copy(v, out, p):
-    v.store(out, v.load(p))
-
-
-@_rowwise
-def _spread(v, out, p):
-    v.store(out, v.first(p))
-
-
-@_rowwise
-def _zero(v, out):
-    v.store(out, v.full(0.0))
-
-
-@_rowwise
-def _one(v, out):
-    v.store(out, v.full(1.0))
-
-
-@intrinsic
-def _byte(context, address):
-    def generate(context, builder, signature, args):
-        value = builder.load(builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
-        return builder.zext(value, ir.IntType(64))
-
-    return types.intp(types.intp), generate
-
-
-@intrinsic
-def _bits(context, address):
-    def generate(context, builder, signature, args):
-        return builder.load(builder.inttoptr(args[0], ir.IntType(32).as_pointer()))
-
-    return types.int32(types.intp), generate
-
-
-@intrinsic
-def _real(context, like, address):
-    real = like.underlying_float if isinstance(like, types.Complex) else like
-
-    def generate(context, builder, signature, args):
-        return builder.load(builder.inttoptr(args[1], context.get_value_type(real).as_pointer()))
-
-    return real(like, types.intp), generate
 
 
 class _Problem(NamedTuple):
@@ -321,7 +187,7 @@ def _rows(like, q, b, t, start):
 
 @_compile
 def _cut(q, b, t):
-    return q.reset != 0 and _byte(q.reset + b * q.steps + t) != 0
+    return q.reset != 0 and vectors.byte(q.reset + b * q.steps + t) != 0
 
 
 @_compile
@@ -330,7 +196,7 @@ def _same(like, q, p, r):
     compiled.apart()
     differs = 0
     for i in range(0, q.width * q.item, 4):
-        differs |= _bits(p + i) ^ _bits(r + i)
+        differs |= vectors.int32(p + i) ^ vectors.int32(r + i)
     return differs == 0
 
 
@@ -338,7 +204,7 @@ def _same(like, q, p, r):
 def _finite(like, q, row):
     compiled.apart()
     for i in range(q.width * q.item // q.real):
-        value = _real(like, row + i * q.real)
+        value = vectors.real(like, row + i * q.real)
         if value - value != 0:
             return False
     return True
@@ -354,7 +220,7 @@ def _alike(q, n):
 def _decay(like, q, n, a, spread):
     """The row of decays at a, laid out in `spread` where one number stands for all of it."""
     if q.a_channel == 0:
-        _spread(like, n, (spread, a))
+        vectors.spread(like, n, (spread, a))
         return spread
     return a
 
@@ -370,7 +236,7 @@ def _forward_span(like, q, b, start, n, t0, t1, carry, spread):
     for t in range(t0, t1, steps):
         decay = _decay(like, q, n, a, spread)
         if _cut(q, b, t):
-            _zero(like, n, (carry,))
+            vectors.zero(like, n, (carry,))
             decay = carry
         if q.stream:
             _recur_stream(like, n, steps, (carry, decay, x, h), moves)
@@ -391,10 +257,10 @@ def _backward_span(like, q, b, start, n, k, t0, t1, mu, spread):
         before = q.h + at - row if t else q.h0 + (b * q.width + start) * q.item
         steps = t - max(t0, 1) + 1 if _alike(q, n) and t else 1  # the first row of all has h0 before it
         if _cut(q, b, t):
-            _sum(like, n, (q.dx + at, g, mu))
-            _zero(like, n, (mu,))
+            vectors.add(like, n, (q.dx + at, g, mu))
+            vectors.zero(like, n, (mu,))
             if not q.sum_da:
-                _zero(like, n, (q.da + at,))
+                vectors.zero(like, n, (q.da + at,))
         else:
             decay, moves = _decay(like, q, n, a, spread), (-q.a_time, -q.x_time, -row)
             if q.sum_da:
@@ -414,7 +280,7 @@ def _span(like, q, b, start, n, k, s0, s1, carry, spread, back):
         _forward_span(like, q, b, start, n, t0 + s0, t0 + s1, carry, spread)
     else:
         if q.sum_da and s0 == 0:
-            _zero(like, n, (q.da + ((b * q.tiles + k) * q.width + start) * q.item,))
+            vectors.zero(like, n, (q.da + ((b * q.tiles + k) * q.width + start) * q.item,))
         _backward_span(like, q, b, start, n, k, t1 - s1, t1 - s0, carry, spread)
 
 
@@ -426,8 +292,8 @@ def _forward_summary(like, q, b, t0, t1, end, product, spread):
     steps = t1 - t0 if _alike(q, q.width) else 1
     for t in range(t0, t1, steps):
         if _cut(q, b, t):
-            _copy(like, q.width, (end, x))
-            _zero(like, q.width, (product,))
+            vectors.copy(like, q.width, (end, x))
+            vectors.zero(like, q.width, (product,))
             cut = True
         else:
             decay = _decay(like, q, q.width, a, spread)
@@ -443,8 +309,8 @@ def _backward_summary(like, q, b, t0, t1, mu, product, spread):
     steps = t1 - t0 if _alike(q, q.width) else 1
     for t in range(t1 - 1, t0 - 1, -steps):
         if _cut(q, b, t):
-            _zero(like, q.width, (mu,))
-            _zero(like, q.width, (product,))
+            vectors.zero(like, q.width, (mu,))
+            vectors.zero(like, q.width, (product,))
             cut = True
         else:
             a, g, _ = _rows(like, q, b, t, 0)
@@ -460,8 +326,8 @@ def _summary(like, q, b, k, end, product, spread, back):
     True if a reset makes what was before irrelevant.
     """
     t0, t1 = k * q.tile, min(q.steps, (k + 1) * q.tile)
-    _zero(like, q.width, (end,))
-    _one(like, q.width, (product,))
+    vectors.zero(like, q.width, (end,))
+    vectors.one(like, q.width, (product,))
     if back is None:
         return _forward_summary(like, q, b, t0, t1, end, product, spread)
     return _backward_summary(like, q, b, t0, t1, end, product, spread)
@@ -496,11 +362,11 @@ def _units(like, given, me):
     for unit in teams.share(q.batch * blocks, me):
         b, start = unit // blocks, unit % blocks * q.block
         n, first = min(q.block, q.width - start), start * q.item
-        _copy(like, n, (carry, q.start + b * row + first))
+        vectors.copy(like, n, (carry, q.start + b * row + first))
         for i in range(q.tiles):
             k = i if back is None else q.tiles - 1 - i
             _span(like, q, b, start, n, k, 0, min(q.tile, q.steps - k * q.tile), carry, spread, back)
-        _copy(like, n, (q.end + b * row + first, carry))
+        vectors.copy(like, n, (q.end + b * row + first, carry))
     if q.stream:
         teams.settle()
 
@@ -526,22 +392,22 @@ def _tiles(like, given, me):
         if not q.guess:
             cut = _summary(like, q, b, k, end, product, carry, back)
             known = _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past)
-            _copy(like, q.width, (carry, into))
+            vectors.copy(like, q.width, (carry, into))
             _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
             if known and i < q.tiles - 1:
                 continue
         elif teams.is_set(flag_into):
-            _copy(like, q.width, (carry, into))
+            vectors.copy(like, q.width, (carry, into))
             _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
         else:
-            _zero(like, q.width, (carry,))
+            vectors.zero(like, q.width, (carry,))
             _by_marks(like, q, b, k, steps, carry, marks, spread, True, back)
             if q.stream:
                 teams.settle()
             _wait(flag_into)
-            _copy(like, q.width, (carry, into))
+            vectors.copy(like, q.width, (carry, into))
             _by_marks(like, q, b, k, steps, carry, marks, spread, False, back)
-        _copy(like, q.width, (past, carry))
+        vectors.copy(like, q.width, (past, carry))
         teams.publish(flag_past)
     if q.stream:
         teams.settle()
@@ -560,9 +426,9 @@ def _by_marks(like, q, b, k, steps, carry, marks, spread, guess, back):
             _span(like, q, b, 0, q.width, k, done, stop, carry, spread, back)
             right = not guess and _same(like, q, carry, marks)
         if guess:
-            _copy(like, q.width, (marks, carry))
+            vectors.copy(like, q.width, (marks, carry))
         elif right:
-            _copy(like, q.width, (carry, marks))
+            vectors.copy(like, q.width, (carry, marks))
         done, stop, marks = stop, 2 * stop, marks + row
 
 
@@ -578,7 +444,7 @@ def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
     compiled.apart()
     _wait(flag_into)
     if cut:
-        _copy(like, q.width, (past, end))
+        vectors.copy(like, q.width, (past, end))
     else:
         _combine(like, q.width, (past, product, into, end))
     # the product of decays may leave the range of numbers where the state itself does not
@@ -670,10 +536,10 @@ def _forgets(a: Tensor, tile: int, backward: bool) -> bool:
 def _streams(width: int, block: int, results: list[Tensor]) -> bool:
     """Results larger than the caches would only push other things out. Their rows must begin where a line begins."""
     return all(
-        r.numel() * r.element_size() >= STREAM
-        and r.data_ptr() % LINE == 0
-        and width * r.element_size() % LINE == 0
-        and block * r.element_size() % LINE == 0
+        r.numel() * r.element_size() >= vectors.STREAM
+        and r.data_ptr() % vectors.LINE == 0
+        and width * r.element_size() % vectors.LINE == 0
+        and block * r.element_size() % vectors.LINE == 0
         for r in results
     )
 

@@ -24,16 +24,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba.core import cgutils
 from torch import Tensor
 
 from .. import fresh
 from ..compiled import in_numba as compiled
 from ..contain import contained
 from ..opaque import opaque
-from ..selective_scan import in_numba as vectors
-from ..selective_scan.in_numba import _Lanes
 from ..teams import in_numba as teams
 from ..tiles import in_numba as tiles
+from ..vectors import in_numba as vectors
+from ..vectors.in_numba import Lanes, code
 from .edges import normal
 from .in_torch import ARGUMENTS, by_loop
 
@@ -42,17 +43,17 @@ LEAF = 16  # steps in a block whose pairs are walked
 ABREAST = 4  # vectors of keys whose running products are taken side by side
 TOGETHER = 4  # heads of a group whose queries and keys are read once
 
-_compile, _code = compiled.function, vectors._code
+_compile = compiled.function
 
 
-@functools.partial(_code, addresses=7)
+@functools.partial(code, addresses=7)
 def _weigh_both(
-    v: _Lanes, steps: Any, row: Any, sums: Any, g: Any, weights: Any, d_out: Any, total: Any, columns: Any, across: Any
+    v: Lanes, steps: Any, row: Any, sums: Any, g: Any, weights: Any, d_out: Any, total: Any, columns: Any, across: Any
 ):
     """Backward: d_out becomes the weights, total grows by the gradient of those without decay, columns and the one
     vector across by the gradient of the sums."""
     from_g, whole = v.splat(g), v.variable(v.full(0.0))
-    with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+    with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
         at = [v.at(base, loop.index, vectors.BYTES) for base in (sums, weights, d_out, total, columns)]
         decay = tiles.grow(v, at[0], from_g)
         weight, given = v.decayed(decay, v.load(at[1])), v.load(at[2])
@@ -272,28 +273,28 @@ def _decays_back(like, dq_, dk_, q_, k_, whole, factor, g, later, starts, ends, 
 # ---- one decay per head and key
 
 
-def _columns(v: _Lanes, row: Any, body: Callable[[Any, int], None]) -> None:
+def _columns(v: Lanes, row: Any, body: Callable[[Any, int], None]) -> None:
     """body(offset, count) for the vectors of a row, several at a time: each has a chain of products to wait for."""
     word = row.type
     many = v.builder.udiv(row, word(vectors.BYTES))
     whole = v.builder.and_(many, word(-ABREAST))
     for count, first, last in ((ABREAST, word(0), whole), (1, whole, many)):
-        with vectors.cgutils.for_range_slice(v.builder, first, last, word(count), intp=word) as (index, _):
+        with cgutils.for_range_slice(v.builder, first, last, word(count), intp=word) as (index, _):
             body(v.builder.mul(index, word(vectors.BYTES)), count)
 
 
-def _beside(v: _Lanes, address: Any, count: int) -> list[Any]:
+def _beside(v: Lanes, address: Any, count: int) -> list[Any]:
     """The addresses of `count` vectors next to each other."""
     return [v.builder.add(address, address.type(n * vectors.BYTES)) for n in range(count)]
 
 
-@functools.partial(_code, addresses=4)
-def _factors(v: _Lanes, steps: Any, row: Any, g: Any, power: Any, rest: Any, total: Any):
+@functools.partial(code, addresses=4)
+def _factors(v: Lanes, steps: Any, row: Any, g: Any, power: Any, rest: Any, total: Any):
     """e^g in two parts, and the sum of g in powers of 2."""
 
     def body(offset: Any, count: int) -> None:
         whole = [v.variable(v.full(0.0)) for _ in range(count)]
-        with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
             at = v.at(offset, loop.index, row)
             rows = [_beside(v, v.builder.add(base, at), count) for base in (g, power, rest)]
             for sum_, from_, *to in zip(whole, *rows):
@@ -308,7 +309,7 @@ def _factors(v: _Lanes, steps: Any, row: Any, g: Any, power: Any, rest: Any, tot
 
 
 def _along(
-    v: _Lanes, steps: Any, row: Any, back: bool, left: Any, bases: tuple[Any, ...],
+    v: Lanes, steps: Any, row: Any, back: bool, left: Any, bases: tuple[Any, ...],
     use: Callable[[Any, list[Any]], Any],
 ) -> None:  # fmt: skip
     """use(value, addresses of a step in each of bases) -> the next value, from the first step on or from the last
@@ -318,7 +319,7 @@ def _along(
         slots = _beside(v, v.builder.add(left, offset), count)
         values = [v.variable(v.load(slot)) for slot in slots]
         starts = [v.builder.add(base, offset) for base in bases]
-        with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+        with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
             i = v.builder.sub(v.builder.sub(steps, steps.type(1)), loop.index) if back else loop.index
             at = v.builder.mul(i, row)
             for value, *ats in zip(values, *(_beside(v, v.builder.add(start, at), count) for start in starts)):
@@ -332,7 +333,7 @@ def _along(
 def _scaled_by(back: bool) -> Any:
     """out = x times the product of decays from the first step to each, or of those behind it."""
 
-    def body(v: _Lanes, steps: Any, row: Any, x: Any, out: Any, power: Any, rest: Any, left: Any) -> None:
+    def body(v: Lanes, steps: Any, row: Any, x: Any, out: Any, power: Any, rest: Any, left: Any) -> None:
         def use(product: Any, at: list[Any]) -> Any:
             new = v.decayed((v.load(at[2]), v.load(at[3])), product)
             v.store(at[1], v.mul(v.load(at[0]), product if back else new))
@@ -340,13 +341,13 @@ def _scaled_by(back: bool) -> Any:
 
         _along(v, steps, row, back, left, (x, out, power, rest), use)
 
-    return _code(body, 5)
+    return code(body, 5)
 
 
 def _through_by(back: bool) -> Any:
     """out += the same product times dz."""
 
-    def body(v: _Lanes, steps: Any, row: Any, dz: Any, out: Any, power: Any, rest: Any, left: Any) -> None:
+    def body(v: Lanes, steps: Any, row: Any, dz: Any, out: Any, power: Any, rest: Any, left: Any) -> None:
         def use(product: Any, at: list[Any]) -> Any:
             new = v.decayed((v.load(at[2]), v.load(at[3])), product)
             v.store(at[1], v.mad(v.load(at[0]), product if back else new, v.load(at[1])))
@@ -354,13 +355,13 @@ def _through_by(back: bool) -> Any:
 
         _along(v, steps, row, back, left, (dz, out, power, rest), use)
 
-    return _code(body, 5)
+    return code(body, 5)
 
 
 def _across_by(back: bool) -> Any:
     """dg += the sum of z dz over the steps whose z a step's decay is in."""
 
-    def body(v: _Lanes, steps: Any, row: Any, z: Any, dz: Any, dg: Any, left: Any) -> None:
+    def body(v: Lanes, steps: Any, row: Any, z: Any, dz: Any, dg: Any, left: Any) -> None:
         def use(total: Any, at: list[Any]) -> Any:
             new = v.mad(v.load(at[0]), v.load(at[1]), total)
             v.store(at[2], v.builder.fadd(v.load(at[2]), total if back else new))
@@ -368,7 +369,7 @@ def _across_by(back: bool) -> Any:
 
         _along(v, steps, row, not back, left, (z, dz, dg), use)
 
-    return _code(body, 4)
+    return code(body, 4)
 
 
 _upto, _after = _scaled_by(False), _scaled_by(True)
@@ -376,21 +377,21 @@ _through_upto, _through_after = _through_by(False), _through_by(True)
 _across_upto, _across_after = _across_by(False), _across_by(True)
 
 
-@functools.partial(_code, addresses=3)
-def _rounded(v: _Lanes, steps: Any, row: Any, power: Any, rest: Any, out: Any):
+@functools.partial(code, addresses=3)
+def _rounded(v: Lanes, steps: Any, row: Any, power: Any, rest: Any, out: Any):
     """Decays as one number each: within a leaf their rounding does not add up."""
-    with vectors.cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
+    with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
         at = [v.at(base, loop.index, vectors.BYTES) for base in (power, rest, out)]
         v.store(at[2], v.builder.fadd(v.load(at[0]), v.load(at[1])))
 
 
-@functools.partial(_code, addresses=5)
-def _leaf(v: _Lanes, steps: Any, row: Any, q: Any, k: Any, decay: Any, out: Any, out_row: Any):
+@functools.partial(code, addresses=5)
+def _leaf(v: Lanes, steps: Any, row: Any, q: Any, k: Any, decay: Any, out: Any, out_row: Any):
     """The weights within a leaf, 0 above the diagonal: a row goes back from step to step with its query."""
     word = row.type
     for i in range(LEAF):
         sums = [v.variable(v.full(0.0)) for _ in range(i + 1)]
-        with vectors.cgutils.for_range_slice(v.builder, word(0), row, word(vectors.BYTES), intp=word) as (offset, _):
+        with cgutils.for_range_slice(v.builder, word(0), row, word(vectors.BYTES), intp=word) as (offset, _):
             at = [v.builder.add(base, offset) for base in (q, k, decay)]
             seen = v.load(v.at(at[0], word(i), row))
             for j in range(i, -1, -1):
@@ -403,14 +404,14 @@ def _leaf(v: _Lanes, steps: Any, row: Any, q: Any, k: Any, decay: Any, out: Any,
             v.store(at, v.sums(found[j : j + v.count]))
 
 
-@functools.partial(_code, addresses=8)
+@functools.partial(code, addresses=8)
 def _leaf_back(
-    v: _Lanes, steps: Any, row: Any, q: Any, k: Any, decay: Any, given: Any, given_row: Any, dq: Any, dk: Any, dg: Any
+    v: Lanes, steps: Any, row: Any, q: Any, k: Any, decay: Any, given: Any, given_row: Any, dq: Any, dk: Any, dg: Any
 ):
     """Backward, one vector of keys after another. In both halves every column goes ahead with its key and back with
     what reaches it; between them are products about the middle."""
     word, half = row.type, LEAF // 2
-    with vectors.cgutils.for_range_slice(v.builder, word(0), row, word(vectors.BYTES), intp=word) as (offset, _):
+    with cgutils.for_range_slice(v.builder, word(0), row, word(vectors.BYTES), intp=word) as (offset, _):
         starts = [v.builder.add(base, offset) for base in (q, k, decay, dq, dk, dg)]
         at = [[v.at(start, word(i), row) for i in range(LEAF)] for start in starts]
         qs, ks, decays = ([v.load(a) for a in one] for one in at[:3])
@@ -776,8 +777,8 @@ def _forward(
     if not (v.numel() and q.numel()):
         return o.zero_(), last.copy_(state), states
     given = v.new_empty(*v.shape[:3], 0) if g is None else g
-    before, after = vectors._arrays(q, k, v, given, reset, state), vectors._arrays(o, last, states)
-    vectors._run(_FORWARD[kind], v, 1, len(v) * q.shape[2] * _parts(q, v, kind), *before, size, *after)
+    before, after = teams.arrays(q, k, v, given, reset, state), teams.arrays(o, last, states)
+    teams.run(_FORWARD[kind], v, 1, len(v) * q.shape[2] * _parts(q, v, kind), *before, size, *after)
     return o, last, states
 
 
@@ -791,9 +792,9 @@ def _backward(
     given = v.new_empty(*v.shape[:3], 0) if g is None else g
     d_g = fresh.empty(given, *given.shape)
     if v.numel() and q.numel():
-        before = vectors._arrays(d_o, d_last, q, k, v, given, reset, states)
-        after = vectors._arrays(d_q, d_k, d_v, d_g, d_state)
-        vectors._run(_BACKWARD[kind], v, 1, len(v) * q.shape[2] * parts, *before, size, *after)
+        before = teams.arrays(d_o, d_last, q, k, v, given, reset, states)
+        after = teams.arrays(d_q, d_k, d_v, d_g, d_state)
+        teams.run(_BACKWARD[kind], v, 1, len(v) * q.shape[2] * parts, *before, size, *after)
     else:
         for t in (d_q, d_k, d_v, d_g):
             t.zero_()

@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from ..compiled import in_numba as compiled
 from ..fresh import empty
-from ..linear_scan import in_numba as rowwise
-from ..selective_scan import in_numba as vectors
 from ..teams import in_numba as teams
+from ..vectors import in_numba as vectors
 
 ROWS = 6  # of a tile, at most: its sums fill the registers
 VECTORS = 4 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 1  # of a tile
@@ -44,7 +43,7 @@ def _tile(rows: int) -> Any:
     @intrinsic
     def run(context: Any, like: Any, depth: Any, add: Any, where: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            v = vectors._Lanes(builder, like)
+            v = vectors.Lanes(builder, like)
             a, a_row, a_step, panel, panel_row, out, out_row = cgutils.unpack_tuple(builder, args[3], 7)
             each, across = range(rows), range(VECTORS)
             to = [[builder.add(v.at(out, out.type(r), out_row), out.type(c * BYTES)) for c in across] for r in each]
@@ -154,7 +153,7 @@ def _rows_work(like, q, me):
                     multiply(like, count, deep, depth, a, q.a_row, q.item, panel, PANEL, spare, PANEL)
                     if depth + DEEP >= q.depth:
                         for r in range(count):
-                            rowwise._copy(like, rest, (out + r * q.out_row, spare + r * PANEL))
+                            vectors.copy(like, rest, (out + r * q.out_row, spare + r * PANEL))
 
 
 @_compile
@@ -174,20 +173,20 @@ def _sums_part(like, q, first, height, spare):
     compiled.apart()
     at = first * q.item
     total, part = q.total + at, q.part + at
-    rowwise._zero(like, height, (total,))
+    vectors.zero(like, height, (total,))
     for start in range(0, q.rows, LONG):
         count, a = min(LONG, q.rows - start), q.a + start * q.a_row + at
-        rowwise._zero(like, height, (part,))
+        vectors.zero(like, height, (part,))
         for r in range(count):  # this brings them near, too, row by row: by columns they would come far slower
-            rowwise._sum(like, height, (part, part, a + r * q.a_row))
-        rowwise._sum(like, height, (total, total, part))
+            vectors.add(like, height, (part, part, a + r * q.a_row))
+        vectors.add(like, height, (total, total, part))
         where, row, columns, out = q.b, q.b_row, q.b_columns, q.out + first * q.out_row
         for _ in range(2):
             for begin in range(0, columns * q.item, PANEL):
                 panel, panel_row = where + start * row + begin, row
                 if begin + PANEL > columns * q.item:
                     for r in range(count):
-                        rowwise._copy(like, columns - begin // q.item, (spare + r * PANEL, panel + r * row))
+                        vectors.copy(like, columns - begin // q.item, (spare + r * PANEL, panel + r * row))
                     panel, panel_row = spare, PANEL
                 multiply(like, height, count, start, a, q.item, q.a_row, panel, panel_row, out + begin, q.out_row)
             out += (columns * q.item + PANEL - 1) // PANEL * PANEL

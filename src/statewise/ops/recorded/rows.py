@@ -61,7 +61,7 @@ class Rows:
         parts = max(1, -(-count // self.code.STRIP) // 2) if count >= SHARED else 1
         self.rows.append([self.code.GROUP, parts, len(group.points), count, *_joined(group.sizes, dims)])
         for p in group.points:
-            row = [self.code.CODES[p.name], self._number(p.p, p.q), *self._operand(p.out, dims)]
+            row = [self.code.functions.CODES[p.name], self._number(p.p, p.q), *self._operand(p.out, dims)]
             self.rows.append(row + [word for o in p.operands for word in self._operand(o, dims)])
 
     def _product(self, product: Product) -> None:
@@ -89,7 +89,7 @@ class Rows:
         kept = [(1, 0)] * (3 - len(reduction.kept)) + reduction.kept
         gone = [(1, 0)] * (2 - len(reduction.gone)) + reduction.gone
         total = math.prod(n for n, _ in (*kept, *gone))
-        by_rows = reduction.what == self.code.SUM and kept[2][1] == 1 and gone[1][1] != 1
+        by_rows = reduction.what == self.code.sums.SUM and kept[2][1] == 1 and gone[1][1] != 1
         most = kept[0][0] * kept[1][0] * (1 if by_rows else kept[2][0])
         parts = min(most, max(1, total // SHARED)) if total >= SHARED else 1
         more = [n for n, _ in (*kept, *gone)] + [s for _, s in (*kept, *gone)]
@@ -102,17 +102,18 @@ class Rows:
         self.rows.append([self.code.EXACT, 1, 1, math.prod(exact.out.sizes), *_joined(exact.out.sizes, dims)])
         self.numbers.extend([0.0] * (len(self.numbers) % 2))
         halves = np.array([exact.p, exact.q]).view(np.float32).tolist()
-        row = [self.code.EXACTLY[exact.name], self._number(*halves)]
+        row = [self.code.exact.EXACTLY[exact.name], self._number(*halves)]
         for o, kind in zip(everything, exact.kinds, strict=True):
-            which, strides = self.code.KINDS[kind], _merge(o, dims)
-            row += [which, self.base[o.memory], self.code.SIZES[which] * o.offset, *[0] * (4 - len(strides)), *strides]
+            which, strides = self.code.exact.KINDS[kind], _merge(o, dims)
+            at = self.code.exact.SIZES[which] * o.offset
+            row += [which, self.base[o.memory], at, *[0] * (4 - len(strides)), *strides]
         self.rows.append(row)
 
     def _attend(self, attend: Attend) -> None:
         batch, _, _, heads, size = attend.sizes
-        parts, kind = attend.partial.sizes[0], self.code.KINDS[attend.kind]
+        parts, kind = attend.partial.sizes[0], self.code.exact.KINDS[attend.kind]
         position, first = self._at(attend.position)
-        first, step = (self.code.SIZES[kind] // 4 * n for n in (first, 4 * attend.position.strides[0]))
+        first, step = (self.code.exact.SIZES[kind] // 4 * n for n in (first, 4 * attend.position.strides[0]))
         more = [*self._at(attend.q), *self._at(attend.k), attend.k.strides[0] * 4, attend.k.strides[1] * 4]
         more += [*self._at(attend.v), attend.v.strides[0] * 4, attend.v.strides[1] * 4, position, first, step, kind]
         more += [*self._at(attend.partial), *attend.sizes]

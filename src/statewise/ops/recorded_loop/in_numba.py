@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..compiled import in_numba as compiled
-from ..linear_scan import in_numba as rowwise
 from ..products import in_numba as products
 from ..recorded import in_numba as recorded
 from ..teams import in_numba as teams
+from ..vectors import in_numba as vectors
 
 _compile = compiled.function
 PANEL, DEEP = products.PANEL, products.DEEP
@@ -61,12 +61,12 @@ def _tiles(like, table, i, bases):
             products.multiply(like, batch, deep, first, at, 4 * depth, 4, panel + first * PANEL, PANEL, to, row)
         if count < PANEL // 4:
             for b in range(batch):
-                rowwise._copy(like, count, (y + 4 * (b * columns + start), to + b * PANEL))
+                vectors.copy(like, count, (y + 4 * (b * columns + start), to + b * PANEL))
         panel += depth * PANEL
     if table[i, 11] >= 0:
         bias = bases[table[i, 11]] + table[i, 12]
         for b in range(batch):
-            rowwise._sum(like, columns, (y + 4 * b * columns, y + 4 * b * columns, bias))
+            vectors.add(like, columns, (y + 4 * b * columns, y + 4 * b * columns, bias))
 
 
 @_compile
@@ -78,18 +78,18 @@ def _step(like, table, bases, numbers, scratch):
             _tiles(like, table, i, bases)
         else:
             for part in range(table[i, 1]):
-                recorded._part(like, table, i, bases, numbers, scratch, part)
+                recorded.run_part(like, table, i, bases, numbers, scratch, part)
         i += 1 + table[i, 2]
 
 
 @_compile
 def _ended(q, b, t):
-    return q.lengths != 0 and t >= rowwise._bits(q.lengths + 4 * b)
+    return q.lengths != 0 and t >= vectors.int32(q.lengths + 4 * b)
 
 
 @_compile
 def _cut(q, b, t):
-    return q.reset != 0 and rowwise._byte(q.reset + b * q.steps + t) != 0
+    return q.reset != 0 and vectors.byte(q.reset + b * q.steps + t) != 0
 
 
 @_compile
@@ -101,7 +101,7 @@ def _fetch(like, q, bases, first, t, count, by):
         for b in range(q.rows):
             to, at = bases[q.inputs[p, BASE]] + b * size, q.inputs[p, AT] + ((first + b) * q.steps + t) * size
             for _ in range(count):
-                rowwise._copy(like, size // 4, (to, at))
+                vectors.copy(like, size // 4, (to, at))
                 to, at = to + q.rows * size, at + by * size
 
 
@@ -110,9 +110,9 @@ def _put(like, q, b, t, count, by, to, at, size):
     """One row of a tile to its places; zeros where it has ended."""
     for k in range(count):
         if _ended(q, b, t + by * k):
-            rowwise._zero(like, size // 4, (to,))
+            vectors.zero(like, size // 4, (to,))
         else:
-            rowwise._copy(like, size // 4, (to, at))
+            vectors.copy(like, size // 4, (to, at))
         to, at = to + by * size, at + q.rows * size
 
 
@@ -135,8 +135,8 @@ def _store(like, q, bases, first, t, count, by):
                 _put(like, q, first + b, t, count, by, to, at, size)
             else:
                 for k in range(count):
-                    rowwise._copy(like, size // 4, (to + k * size, at + k * q.rows * size))
-        rowwise._copy(like, q.rows * size // 4, (home, home + count * q.rows * size))
+                    vectors.copy(like, size // 4, (to + k * size, at + k * q.rows * size))
+        vectors.copy(like, q.rows * size // 4, (home, home + count * q.rows * size))
 
 
 @_compile
@@ -146,7 +146,7 @@ def _start_fresh(like, q, bases, first, t):
         size, to = q.states[p, ROW], bases[q.states[p, BASE]]
         for b in range(q.rows):
             if _cut(q, first + b, t) and not _ended(q, first + b, t):
-                rowwise._copy(like, size // 4, (to + b * size, q.states[p, FRESH] + (first + b) * size))
+                vectors.copy(like, size // 4, (to + b * size, q.states[p, FRESH] + (first + b) * size))
 
 
 @_compile
@@ -157,22 +157,22 @@ def _carry(like, q, bases, first, t):
         size, now, given = q.states[p, ROW], bases[q.states[p, BASE]], bases[q.states[p, OUT]]
         to = now if q.states[p, KEEP] == 0 else now + q.rows * size
         if q.lengths == 0 and (q.reset == 0 or not q.back):
-            rowwise._copy(like, q.rows * size // 4, (to, given))
+            vectors.copy(like, q.rows * size // 4, (to, given))
             continue
         for b in range(q.rows):
             if _ended(q, first + b, t):
                 if q.back and not _ended(
                     q, first + b, t - 1
                 ):  # the adjoint of the last state enters where the row ends
-                    rowwise._copy(like, size // 4, (to + b * size, q.states[p, AT] + (first + b) * size))
+                    vectors.copy(like, size // 4, (to + b * size, q.states[p, AT] + (first + b) * size))
                 elif to != now:
-                    rowwise._copy(like, size // 4, (to + b * size, now + b * size))
+                    vectors.copy(like, size // 4, (to + b * size, now + b * size))
                 continue
-            rowwise._copy(like, size // 4, (to + b * size, given + b * size))
+            vectors.copy(like, size // 4, (to + b * size, given + b * size))
             if q.back and _cut(q, first + b, t):
                 fresh = q.states[p, FRESH] + (first + b) * size
-                rowwise._sum(like, size // 4, (fresh, fresh, to + b * size))
-                rowwise._zero(like, size // 4, (to + b * size,))
+                vectors.add(like, size // 4, (fresh, fresh, to + b * size))
+                vectors.zero(like, size // 4, (to + b * size,))
 
 
 @_compile
@@ -190,9 +190,9 @@ def _rows(like, q, bases, first, scratch):
         size, to = q.states[p, ROW], bases[q.states[p, BASE]]
         for b in range(q.rows):
             if q.back and _ended(q, first + b, q.steps - 1):
-                rowwise._zero(like, size // 4, (to + b * size,))
+                vectors.zero(like, size // 4, (to + b * size,))
             else:
-                rowwise._copy(like, size // 4, (to + b * size, q.states[p, AT] + (first + b) * size))
+                vectors.copy(like, size // 4, (to + b * size, q.states[p, AT] + (first + b) * size))
     for start in range(0, q.steps, q.tile):
         count, begin = min(q.tile, q.steps - start), q.steps - 1 - start if q.back else start
         _fetch(like, q, bases, first, begin, count, by)
@@ -208,7 +208,7 @@ def _rows(like, q, bases, first, scratch):
         _store(like, q, bases, first, begin, count, by)
     for p in range(q.states.shape[0]):
         size = q.states[p, ROW]
-        rowwise._copy(like, q.rows * size // 4, (q.states[p, LAST] + first * size, bases[q.states[p, BASE]]))
+        vectors.copy(like, q.rows * size // 4, (q.states[p, LAST] + first * size, bases[q.states[p, BASE]]))
 
 
 @_compile

@@ -23,147 +23,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.core import cgutils
 from torch import Tensor
 
 from .. import fresh
 from ..compiled import in_numba as compiled
 from ..opaque import opaque
 from ..teams import in_numba as teams
+from ..vectors.in_numba import BYTES, Lanes, code
 
 TILE = 32  # steps: a tile of all that a block needs fits the first two caches
 VECTORS = 4  # vectors of channels in a block
-BYTES = 64  # of a vector
 
 _compile = compiled.function
 
 
-class _Lanes:
-    """Vector code for the channels of one vector."""
-
-    def __init__(self, builder: Any, like: Any):
-        self.builder, self.double, self.size = builder, like.bitwidth == 64, like.bitwidth // 8
-        self.count = BYTES // self.size
-        self.scalar = ir.DoubleType() if self.double else ir.FloatType()
-        self.bits = ir.VectorType(ir.IntType(like.bitwidth), self.count)
-        self.type = ir.VectorType(self.scalar, self.count)
-
-    def at(self, base: Any, index: Any, stride: Any) -> Any:
-        """base + index * stride, in bytes."""
-        stride = stride if isinstance(stride, ir.Value) else base.type(stride)
-        return self.builder.add(base, self.builder.mul(index, stride))
-
-    def load(self, address: Any) -> Any:
-        return self.builder.load(self.builder.inttoptr(address, self.type.as_pointer()), align=self.size)
-
-    def store(self, address: Any, value: Any) -> None:
-        self.builder.store(value, self.builder.inttoptr(address, self.type.as_pointer()), align=self.size)
-
-    def splat(self, address: Any) -> Any:
-        """One number, in every lane."""
-        return self.spread(self.builder.load(self.builder.inttoptr(address, self.scalar.as_pointer()), align=self.size))
-
-    def spread(self, value: Any) -> Any:
-        first = self.builder.insert_element(ir.Constant(self.type, ir.Undefined), value, ir.IntType(32)(0))
-        return self._shuffle(first, [0] * self.count)
-
-    def full(self, value: float) -> Any:
-        return ir.Constant(self.type, [value] * self.count)
-
-    def add(self, p: Any, q: Any) -> Any:
-        return self.builder.fadd(p, q, flags=("contract",))
-
-    def mul(self, p: Any, q: Any) -> Any:
-        return self.builder.fmul(p, q, flags=("contract",))
-
-    def mad(self, p: Any, q: Any, r: Any) -> Any:
-        """p q + r, rounded once where the processor can."""
-        return self.add(self.mul(p, q), r)
-
-    def sum(self, address: Any, value: Any) -> None:
-        """Store the sum over the lanes, halves first."""
-        count = self.count
-        while count > 1:
-            count //= 2
-            value = self.builder.fadd(
-                self._shuffle(value, list(range(count))), self._shuffle(value, list(range(count, 2 * count)))
-            )
-        value = self.builder.extract_element(value, ir.IntType(32)(0))
-        self.builder.store(value, self.builder.inttoptr(address, self.scalar.as_pointer()), align=self.size)
-
-    def sums(self, values: list[Any]) -> Any:
-        """The sums over the lanes of up to `count` values, one after the other, then zeros."""
-        none, far = self.full(0.0), self.count // 2
-        found = values + [none] * (self.count - len(values))
-        while far:
-            # lanes are in blocks of 2 far: in each, the halves of one value are added, then those of another
-            low = [i if not i & far else self.count + i - far for i in range(self.count)]
-            high = [i + far if not i & far else self.count + i for i in range(self.count)]
-            pairs = zip(found[:far], found[far : 2 * far])
-            found = [
-                none if p is none and q is none else self.builder.fadd(self.mix(p, q, low), self.mix(p, q, high))
-                for p, q in pairs
-            ]
-            far //= 2
-        return found[0]
-
-    def exp2(self, z: Any) -> tuple[Any, Any]:
-        """2^z in two parts, to be multiplied and added: a power of 2 and the rest, both 0 below the normal numbers."""
-        mantissa, terms, range_ = (52, 13, 1023) if self.double else (23, 7, 127)
-        least = self.full(-float(range_))
-        low = self.builder.select(self.builder.fcmp_ordered("<", z, least), least, z)
-        shift = self.full(1.5 * 2.0**mantissa)  # added, it leaves the nearest whole number in the lowest bits
-        shifted = self.builder.fadd(low, shift)
-        f = self.builder.fsub(low, self.builder.fsub(shifted, shift))
-        series = [math.log(2) ** k / math.factorial(k) for k in range(1, terms + 1)]
-        rest = self.full(series[-1])
-        for k in reversed(series[:-1]):
-            rest = self.mad(rest, f, self.full(k))
-        exponent = self.builder.add(self.builder.bitcast(shifted, self.bits), self._bits(range_))
-        power = self.builder.bitcast(self.builder.shl(exponent, self._bits(mantissa)), self.type)
-        rest = self.builder.fmul(power, self.builder.fmul(rest, f))
-        small = self.builder.fcmp_ordered("<", z, self.full(range_ + 0.5))
-        return self.builder.select(small, power, self.builder.fmul(z, self.full(math.inf))), rest
-
-    def decayed(self, decay: tuple[Any, Any], value: Any, more: Any = None) -> Any:
-        power, rest = decay
-        rest = self.mul(rest, value) if more is None else self.mad(rest, value, more)
-        return self.mad(power, value, rest)
-
-    def _bits(self, value: int) -> Any:
-        return ir.Constant(self.bits, [value] * self.count)
-
-    def variable(self, value: Any) -> Any:
-        slot = cgutils.alloca_once(self.builder, self.type)
-        self.builder.store(value, slot)
-        return slot
-
-    def mix(self, p: Any, q: Any, order: list[int]) -> Any:
-        """Lanes of p, or of q from `count` on, in this order."""
-        return self.builder.shuffle_vector(p, q, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
-
-    def _shuffle(self, value: Any, order: list[int]) -> Any:
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order)
-        return self.builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
-
-
-def _code(body: Any, addresses: int) -> Any:
-    """Compiled f(like, steps, row, (address, ...)): like gives the dtype, row the bytes between times of b and c."""
-
-    @intrinsic
-    def run(context: Any, like: Any, steps: Any, row: Any, where: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            body(_Lanes(builder, like), args[1], args[2], *cgutils.unpack_tuple(builder, args[3], addresses))
-            return context.get_dummy_value()
-
-        return types.void(like, types.intp, types.intp, types.UniTuple(types.intp, addresses)), generate
-
-    return run
-
-
-def _forward_body(v: _Lanes, group: int, steps: Any, row: Any, dt: Any, u: Any, y: Any, a: Any, h: Any, b: Any, c: Any):
+def _forward_body(v: Lanes, group: int, steps: Any, row: Any, dt: Any, u: Any, y: Any, a: Any, h: Any, b: Any, c: Any):
     """`group` states of one vector through `steps` steps: h changes in place, y grows by their part."""
     builder, each = v.builder, range(group)
     rate = [v.mul(v.load(v.at(a, a.type(g), BYTES)), v.full(1 / math.log(2))) for g in each]
@@ -184,7 +59,7 @@ def _forward_body(v: _Lanes, group: int, steps: Any, row: Any, dt: Any, u: Any, 
 
 
 def _backward_body(
-    v: _Lanes, group: int, steps: Any, row: Any, dt: Any, u: Any, dy: Any, a: Any, h: Any, b: Any, c: Any,
+    v: Lanes, group: int, steps: Any, row: Any, dt: Any, u: Any, dy: Any, a: Any, h: Any, b: Any, c: Any,
     mu: Any, da: Any, du: Any, ddt: Any, db: Any, dc: Any, seen: Any,
 ):  # fmt: skip
     """`group` states of one vector through `steps` steps and back: mu and da change in place, the others grow.
@@ -240,24 +115,24 @@ def _backward_body(
         v.store(v.at(da, word(g), BYTES), builder.load(total[g]))
 
 
-def _sums_body(v: _Lanes, steps: Any, row: Any, out: Any, vectors: Any):
+def _sums_body(v: Lanes, steps: Any, row: Any, out: Any, vectors: Any):
     """out_t = the sum over the lanes of vector t; row: the bytes from one out to the next."""
     with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
         v.sum(v.at(out, loop.index, row), v.load(v.at(vectors, loop.index, BYTES)))
 
 
 def _forward_by(group: int) -> Any:
-    return _code(lambda v, *rest: _forward_body(v, group, *rest), 7)
+    return code(lambda v, *rest: _forward_body(v, group, *rest), 7)
 
 
 def _backward_by(group: int) -> Any:
-    return _code(lambda v, *rest: _backward_body(v, group, *rest), 14)
+    return code(lambda v, *rest: _backward_body(v, group, *rest), 14)
 
 
 MANY, FEW = 4, 2  # states at a time, forward and backward: as many as there are registers for
 _forward_many, _forward_one = _forward_by(MANY), _forward_by(1)
 _backward_few, _backward_one = _backward_by(FEW), _backward_by(1)
-_sums = _code(_sums_body, 2)
+_sums = code(_sums_body, 2)
 
 
 @_compile
@@ -507,24 +382,6 @@ def _backward_work(like, given, me):
         _gather_state(mu, dh0[i], first)
 
 
-def _run(work: Any, x: Tensor, states: int, units: int, *arrays: Any, like: Any = None) -> None:
-    """work(like, arrays, me) on as many threads as the work is worth.
-
-    like: a number that has the dtype of x; 0 where it is None.
-    """
-    if like is None:
-        like = np.float64(0) if x.dtype == torch.float64 else np.float32(0)
-    teams.call(work, like, arrays, teams.workers(x.numel() * states, units))
-
-
-def _arrays(*tensors: Tensor | None) -> list[Any]:
-    """What numba takes; an empty array for None."""
-    return [
-        np.empty((0, 0), np.uint8) if t is None else (t.view(torch.uint8) if t.dtype == torch.bool else t).numpy()
-        for t in (None if t is None else t.detach().contiguous() for t in tensors)
-    ]
-
-
 def _carries(x: Tensor, a: Tensor) -> Tensor:
     """Room for the states before each tile, of channels in whole vectors."""
     lanes = BYTES // x.element_size()
@@ -544,8 +401,8 @@ def _forward(
     )
     if not (x.numel() and a.numel()):
         return y, h0.clone(memory_format=torch.contiguous_format), carries
-    arrays = _arrays(x, dt, a, b, c, h0, reset, ends, y, last, carries)
-    _run(_forward_work, x, a.shape[1], len(x) * carries.shape[1], *arrays)
+    arrays = teams.arrays(x, dt, a, b, c, h0, reset, ends, y, last, carries)
+    teams.run(_forward_work, x, a.shape[1], len(x) * carries.shape[1], *arrays)
     return y, last, carries
 
 
@@ -561,8 +418,8 @@ def _backward(
         fresh.empty(c, len(c), blocks, *c.shape[1:]).zero_(),
     )
     if x.numel() and a.numel():
-        arrays = _arrays(dy, d_last, x, dt, a, b, c, reset, ends, carries, dx, ddt, da, db, dc, dh0)
-        _run(_backward_work, x, a.shape[1], len(x) * blocks, *arrays)
+        arrays = teams.arrays(dy, d_last, x, dt, a, b, c, reset, ends, carries, dx, ddt, da, db, dc, dh0)
+        teams.run(_backward_work, x, a.shape[1], len(x) * blocks, *arrays)
     else:
         dh0 = d_last.clone(memory_format=torch.contiguous_format)
     return dx, ddt, da.sum(0), db.sum(1), dc.sum(1), dh0

@@ -20,7 +20,6 @@ from ...core import clear_past_end, tree_map
 from .. import fresh
 from ..compiled import in_numba as compiled
 from ..opaque import opaque
-from ..selective_scan import in_numba as vectors
 from ..teams import in_numba as teams
 from . import SoftmaxState
 
@@ -108,7 +107,7 @@ def _backward_work(lowest, given, me):
 
 def _run(work: Any, v: Tensor, *tensors: Tensor | None) -> None:
     lowest = np.finfo(np.float64 if v.dtype == torch.float64 else np.float32).min
-    vectors._run(work, v, 1, len(v) * v.shape[2], *vectors._arrays(*tensors), like=lowest)
+    teams.run(work, v, 1, len(v) * v.shape[2], *teams.arrays(*tensors), like=lowest)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]

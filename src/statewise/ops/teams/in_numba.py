@@ -26,10 +26,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+from torch import Tensor
 
 from ..compiled import in_numba as compiled
 
@@ -235,6 +237,24 @@ class _Job:
 
 _jobs: weakref.WeakSet[_Job] = weakref.WeakSet()  # of threads that may not have begun
 _under_way: set[_thread.LockType] = set()  # closed for as long as their threads work
+
+
+def run(work: Any, x: Tensor, states: int, units: int, *arrays: Any, like: Any = None) -> None:
+    """work(like, arrays, me) on as many threads as the work is worth.
+
+    like: a number that has the dtype of x; 0 where it is None.
+    """
+    if like is None:
+        like = np.float64(0) if x.dtype == torch.float64 else np.float32(0)
+    call(work, like, arrays, workers(x.numel() * states, units))
+
+
+def arrays(*tensors: Tensor | None) -> list[Any]:
+    """What numba takes; an empty array for None."""
+    return [
+        np.empty((0, 0), np.uint8) if t is None else (t.view(torch.uint8) if t.dtype == torch.bool else t).numpy()
+        for t in (None if t is None else t.detach().contiguous() for t in tensors)
+    ]
 
 
 def _each(job: _Job, errors: list[BaseException], done: _thread.LockType) -> None:

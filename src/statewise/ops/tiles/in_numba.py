@@ -19,8 +19,8 @@ from llvmlite import binding, ir
 from numba.core import cgutils
 
 from ..compiled import in_numba as compiled
-from ..linear_scan import in_numba as rowwise
-from ..selective_scan.in_numba import BYTES, _code, _Lanes
+from ..vectors import in_numba as vectors
+from ..vectors.in_numba import BYTES, Lanes, code
 
 LOG2 = math.log2(math.e)
 LANES = 16  # tiles are filled up to a multiple of this
@@ -30,7 +30,7 @@ _compile = compiled.function
 
 
 def _product_body(
-    v: _Lanes, depth: Any, row: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, c: Any, c_row: Any, add: Any
+    v: Lanes, depth: Any, row: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, c: Any, c_row: Any, add: Any
 ) -> None:
     """ROWS rows of one vector of c = a b, or c + a b or c - a b where add is 1 or -1; strides in bytes."""
     builder, word = v.builder, depth.type
@@ -51,7 +51,7 @@ def _product_body(
                 v.store(v.at(c, word(i), c_row), builder.load(sums[i]))
 
 
-def _turn_body(v: _Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, out_row: Any) -> None:
+def _turn_body(v: Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, out_row: Any) -> None:
     """A square of one vector each way, transposed: ever larger parts change places."""
     word = steps.type
     rows = [v.load(v.at(x, word(i), x_row)) for i in range(v.count)]
@@ -66,7 +66,7 @@ def _turn_body(v: _Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, ou
         v.store(v.at(out, word(i), out_row), rows[i])
 
 
-def _fetch_body(v: _Lanes, steps: Any, row: Any, x: Any, size: Any) -> None:
+def _fetch_body(v: Lanes, steps: Any, row: Any, x: Any, size: Any) -> None:
     """Begin to bring rows of `size` bytes into the second cache."""
     byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
@@ -78,7 +78,7 @@ def _fetch_body(v: _Lanes, steps: Any, row: Any, x: Any, size: Any) -> None:
             v.builder.call(begin, [address, word(0), word(2), word(1)])  # to read, not so near, data
 
 
-def _put_body(v: _Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, size: Any) -> None:
+def _put_body(v: Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, size: Any) -> None:
     """Rows of `size` bytes, in whole lines, past the caches: lines are not read first only to be overwritten."""
     flag = v.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
     with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
@@ -89,7 +89,7 @@ def _put_body(v: _Lanes, steps: Any, row: Any, x: Any, x_row: Any, out: Any, siz
             store.set_metadata("nontemporal", flag)
 
 
-def _dots_body(v: _Lanes, steps: Any, row: Any, p: Any, q: Any, out: Any) -> None:
+def _dots_body(v: Lanes, steps: Any, row: Any, p: Any, q: Any, out: Any) -> None:
     """out_i = p_i . q_i"""
     with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
         total, i = v.variable(v.full(0.0)), v.builder.mul(loop.index, row)
@@ -99,8 +99,8 @@ def _dots_body(v: _Lanes, steps: Any, row: Any, p: Any, q: Any, out: Any) -> Non
         v.sum(v.at(out, loop.index, v.size), v.builder.load(total))
 
 
-_product, _turn = _code(_product_body, 8), _code(_turn_body, 4)
-_fetch, _put, _dots = _code(_fetch_body, 2), _code(_put_body, 4), _code(_dots_body, 3)
+_product, _turn = code(_product_body, 8), code(_turn_body, 4)
+_fetch, _put, _dots = code(_fetch_body, 2), code(_put_body, 4), code(_dots_body, 3)
 
 
 @_compile
@@ -246,7 +246,7 @@ def put(like, x, tile, b, start, steps, head):
     size = x.shape[3] * x.itemsize
     row = x.shape[2] * size
     at = x.ctypes.data + (b * x.shape[1] + start) * row + head * size
-    if x.size * x.itemsize < rowwise.STREAM or at % BYTES or size % BYTES:
+    if x.size * x.itemsize < vectors.STREAM or at % BYTES or size % BYTES:
         save(x, tile, b, start, steps, head)
     else:
         _put(like, steps, row, (tile.ctypes.data, tile.shape[1] * x.itemsize, at, size))
@@ -257,7 +257,7 @@ def put_state(like, states, b, h, c, state):
     """states[b, h, c] = state, as put."""
     compiled.apart()
     size, out = state.size * state.itemsize, states[b, h, c]
-    if states.size * states.itemsize < rowwise.STREAM or out.ctypes.data % BYTES:
+    if states.size * states.itemsize < vectors.STREAM or out.ctypes.data % BYTES:
         out[:] = state
     else:
         _put(like, 1, 0, (state.ctypes.data, 0, out.ctypes.data, size))
@@ -282,15 +282,15 @@ def pass_on(state, power, rest):
 # ---- decays within a chunk
 
 
-def grow(v: _Lanes, at: Any, g: Any) -> Any:
+def grow(v: Lanes, at: Any, g: Any) -> Any:
     """The sums at `at` grow by g; e to them is returned in two parts."""
     total = v.builder.fadd(v.load(at), g)
     v.store(at, total)
     return v.exp2(total)
 
 
-@functools.partial(_code, addresses=4)
-def _weigh(v: _Lanes, steps: Any, row: Any, sums: Any, g: Any, weights: Any, out: Any):
+@functools.partial(code, addresses=4)
+def _weigh(v: Lanes, steps: Any, row: Any, sums: Any, g: Any, weights: Any, out: Any):
     """out = weights e^sums over `steps` vectors, once the sums have grown by g."""
     from_g = v.splat(g)
     with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
@@ -298,8 +298,8 @@ def _weigh(v: _Lanes, steps: Any, row: Any, sums: Any, g: Any, weights: Any, out
         v.store(at[2], v.decayed(grow(v, at[0], from_g), v.load(at[1])))
 
 
-@functools.partial(_code, addresses=2)
-def exp2(v: _Lanes, steps: Any, row: Any, x: Any, out: Any):
+@functools.partial(code, addresses=2)
+def exp2(v: Lanes, steps: Any, row: Any, x: Any, out: Any):
     """out = 2^x, and 2^x - out in the vector `row` bytes further on."""
     with cgutils.for_range(v.builder, steps, intp=steps.type) as loop:
         power, rest = v.exp2(v.load(v.at(x, loop.index, BYTES)))
