@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from . import complex_numbers, composed, exact_numbers, windows  # noqa: F401  # translations
 from .instructions import Group, Instruction, Point, in_order, memory_of, numbers_of, places_of
 from .rows import Rows
-from .rows import panel_of as panel_of
 from .translation import KINDS, Translation
 from .watch import Watch
 

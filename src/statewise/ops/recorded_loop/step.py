@@ -30,7 +30,8 @@ from ..recorded.instructions import (
     memory_of,
     places_of,
 )
-from ..recorded.program import Table, needed, panel_of
+from ..recorded.program import Table, needed
+from ..recorded.rows import panel_of
 from ..recorded.translation import FRESH, Translation, flat
 
 PANEL = 64  # columns: in_numba's panels in float32
