@@ -100,11 +100,40 @@ class Picks(little_cells._Little):
         return h, h
 
 
+class PicksRows(little_cells._Little):
+    """h_t = tanh(R_i h_{t-1} + u_t + b), i a permutation: the sum over time is put together, into zeros of its own."""
+
+    def transition(self, u, h):
+        h = torch.tanh(h @ self.r[torch.arange(7, -1, -1)] + u + self.b)
+        return h, h
+
+
+@pytest.mark.parametrize(("make", "whole"), [(Picks, False), (PicksRows, True)])
 @pytest.mark.parametrize("batch", [3, 19])
-def test_a_gradient_that_has_no_translation(batch):
-    cell, x = Picks(), torch.randn(batch, 23, 3)
-    assert by_step(cell, x) == [False]
-    assert_same(cell, x, torch.rand(batch, 23) < 0.15, torch.randint(0, 24, (batch,)))
+def test_a_gradient_that_has_no_translation(make, whole, batch):
+    cell, x = make(), torch.randn(batch, 23, 3)
+    assert by_step(cell, x) == [whole]
+    for _ in range(2):
+        assert_same(cell, x, torch.rand(batch, 23) < 0.15, torch.randint(0, 24, (batch,)))
+
+
+class Pair(little_cells._Little):
+    """h_t = tanh((R + Q) h_{t-1} + u_t): R and Q have one gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Parameter(0.1 * torch.randn(8, 8))
+
+    def transition(self, u, h):
+        h = torch.tanh(h @ (self.r + self.q) + u)
+        return h, h
+
+
+def test_gradients_of_two_parameters_are_two_tensors():
+    cell = Pair()
+    assert by_step(cell, torch.randn(3, 9, 3)) == [True]
+    recorded_loop(cell, cell.encode(torch.randn(3, 9, 3)), cell.initial_state(3))[0].sum().backward()
+    assert torch.equal(cell.r.grad, cell.q.grad) and cell.r.grad.data_ptr() != cell.q.grad.data_ptr()
 
 
 def test_a_parameter_that_is_frozen_later():

@@ -14,7 +14,6 @@ step, values and gradients, before it is used.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import math
@@ -165,19 +164,19 @@ def _attributes(cell: Cell[Any]) -> tuple[Any, ...]:
 
 
 def _record(cell: Cell[Any], u: Any, state: Any, rows: int, train: bool) -> _Recorded | str:
-    try:
-        _trying.on = True
-        with torch.random.fork_rng(devices=[]):
-            if train:
-                with contextlib.suppress(Unrecordable):
-                    return _Recorded(cell, u, state, rows, train, by_step=True)
-            return _Recorded(cell, u, state, rows, train, by_step=False)
-    except Unrecordable as error:
-        return str(error)
-    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    finally:
-        _trying.on = False
+    reason = ""
+    for by_step in (True, False) if train else (False,):
+        try:
+            _trying.on = True
+            with torch.random.fork_rng(devices=[]):
+                return _Recorded(cell, u, state, rows, train, by_step)
+        except Unrecordable as error:
+            reason = str(error)
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        finally:
+            _trying.on = False
+    return reason
 
 
 # ---- one record

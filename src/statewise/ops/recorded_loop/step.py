@@ -69,6 +69,8 @@ class Recording(Translation):
         if not product and not given & self.after:
             self.all([(func, args, kwargs, result)])
             return
+        if func._schema.is_mutable and memory_of(args[0]) in self.constants:
+            raise Unrecordable(f"{func} is not pure")
         self.alive.append((args, kwargs, result))
         factors = tuple(map(self._noted, tensors)) if product else ()
         for t in () if product else tensors:
@@ -307,7 +309,7 @@ class Step:
                     made[memory_of(results[0])] = torch.empty_like(results[0]).copy_(total)
                 else:
                     _again(func, args, kwargs, results, made, sums)
-        return [None if t is None else _now(t, made, sums) for t in self.gradients]
+        return [None if t is None else _now(t, made, sums).clone() for t in self.gradients]  # two may be one
 
     def laid(self, w: Places, made: dict[int, Tensor]) -> Tensor:
         """A matrix of parameters in panels."""
