@@ -10,8 +10,12 @@ from torch import Tensor
 
 import statewise
 from statewise.core import Cell, UsageError, join, layers, register_layer, save_state, stream
+from statewise.decoding import Sampling, generate
+from statewise.interpret import dynamics
 from statewise.layers import LRU, MinGRU
 from statewise.models import LanguageModel, Stack
+from statewise.serving import export_step
+from statewise.tasks import Digits
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -101,6 +105,24 @@ def test_states_and_streams() -> None:
         next(stream(lru, X[:, None]))
     with pytest.raises(UsageError, match="no states"):
         join([])
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: generate(made("ids"), "The sea", 3), "the prompt is a str; expected ids"),
+        (lambda: generate(made("ids"), torch.tensor([[1]]), 2.5), "max_new_tokens is 2.5; expected a whole number"),
+        (lambda: generate(made("ids"), torch.tensor([[1]]), 3, Sampling(), rng=7), r"Generator\(\).manual_seed\(7\)"),
+        (lambda: export_step(torch.nn.GRU(3, 4), "never written"), "export: a GRU; expected a layer"),
+        (lambda: dynamics(torch.nn.GRU(3, 4), X), "dynamics: a GRU; expected a layer"),
+        (lambda: dynamics(made("lru"), X), r"x has shape \(4, 8\); expected \(B, T, D\)"),
+        (lambda: Digits().rows("dev"), "digits: split 'dev'; expected one of train, validation, test"),
+    ],
+)
+def test_calls_around_layers(call: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as error:
+        call()
+    assert "\n" not in str(error.value)
 
 
 def test_a_layer_that_is_defined_anew_takes_its_place_and_no_other_does() -> None:

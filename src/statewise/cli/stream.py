@@ -271,8 +271,8 @@ def parse_json(text: str) -> Any:
 
 
 def until_stopped(items: Iterable[Item]) -> Generator[Item]:
-    """The items, until SIGTERM, Ctrl-C or a closed terminal: at once while waiting for an item, else when the item in hand
-    is done with, so that no state holds an item that was not answered. Raises Stopped. Close it to get the old
+    """The items, until SIGTERM, Ctrl-C or a closed terminal: at once while waiting for an item, else when the one in
+    hand is done with, so that no state holds an item that was not answered. Raises Stopped. Close it to get the old
     handlers back."""
     from ..training.signals import Stopped, handled
 

@@ -64,8 +64,8 @@ def generate(
     Raises UsageError for prompts, options or models that do not fit, NumericError for logits that are not numbers.
     """
     check_prompt(model, ids, lengths)
-    if max_new_tokens < 0:
-        raise UsageError(f"generate: max_new_tokens is {max_new_tokens}; expected at least 0")
+    if not hasattr(max_new_tokens, "__index__") or max_new_tokens < 0:
+        raise UsageError(f"generate: max_new_tokens is {max_new_tokens}; expected a whole number of at least 0")
     stop = Stop() if stop is None else stop
     if on_token is not None and not isinstance(how, Sampling):
         raise UsageError(f"generate: on_token with {type(how).__name__}; ids come one by one from Sampling only")

@@ -33,6 +33,8 @@ def check_model(model: RecurrentLayer[Any]) -> None:
 def check_prompt(model: RecurrentLayer[Any], ids: Tensor, lengths: Tensor | None) -> None:
     """Raise UsageError unless each row of ids (B, T) holds something."""
     check_model(model)
+    if not isinstance(ids, Tensor):
+        raise UsageError(f"the prompt is a {type(ids).__name__}; expected ids (B, T), a tensor: a tokenizer makes them")
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise UsageError(f"the prompt has shape {tuple(ids.shape)}; expected (B, T) with T >= 1")
     if lengths is not None and bool((lengths < 1).any()):

@@ -95,6 +95,8 @@ def draw(p: Tensor, rng: Randomness) -> Tensor:
         raise UsageError("drawing needs a generator: rng=torch.Generator().manual_seed(0), or one for each row")
     if isinstance(rng, torch.Generator):
         u = torch.rand(len(p), generator=rng, dtype=torch.float64, device=rng.device)
+    elif isinstance(rng, int):
+        raise UsageError(f"rng is {rng}; expected torch.Generator().manual_seed({rng})")
     elif len(rng) != len(p):
         raise UsageError(f"rng: {len(rng)} generators for {len(p)} rows; expected one, or one for each row")
     else:

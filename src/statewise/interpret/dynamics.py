@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import RecurrentLayer, ResourceError, UsageError, leaves, tree_map, where
+from ..core import RecurrentLayer, ResourceError, UsageError, check_input, leaves, tree_map, where
 from ..core.machine import free_memory
 from ..nn import LTI
 from ..ops import Op, nothing_seen, observe, softmax_step, use_backend
@@ -84,7 +84,12 @@ def dynamics(layer: RecurrentLayer[Any], x: Tensor) -> Dynamics:
     Raises UsageError for a layer that is neither, such as a GRU, and for a model that calls several linear ops: take
     one of its layers.
     """
+    if not isinstance(layer, RecurrentLayer):
+        raise UsageError(
+            f"dynamics: a {type(layer).__name__}; expected a layer, as one of statewise.layers"
+        )
     layer = _in_float64(layer)
+    check_input(layer, x.double() if x.is_floating_point() else x, None, None, None)
     with torch.no_grad():
         if layer.traits.linear_in_input and layer.traits.time_invariant:
             return _probed(layer, x.double())

@@ -49,6 +49,8 @@ def export_step(layer: RecurrentLayer[Any], path: str | Path, *, format: Format 
     """
     if format not in ("onnx", "torch"):
         raise UsageError(f"export: format {format!r}; expected 'onnx' or 'torch'")
+    if not isinstance(layer, RecurrentLayer):
+        raise UsageError(f"export: a {type(layer).__name__}; expected a layer, as statewise.GRU(...).layer() is")
     example, described = inputs(layer, 2), _describe(layer)
     if format == "onnx":
         missing = [p for p in ("onnx", "onnxscript") if importlib.util.find_spec(p) is None]

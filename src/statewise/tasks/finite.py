@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core import UsageError
 from .base import SPLITS, Batch, Split, Task, rng_of
 
 
@@ -83,6 +84,8 @@ class Finite(Task):
         """Read the data. Raises DataError where it is absent or wrong. Called once per process."""
 
     def rows(self, split: Split) -> Sequences:
+        if split not in SPLITS:
+            raise UsageError(f"{self.name}: split {split!r}; expected one of {', '.join(SPLITS)}")
         return _loaded(self)[split]
 
     def batch(self, index: int, size: int, *, seed: int, split: Split = "train") -> Batch:
