@@ -85,9 +85,7 @@ def dynamics(layer: RecurrentLayer[Any], x: Tensor) -> Dynamics:
     one of its layers.
     """
     if not isinstance(layer, RecurrentLayer):
-        raise UsageError(
-            f"dynamics: a {type(layer).__name__}; expected a layer, as one of statewise.layers"
-        )
+        raise UsageError(f"dynamics: a {type(layer).__name__}; expected a layer, as one of statewise.layers")
     layer = _in_float64(layer)
     check_input(layer, x.double() if x.is_floating_point() else x, None, None, None)
     with torch.no_grad():
