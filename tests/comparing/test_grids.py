@@ -270,7 +270,7 @@ def test_parquet_has_every_column_and_digit(folder, tmp_path):
         ([], "which folder"),
         (["nowhere"], "holds no results.jsonl"),
         (["FOLDER", "--where", "taks=parity"], "--where taks: no row has it; near: task"),
-        (["FOLDER", "--where", "parity"], "--where 'parity'; expected FIELD=VALUE"),
+        (["FOLDER", "--where", "parity"], "--where 'parity'; expected COLUMN=VALUE"),
         (["FOLDER", "--columns", "model.widht"], "--columns model.widht: no row has it"),
         (["FOLDER", "--sort", "speed"], "--sort speed"),
         (["FOLDER", "--group", "layr"], "near: layer"),
