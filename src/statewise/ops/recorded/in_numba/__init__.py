@@ -118,45 +118,11 @@ CLOSED = -1
 
 
 @_compile
-def _share(like, table, i, bases, numbers, scratch, flags):
-    """Parts of instruction i until none is left."""
-    claims = flags + 8 * (CLAIMS + 2 * i)
-    while True:
-        part: Any = teams.claim(claims)
-        if part >= table[i, 1]:
-            return
-        run_part(like, table, i, bases, numbers, scratch, part)
-        teams.claim(claims + 8)
-
-
-@_compile
 def _wait(count):
     if count > PATIENCE:
         teams.give_way()
         return 0
     return count + 1
-
-
-@_compile
-def _lead(like, table, bases, numbers, scratch, flags, workers):
-    compiled.apart()
-    i = 0
-    while i < table.shape[0]:
-        if table[i, 0] == LOOKUP:
-            if not products.look_up(table, i, bases):
-                _put(flags + 8 * WRONG, 1)
-                break
-        elif workers == 1 or table[i, 1] == 1:
-            for part in range(table[i, 1]):
-                run_part(like, table, i, bases, numbers, scratch, part)
-        else:
-            _put(flags + 8 * OPENED, i + 1)
-            _share(like, table, i, bases, numbers, scratch, flags)
-            looks = 0
-            while teams.is_set(flags + 8 * (CLAIMS + 2 * i + 1)) < table[i, 1]:
-                looks = _wait(looks)
-        i += 1 + table[i, 2]
-    _put(flags + 8 * OPENED, CLOSED)
 
 
 @_compile
@@ -170,36 +136,62 @@ def _next_weights(table, i):
 
 
 @_compile
-def _follow(like, table, bases, numbers, scratch, flags):
-    compiled.apart()
-    seen, looks = 0, 0
-    ahead, end = _next_weights(table, 0)
-    while True:
-        opened = teams.is_set(flags + 8 * OPENED)
-        if opened == CLOSED:
-            return
-        if opened != seen:
-            _share(like, table, opened - 1, bases, numbers, scratch, flags)
-            seen, looks = opened, 0
-            ahead, end = _next_weights(table, opened - 1)
-        elif ahead < end:  # meanwhile memory has nothing to do
-            _fetch(like, PIECE, 0, (ahead,))
-            ahead += PIECE * vectors.LINE
-        else:
-            looks = _wait(looks)
-
-
-@_compile
 def _work(like, given, me):
+    """One thread's way through a table: who comes first leads, and opens instructions whose parts all may claim.
+
+    In one function, since what it calls is compiled into each caller anew.
+    """
     compiled.apart()
     if teams.started(me):
         return
     table, bases, numbers, scratch, flags = given
     own = scratch + me[0] * 4 * STRIP * (REGISTERS + 4)
-    if teams.claim(flags + 8 * ROLE) == 0:
-        _lead(like, table, bases, numbers, own, flags, me[1])
-    else:
-        _follow(like, table, bases, numbers, own, flags)
+    leads = teams.claim(flags + 8 * ROLE) == 0
+    i, looks = 0, 0
+    ahead, end = _next_weights(table, 0)
+    while True:
+        shared = True
+        if leads:
+            if i < table.shape[0] and table[i, 0] == LOOKUP:
+                if products.look_up(table, i, bases):
+                    i += 1
+                    continue
+                _put(flags + 8 * WRONG, 1)
+                i = table.shape[0]
+            if i >= table.shape[0]:
+                _put(flags + 8 * OPENED, CLOSED)
+                return
+            shared = me[1] > 1 and table[i, 1] > 1
+            if shared:
+                _put(flags + 8 * OPENED, i + 1)
+        else:
+            opened = teams.is_set(flags + 8 * OPENED)
+            if opened == CLOSED:
+                return
+            if opened == i:  # what was shared last, or nothing yet
+                if ahead < end:  # meanwhile memory has nothing to do
+                    _fetch(like, PIECE, 0, (ahead,))
+                    ahead += PIECE * vectors.LINE
+                else:
+                    looks = _wait(looks)
+                continue
+            i, looks = opened, 0
+        row = i if leads else i - 1
+        claims = flags + 8 * (CLAIMS + 2 * row)
+        part = teams.claim(claims) if shared else 0
+        while part < table[row, 1]:
+            run_part(like, table, row, bases, numbers, own, part)
+            if shared:
+                teams.claim(claims + 8)
+                part = teams.claim(claims)
+            else:
+                part += 1
+        if leads:
+            while shared and teams.is_set(claims + 8) < table[row, 1]:
+                looks = _wait(looks)
+            i += 1 + table[i, 2]
+        else:
+            ahead, end = _next_weights(table, row)
 
 
 def run(
