@@ -10,7 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import numba
-from numba.core import types
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.caching import NullCache
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 
@@ -23,16 +26,48 @@ def function(function: Callable[..., Any], **options: Any) -> Any:
     """
     try:
         compiled = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        _keep(compiled, function)
     except RuntimeError:  # no directory can be written
         compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     template = compiled.get_call_template
     compiled.get_call_template = lambda args, kws: template(
         tuple(map(types.unliteral, args)), {name: types.unliteral(kind) for name, kind in kws.items()}
     )
+    return compiled
+
+
+@functools.cache
+def entry(function: Callable[..., int], words: int) -> CFunc:
+    """A function of so many integers, compiled, whose `address` other compiled code can `reach`, at any time.
+
+    What calls a function in the ordinary way is compiled together with it and all that it calls; this is compiled once.
+    """
+    made = CFunc(function, ((types.intp,) * words, types.intp), {}, {"error_model": "numpy"})
+    try:
+        made.enable_caching()
+        _keep(made, function)
+    except RuntimeError:  # no directory can be written
+        made._cache = NullCache()
+    made.compile()
+    return made
+
+
+@intrinsic
+def reach(context, address, words):
+    """What the code at an address makes of integers."""
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(64)
+        kind = ir.FunctionType(word, [word] * len(words))
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), cgutils.unpack_tuple(builder, args[1]))
+
+    return types.intp(types.intp, words), generate
+
+
+def _keep(compiled: Any, function: Callable[..., Any]) -> None:
     cache = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if cache is not None:
         cache._source_stamp = _stamp(function.__module__)
-    return compiled
 
 
 @functools.cache

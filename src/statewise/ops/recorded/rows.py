@@ -50,6 +50,10 @@ class Rows:
         table = np.zeros((len(self.rows), self.code.WIDTH), np.int64)
         for i, row in enumerate(self.rows):
             table[i, : len(row)] = row
+        i = 0
+        while i < len(table):
+            table[i, self.code.ENTRY] = self.code.entry(table[i, 0])
+            i += 1 + table[i, 2]
         table[:, self.code.NEXT] = -1
         for before, following in zip([0, *self.products], self.products, strict=False):
             table[before:following, self.code.NEXT] = following

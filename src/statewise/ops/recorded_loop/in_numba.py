@@ -9,6 +9,7 @@ all times of its rows.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..teams import in_numba as teams
 from ..vectors import in_numba as vectors
 
 _compile = compiled.function
+_within = functools.partial(_compile, inline="always")  # what these call is compiled into each of their callers anew
 PANEL, DEEP = products.PANEL, products.DEEP
 LIKE = np.float32(0)
 SCRATCH = 4 * recorded.STRIP * (recorded.REGISTERS + 4)  # bytes that a thread's steps need
@@ -69,16 +71,15 @@ def _tiles(like, table, i, bases):
             vectors.add(like, columns, (y + 4 * b * columns, y + 4 * b * columns, bias))
 
 
-@_compile
+@_within
 def _step(like, table, bases, numbers, scratch):
-    compiled.apart()
     i = 0
     while i < table.shape[0]:
         if table[i, 0] == recorded.TILES:
             _tiles(like, table, i, bases)
         else:
             for part in range(table[i, 1]):
-                recorded.run_part(like, table, i, bases, numbers, scratch, part)
+                recorded.run_part(table, i, bases, numbers, scratch, part)
         i += 1 + table[i, 2]
 
 
@@ -181,10 +182,9 @@ def _move(bases, by, times):
         bases[by[i, 0]] += by[i, 1] * times
 
 
-@_compile
+@_within
 def _rows(like, q, bases, first, scratch):
     """All times of some rows."""
-    compiled.apart()
     by = -1 if q.back else 1
     for p in range(q.states.shape[0]):
         size, to = q.states[p, ROW], bases[q.states[p, BASE]]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -36,6 +37,9 @@ _compile = compiled.function
 GROUP, PRODUCT, REDUCTION, LOOKUP, EXACT, TILES, ATTEND, JOIN = range(8)  # tiles are run by `recorded_loop`
 WIDTH = 32  # words of a row of the table
 NEXT = 31  # word of a row that names the row of the next product
+ENTRY = 30  # word of a row that has the address of the code for its kind
+LIKE = np.float32(0)  # what the vectors are of
+FINE, OUT_OF_RANGE = 0, 1  # what code gives
 
 
 @_compile
@@ -65,29 +69,76 @@ def _strip(like, table, i, bases, numbers, scratch, start, count):
 
 
 @_compile
-def run_part(like, table, i, bases, numbers, scratch, part):
+def _read(table, rows, bases):
+    """A table and addresses of memory, by their own."""
+    return numba.carray(exact.long_at(table), (rows, WIDTH)), numba.carray(exact.long_at(bases), (1,))  # and more
+
+
+def _group(table_, rows, i, bases_, numbers, scratch, part):
+    table, bases = _read(table_, rows, bases_)
+    strips, parts = (table[i, 3] + STRIP - 1) // STRIP, table[i, 1]
+    for k in range(strips * part // parts, strips * (part + 1) // parts):
+        start = k * STRIP
+        _strip(LIKE, table, i, bases, numbers, scratch, start, min(STRIP, table[i, 3] - start))
+    return FINE
+
+
+def _product(table_, rows, i, bases_, numbers, scratch, part):
+    table, bases = _read(table_, rows, bases_)
+    bias = bases[table[i, 6]] + table[i, 7] if table[i, 6] >= 0 else 0
+    x, y = bases[table[i, 8]] + table[i, 9], bases[table[i, 10]] + table[i, 11]
+    depth, batch, columns = table[i, 12], table[i, 13], table[i, 14]
+    start, stop = columns * part // table[i, 1], columns * (part + 1) // table[i, 1]
+    products.multiply(LIKE, table[i, 4], table[i, 3], table[i, 5], bias, x, y, start, stop, depth, batch, columns)
+    return FINE
+
+
+def _reduction(table_, rows, i, bases_, numbers, scratch, part):
+    table, bases = _read(table_, rows, bases_)
+    sums.reduce(LIKE, table, i, bases, numbers, part, table[i, 1])
+    return FINE
+
+
+def _look_up(table_, rows, i, bases_, numbers, scratch, part):
+    table, bases = _read(table_, rows, bases_)
+    return FINE if products.look_up(table, i, bases) else OUT_OF_RANGE
+
+
+def _exact(table_, rows, i, bases_, numbers, scratch, part):
+    table, bases = _read(table_, rows, bases_)
+    exact.compute(table, i, bases, numbers)
+    return FINE
+
+
+def _attend(table_, rows, i, bases_, numbers, scratch, part):
+    table, bases = _read(table_, rows, bases_)
+    attention.attend(LIKE, table, i, bases, scratch, part)
+    return FINE
+
+
+def _join(table_, rows, i, bases_, numbers, scratch, part):
+    table, bases = _read(table_, rows, bases_)
+    attention.join(table, i, bases)
+    return FINE
+
+
+_RUN = {
+    GROUP: _group, PRODUCT: _product, REDUCTION: _reduction, LOOKUP: _look_up, EXACT: _exact, ATTEND: _attend,
+    JOIN: _join,
+}  # fmt: skip
+
+
+def entry(kind: int) -> int:
+    """The address of the code for instructions of this kind, which is compiled where it is asked for first."""
+    address: Any = compiled.entry(_RUN[kind], 7).address if kind in _RUN else 0
+    return int(address)
+
+
+@_compile
+def run_part(table, i, bases, numbers, scratch, part):
     """One part of instruction i."""
-    compiled.apart()
-    kind, parts = table[i, 0], table[i, 1]
-    if kind == GROUP:
-        strips = (table[i, 3] + STRIP - 1) // STRIP
-        for k in range(strips * part // parts, strips * (part + 1) // parts):
-            start = k * STRIP
-            _strip(like, table, i, bases, numbers, scratch, start, min(STRIP, table[i, 3] - start))
-    elif kind == PRODUCT:
-        bias = bases[table[i, 6]] + table[i, 7] if table[i, 6] >= 0 else 0
-        x, y = bases[table[i, 8]] + table[i, 9], bases[table[i, 10]] + table[i, 11]
-        depth, batch, columns = table[i, 12], table[i, 13], table[i, 14]
-        start, stop = columns * part // parts, columns * (part + 1) // parts
-        products.multiply(like, table[i, 4], table[i, 3], table[i, 5], bias, x, y, start, stop, depth, batch, columns)
-    elif kind == EXACT:
-        exact.compute(table, i, bases, numbers)
-    elif kind == ATTEND:
-        attention.attend(like, table, i, bases, scratch, part)
-    elif kind == JOIN:
-        attention.join(table, i, bases)
-    else:
-        sums.reduce(like, table, i, bases, numbers, part, parts)
+    words = table.ctypes.data, table.shape[0], i, bases.ctypes.data, numbers, scratch, part
+    return compiled.reach(table[i, ENTRY], words)
 
 
 @intrinsic
@@ -152,12 +203,6 @@ def _work(like, given, me):
     while True:
         shared = True
         if leads:
-            if i < table.shape[0] and table[i, 0] == LOOKUP:
-                if products.look_up(table, i, bases):
-                    i += 1
-                    continue
-                _put(flags + 8 * WRONG, 1)
-                i = table.shape[0]
             if i >= table.shape[0]:
                 _put(flags + 8 * OPENED, CLOSED)
                 return
@@ -180,7 +225,10 @@ def _work(like, given, me):
         claims = flags + 8 * (CLAIMS + 2 * row)
         part = teams.claim(claims) if shared else 0
         while part < table[row, 1]:
-            run_part(like, table, row, bases, numbers, own, part)
+            if run_part(table, row, bases, numbers, own, part) != FINE:
+                _put(flags + 8 * WRONG, 1)
+                _put(flags + 8 * OPENED, CLOSED)
+                return
             if shared:
                 teams.claim(claims + 8)
                 part = teams.claim(claims)
@@ -202,5 +250,5 @@ def run(
     numbers, scratch: addresses; flags: words, all 0, of this call alone; held: what has the addresses.
     """
     given = table, bases, numbers, scratch, flags.ctypes.data
-    teams.call(_work, np.float32(0), given, workers, (held, flags))
+    teams.call(_work, LIKE, given, workers, (held, flags))
     return not flags[WRONG]

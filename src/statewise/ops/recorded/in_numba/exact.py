@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
 from ...compiled import in_numba as compiled
-from .places import FIRST, OPERAND, OUT, floats, indices, strides
+from .places import FIRST, OPERAND, OUT, floats, indices, pointer_to, strides
 
 _compile = compiled.function
 
@@ -24,19 +22,8 @@ _COPY, _ADD, _MUL, _DIV, _WHERE, _CLAMP, _MAXIMUM, _MINIMUM, _EQ, _GT = range(10
 _GE, _LT, _LE, _COS, _SIN, _EXP, _POW, _GATHER, _ARGMAX = range(10, 19)
 
 
-def _number_at(kind: ir.Type, number: Any) -> Any:
-    @intrinsic
-    def pointer(context, address):
-        def generate(context, builder, signature, args):
-            return builder.inttoptr(args[0], kind.as_pointer())
-
-        return types.CPointer(number)(types.intp), generate
-
-    return pointer
-
-
-_double_at, _long_at = _number_at(ir.DoubleType(), types.float64), _number_at(ir.IntType(64), types.int64)
-_int_at = _number_at(ir.IntType(32), types.int32)
+_double_at, long_at = pointer_to(ir.DoubleType(), types.float64), pointer_to(ir.IntType(64), types.int64)
+_int_at = pointer_to(ir.IntType(32), types.int32)
 
 
 @_compile
@@ -47,7 +34,7 @@ def taken(kind, address):
     if kind == 2:
         return numba.carray(_double_at(address), (1,))[0]
     if kind == 3:
-        return np.float64(numba.carray(_long_at(address), (1,))[0])
+        return np.float64(numba.carray(long_at(address), (1,))[0])
     if kind == 4:
         return np.float64(numba.carray(_int_at(address), (1,))[0])
     return 0.0
@@ -60,7 +47,7 @@ def _given(kind, address, value):
     elif kind == 2:
         numba.carray(_double_at(address), (1,))[0] = value
     elif kind == 3:
-        numba.carray(_long_at(address), (1,))[0] = np.int64(value)
+        numba.carray(long_at(address), (1,))[0] = np.int64(value)
     else:
         numba.carray(_int_at(address), (1,))[0] = np.int32(value)
 

@@ -27,17 +27,25 @@ ABSENT, PLAIN, SPREAD, REGISTER = range(4)  # operands: in memory in the order o
 _compile = compiled.function
 
 
-@intrinsic
-def _pointer(context, address):
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+def pointer_to(kind: ir.Type, number: Any) -> Any:
+    """Compiled f(address): a pointer to numbers of this kind."""
 
-    return types.CPointer(types.float32)(types.intp), generate
+    @intrinsic
+    def pointer(context, address):
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], kind.as_pointer())
+
+        return types.CPointer(number)(types.intp), generate
+
+    return pointer
+
+
+_float_at = pointer_to(ir.FloatType(), types.float32)
 
 
 @_compile
 def floats(address, count):
-    return numba.carray(_pointer(address), (count,))
+    return numba.carray(_float_at(address), (count,))
 
 
 @functools.partial(code, addresses=3)
