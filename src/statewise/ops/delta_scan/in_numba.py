@@ -233,7 +233,7 @@ def _forward_work(like, given, me):
     for u in teams.share(units, me):
         b, h = u // heads, u % heads
         s[:] = 0  # what fills up the tile too: of the head before, it may not be finite
-        s[:keys, :values] = state[b, h]
+        tiles.copy(s[:keys, :values], state[b, h])
         for c in range(-(-steps // tokens)):
             start = c * tokens
             here = min(tokens, steps - start)
@@ -248,7 +248,7 @@ def _forward_work(like, given, me):
             tiles.product(like, -1, rs, scaled, s)
             _solve(like, rs, new, kk, betas)
             if states.shape[0]:
-                states[b, h, c] = s
+                tiles.copy(states[b, h, c], s)
                 tiles.save(missed, rs, b, start * each, here * each, h)
             _scale(qs, factors[0, each - 1 :: each])
             tiles.lower_product(like, 0, os, qk, new, each)
@@ -257,7 +257,7 @@ def _forward_work(like, given, me):
             tiles.pass_on(s, whole[0], whole[1])
             tiles.scale(scaled, ks, factors[1])
             tiles.turned_product(like, 1, s, scaled, new)
-        last[b, h] = s[:keys, :values]
+        tiles.copy(last[b, h], s[:keys, :values])
 
 
 @_compile
@@ -283,7 +283,7 @@ def _backward_work(like, given, me):
     for u in teams.share(units, me):
         b, h = u // heads, u % heads
         end[:] = 0
-        end[:keys, :values] = d_last[b, h]
+        tiles.copy(end[:keys, :values], d_last[b, h])
         for c in range(-(-steps // tokens) - 1, -1, -1):
             start, s = c * tokens, states[b, h, c]
             here = min(tokens, steps - start)
@@ -346,7 +346,7 @@ def _backward_work(like, given, me):
             tiles.pass_on(end, whole[0], whole[1])
             tiles.turned_product(like, 1, end, q_, do)
             tiles.turned_product(like, -1, end, k_, y)
-        d_state[b, h] = end[:keys, :values]
+        tiles.copy(d_state[b, h], end[:keys, :values])
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, tuple[int, ...]]:
@@ -829,7 +829,7 @@ def _dplr_forward_work(like, given, me):
     for u in teams.share(units, me):
         n, h = u // heads, u % heads
         s[:] = 0
-        s[:keys, :values] = state[n, h]
+        tiles.copy(s[:keys, :values], state[n, h])
         for c in range(-(-steps // size)):
             start = c * size
             here = min(size, steps - start)
@@ -844,12 +844,12 @@ def _dplr_forward_work(like, given, me):
             tiles.product(like, 1, os, q_, s)
             tiles.save(o, os, n, start, here, h)
             if states.shape[0]:
-                states[n, h, c] = s
+                tiles.copy(states[n, h, c], s)
                 tiles.save(read, ps, n, start, here, h)
             tiles.pass_on(s, whole[0], whole[1])
             tiles.turned_product(like, 1, s, k_, vs)
             tiles.turned_product(like, 1, s, b_, ps)
-        last[n, h] = s[:keys, :values]
+        tiles.copy(last[n, h], s[:keys, :values])
 
 
 @_compile
@@ -876,7 +876,7 @@ def _dplr_backward_work(like, given, me):
     for u in teams.share(units, me):
         n, h = u // heads, u % heads
         end[:] = 0
-        end[:keys, :values] = d_last[n, h]
+        tiles.copy(end[:keys, :values], d_last[n, h])
         for c in range(-(-steps // size) - 1, -1, -1):
             start, s = c * size, states[n, h, c]
             here = min(size, steps - start)
@@ -918,7 +918,7 @@ def _dplr_backward_work(like, given, me):
             tiles.turned_product(like, 1, end, q_, do)
             tiles.turned_product(like, 1, end, a_, y)
             _first_back(d_a, end, a, n, start, h, s, dp[0])
-        d_state[n, h] = end[:keys, :values]
+        tiles.copy(d_state[n, h], end[:keys, :values])
 
 
 def _dplr_forward(

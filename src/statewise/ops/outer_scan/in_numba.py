@@ -126,7 +126,7 @@ def _forward_units(like, given, me):
         h1 = min(h0 + TOGETHER, (at + 1) * group)
         now[:] = 0  # what fills up the tiles too: of the heads before, it may not be finite
         for h in range(h0, h1):
-            now[h - h0, :keys, :values] = state[b, h]
+            tiles.copy(now[h - h0, :keys, :values], state[b, h])
         for c in range(-(-steps // size)):
             start = c * size
             here, after = min(size, steps - start), start + size
@@ -153,7 +153,7 @@ def _forward_units(like, given, me):
                 tiles.pass_on(s, whole[0], whole[1])
                 tiles.turned_product(like, 1, s, scaled, vs)
         for h in range(h0, h1):
-            last[b, h] = now[h - h0, :keys, :values]
+            tiles.copy(last[b, h], now[h - h0, :keys, :values])
     teams.settle()
 
 
@@ -185,7 +185,7 @@ def _backward_units(like, given, me):
         h1 = min(h0 + TOGETHER, (at + 1) * group)
         ends[:] = 0
         for h in range(h0, h1):
-            ends[h - h0, :keys, :values] = d_last[b, h]
+            tiles.copy(ends[h - h0, :keys, :values], d_last[b, h])
         for c in range(-(-steps // size) - 1, -1, -1):
             start = c * size
             here, before, more = min(size, steps - start), start - size, min(size, start)
@@ -233,7 +233,7 @@ def _backward_units(like, given, me):
             tiles.put(like, d_q, dqs, b, start, here, part)
             tiles.put(like, d_k, dks, b, start, here, part)
         for h in range(h0, h1):
-            d_state[b, h] = ends[h - h0, :keys, :values]
+            tiles.copy(d_state[b, h], ends[h - h0, :keys, :values])
     teams.settle()
 
 
@@ -564,7 +564,8 @@ def key_through(like, d_x, d_y, d_g, x_, y_, dx_, dy_, levels, d_levels, power, 
     for back in range(2):
         products[:], sums[:] = 1, 0
         if back:
-            sums[0] = whole
+            for d in range(whole.shape[0]):
+                sums[0, d] = whole[d]
         for leaf in range(0, size, LEAF):
             i = size - LEAF - leaf if back else leaf
             at, p, r = i * row, power.ctypes.data + i * row, rest.ctypes.data + i * row
@@ -643,7 +644,7 @@ def _forward_keys(like, given, me):
     for u in teams.share(units, me):
         b, h = u // heads, u % heads
         s[:] = 0
-        s[:keys, :values] = state[b, h]
+        tiles.copy(s[:keys, :values], state[b, h])
         for c in range(-(-steps // size)):
             start = c * size
             here, after = min(size, steps - start), start + size
@@ -666,7 +667,7 @@ def _forward_keys(like, given, me):
                 tiles.put_state(like, states, b, h, c, s)
             tiles.pass_on(s, whole[0], whole[1])
             tiles.turned_product(like, 1, s, k_, vs)
-        last[b, h] = s[:keys, :values]
+        tiles.copy(last[b, h], s[:keys, :values])
     teams.settle()
 
 
@@ -700,7 +701,7 @@ def _backward_keys(like, given, me):
     for u in teams.share(units, me):
         b, h = u // heads, u % heads
         end[:] = 0
-        end[:keys, :values] = d_last[b, h]
+        tiles.copy(end[:keys, :values], d_last[b, h])
         for c in range(-(-steps // size) - 1, -1, -1):
             start, s = c * size, states[b, h, c]
             here, before, more = min(size, steps - start), start - size, min(size, start)
@@ -742,7 +743,7 @@ def _backward_keys(like, given, me):
             tiles.put(like, d_g, grads[2], b, start, here, h)
             tiles.pass_on(end, whole[0], whole[1])
             tiles.turned_product(like, 1, end, q_, do)
-        d_state[b, h] = end[:keys, :values]
+        tiles.copy(d_state[b, h], end[:keys, :values])
     teams.settle()
 
 

@@ -253,12 +253,20 @@ def put(like, x, tile, b, start, steps, head):
 
 
 @_compile
+def copy(out, x):
+    """out = x, matrices alike. Numba's own assignment compiles what it would say if they were not, for seconds."""
+    for k in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[k, j] = x[k, j]
+
+
+@_compile
 def put_state(like, states, b, h, c, state):
     """states[b, h, c] = state, as put."""
     compiled.apart()
     size, out = state.size * state.itemsize, states[b, h, c]
     if states.size * states.itemsize < vectors.STREAM or out.ctypes.data % BYTES:
-        out[:] = state
+        copy(out, state)
     else:
         _put(like, 1, 0, (state.ctypes.data, 0, out.ctypes.data, size))
 
