@@ -6,6 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_no_step_leaves_a_state_that_is_not_finite():
 
 def test_compiled_code_is_not_kept_beyond_a_change_in_what_it_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
     head = "from statewise.ops.compiled.in_numba import function\n"
     (tmp_path / "last_in_numba.py").write_text(f"{head}@function\ndef number():\n    return 1\n")
     (tmp_path / "second_in_numba.py").write_text("from last_in_numba import number\n")
