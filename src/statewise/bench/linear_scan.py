@@ -127,8 +127,7 @@ def _rows(
         leaves = [a.clone().requires_grad_(), x.clone().requires_grad_()]
 
         def forward(scan: Scan = scan) -> Tensor:
-            with torch.no_grad():
-                return scan(a, x, h0)
+            return scan(a, x, h0)
 
         def training(scan: Scan = scan, leaves: list[Tensor] = leaves) -> None:
             torch.autograd.grad(scan(leaves[0], leaves[1], h0), leaves, g)

@@ -118,7 +118,7 @@ class Backend:
             if isinstance(t, Tensor):
                 if t.device.type not in self.devices:
                     return f"device {t.device.type} (takes {', '.join(self.devices)})"
-                if (t.is_floating_point() or t.is_complex()) and t.dtype not in self.dtypes:
+                if t.dtype not in self.dtypes and (t.is_floating_point() or t.is_complex()):
                     return f"dtype {t.dtype} (takes {', '.join(str(d) for d in self.dtypes)})"
         return None if self.limits is None else self.limits(*args, **kwargs)
 

@@ -43,11 +43,13 @@ def opaque(
     first = 0 if keep_results else results  # of what forward returns and backward wants
     forward, backward = without_autocast(forward), without_autocast(backward)
     alone = forward if alone is None else without_autocast(alone)
-    plain = _function(name, forward, backward, alone, results, first)
+    plain = _function(name, forward, backward, results, first)
     traced = _custom_op(name, devices, names, forward, backward, like, results, first, kept)
 
     def run(*inputs: Any) -> tuple[Tensor, ...]:
-        return traced(*inputs)[:results] if is_traced(inputs[0]) else plain(*inputs)
+        if is_traced(inputs[0]):
+            return traced(*inputs)[:results]
+        return plain(*inputs) if is_watched(*inputs) else alone(*inputs)[:results]
 
     return run
 
@@ -61,6 +63,13 @@ def is_traced(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def is_watched(*inputs: Any) -> bool:
+    """Whether a derivative of any kind is asked for: else a kernel is called without what autograd takes."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def without_autocast(kernel: Kernel) -> Kernel:
@@ -77,12 +86,10 @@ def without_autocast(kernel: Kernel) -> Kernel:
     return exactly
 
 
-def _function(name: str, forward: Kernel, backward: Kernel, alone: Kernel, results: int, first: int) -> Kernel:
+def _function(name: str, forward: Kernel, backward: Kernel, results: int, first: int) -> Kernel:
     class Run(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            if not any(ctx.needs_input_grad):
-                return alone(*inputs)[:results]
             outs = forward(*inputs)
             _keep(ctx, inputs, outs[first:])
             return outs[:results]

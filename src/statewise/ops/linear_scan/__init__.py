@@ -21,10 +21,11 @@ def _check(a: Tensor, x: Tensor, h0: Tensor, *, reset: Tensor | None = None, len
         raise UsageError(
             f"linear_scan: x is {tuple(x.shape)} and h0 {tuple(h0.shape)}; expected (B, T, N...) and (B, N...)"
         )
-    shape = (*[1] * (x.ndim - a.ndim), *a.shape)
-    if a.ndim > x.ndim or any(m != n and m != 1 for m, n in zip(shape, x.shape)):
+    if a.shape != x.shape and not _broadcasts(a, x):
         raise UsageError(f"linear_scan: a is {tuple(a.shape)}; expected a shape that broadcasts to x {tuple(x.shape)}")
-    if h0.dtype not in _WIDE or h0.dtype != wide(x.dtype) or torch.promote_types(a.dtype, h0.dtype) != h0.dtype:
+    state, decay = h0.dtype, a.dtype
+    wider = decay != state and torch.promote_types(decay, state) != state
+    if wider or state not in _WIDE or state != wide(x.dtype):
         raise UsageError(
             f"linear_scan: a is {a.dtype}, x {x.dtype}, h0 {h0.dtype}; expected h0 in {wide(x.dtype)} (float32 or "
             f"wider, as x is) and a no wider than h0"
@@ -32,6 +33,11 @@ def _check(a: Tensor, x: Tensor, h0: Tensor, *, reset: Tensor | None = None, len
     if not a.device == x.device == h0.device:
         raise UsageError(f"linear_scan: a is on {a.device}, x on {x.device}, h0 on {h0.device}; move them together")
     check_time("linear_scan", x, reset, lengths)
+
+
+def _broadcasts(a: Tensor, x: Tensor) -> bool:
+    shape = (*[1] * (x.ndim - a.ndim), *a.shape)
+    return a.ndim <= x.ndim and all(m in (1, n) for m, n in zip(shape, x.shape))
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

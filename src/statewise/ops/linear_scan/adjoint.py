@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..opaque import is_traced
+from ..opaque import is_traced, is_watched
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
@@ -30,7 +30,7 @@ def differentiable(name: str, devices: str | tuple[str, ...], forward: Forward, 
     def run(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         if is_traced(x):
             return traced(a, x, h0, reset)
-        return forward(a, x, h0, reset) if _unwatched() else plain(a, x, h0, reset)
+        return plain(a, x, h0, reset) if is_watched(a, x, h0) else forward(a, x, h0, reset)
 
     return run
 
@@ -47,7 +47,8 @@ def _functions(forward: Forward, backward: Backward) -> Forward:
 
         @staticmethod
         def backward(ctx, g, g_last):
-            return _run_backward(ctx, g, g_last, backward if _unwatched() and not is_traced(g) else Adjoint.apply)
+            again = is_watched(g, g_last, *ctx.saved_tensors) or is_traced(g)
+            return _run_backward(ctx, g, g_last, Adjoint.apply if again else backward)
 
     class Adjoint(torch.autograd.Function):
         @staticmethod
@@ -87,11 +88,6 @@ def _custom_op(name: str, devices: str | tuple[str, ...], forward: Forward, back
         lambda ctx, q, p, r: _adjoint_backward(ctx, q, p, r, run), setup_context=_keep_for_adjoint
     )
     return run
-
-
-def _unwatched() -> bool:
-    """Whether no derivative of any kind is asked for: then a kernel is called without what autograd takes."""
-    return not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0
 
 
 def _keep_for_run(ctx, inputs, output):

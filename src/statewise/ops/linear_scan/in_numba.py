@@ -41,6 +41,8 @@ from .adjoint import differentiable
 from .edges import at_lengths, normal
 
 TILE = 1 << 19  # bytes of a and x in a tile of time: they stay in the second-level cache between its two passes
+GUESSED = 1 << 21  # the same where only its first rows are run twice, if there are
+TURNS = 8  # tiles for each thread, so that all threads end together
 BLOCK = 4096  # channels in a row: a, x and two rows of h fit the first-level cache
 NARROW = 512  # channels below which a part of a row is read far slower than the whole
 SHORTEST = 64  # steps in a tile, at least
@@ -134,6 +136,11 @@ def _adjoint_summed(v, mu, da, a, g, before):
 @_through(2, 2, 0, down=True)
 def _adjoint_advance(v, mu, product, a, g):
     return [v.mul(a, v.add(g, mu), conj=True), v.mul(a, product, conj=True)], []
+
+
+@_through(1, 1, 0)
+def _multiply(v, product, a):
+    return [v.mul(a, product)], []
 
 
 @vectors.rowwise
@@ -350,6 +357,25 @@ def _flag(q, b, i):
 
 
 @_compile
+def _is_small(like, batch, steps, width, item, real, product, a, a_batch, a_time):
+    """Whether the product of decays falls below LEFT in so many steps, in every row of the batch and channel."""
+    compiled.apart()
+    for b in range(batch):
+        vectors.one(like, width, (product,))
+        done, small = 0, False
+        while not small and done < steps:
+            n = min(FIRST, steps - done)
+            _multiply(like, width, n, (product, a + b * a_batch + done * a_time), (a_time,))
+            done, small = done + n, True
+            for i in range(width * item // real):
+                value = vectors.real(like, product + i * real)
+                small &= value * value < LEFT * LEFT
+        if not small:
+            return False
+    return True
+
+
+@_compile
 def _units(like, given, me):
     """One thread's share: a part of batch and channels over all time. given: q, back."""
     compiled.apart()
@@ -474,7 +500,10 @@ def _solve(
     a, x, h0 = _rows_of(a, width), _rows_of(x, width), plain(h0)
     tile = max(SHORTEST, TILE // (2 * row))
     far = batch * steps * row >= FAR and batch * blocks < workers
-    guess = far and not sum_da and _forgets(a, tile, backward)
+    moves = [a.stride(i) * item if a.shape[i] > 1 else 0 for i in (0, 1)]
+    guess = far and not sum_da and _forgets(a, tile, moves, backward)
+    if guess:
+        tile = max(tile, min(GUESSED // (2 * row), batch * steps // (TURNS * workers)))
     share_time = guess or batch * blocks * ALONE < workers
     tile = tile if share_time or sum_da else steps
     tiles = -(-steps // tile)
@@ -499,8 +528,8 @@ def _solve(
         share_time=int(share_time),
         guess=int(guess),
         a=a.data_ptr(),
-        a_batch=a.stride(0) * item if a.shape[0] > 1 else 0,
-        a_time=a.stride(1) * item if a.shape[1] > 1 else 0,
+        a_batch=moves[0],
+        a_time=moves[1],
         a_channel=int(a.shape[2] == width),
         x=x.data_ptr(),
         x_batch=x.stride(0) * item,
@@ -523,14 +552,16 @@ def _solve(
     return end, da
 
 
-def _forgets(a: Tensor, tile: int, backward: bool) -> bool:
-    """Whether next to nothing is left of a state after one tile, so that guesses are soon right. a: (B, T, N), or 1s.
+def _forgets(a: Tensor, tile: int, moves: list[int], backward: bool) -> bool:
+    """Whether next to nothing is left of a state after one tile, the first that time meets, or after some of it.
 
-    The way is chosen for all tiles at once, and by the numbers alone: not all ways round alike.
+    Then guesses are soon right. The way is chosen for all tiles at once, and by the numbers alone: not all ways round
+    alike.
     """
-    some = a[:, -tile:] if backward else a[:, :tile]
-    left = some.abs().prod(1) if some.shape[1] > 1 else some.abs() ** tile
-    return bool(left.amax() < LEFT)
+    (batch, steps, width), item, product = a.shape, a.element_size(), a.new_empty(a.shape[2])
+    sizes = batch, min(tile, steps) if steps > 1 else tile, width, item, item // 2 if a.is_complex() else item
+    first, move = (a.data_ptr() + (steps - 1) * moves[1], -moves[1]) if backward else (a.data_ptr(), moves[1])
+    return bool(_is_small(_LIKE[a.dtype], *sizes, product.data_ptr(), first, moves[0], move))
 
 
 def _streams(width: int, block: int, results: list[Tensor]) -> bool:
@@ -567,8 +598,8 @@ def _rows_of(t: Tensor, width: int) -> Tensor:
 
 def _decays(a: Tensor, x: Tensor) -> Tensor:
     """a, with its channels laid out in full unless there are all of them or one."""
-    one = math.prod(a.shape[2:]) == 1
-    return a if one or a.shape[2:] == x.shape[2:] else a.expand(*a.shape[:2], *x.shape[2:])
+    as_is = a.shape == x.shape or a.shape[2:] == x.shape[2:] or math.prod(a.shape[2:]) == 1
+    return a if as_is else a.expand(*a.shape[:2], *x.shape[2:])
 
 
 def _forward(a: Tensor, x: Tensor, h0: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
