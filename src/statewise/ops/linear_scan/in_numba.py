@@ -83,20 +83,28 @@ def _through(carries: int, rows: int, results: int, put: Callable[..., None] = R
                     with cgutils.for_range_slice(builder, start, stop, step, intp=word) as (index, _):
                         if down:
                             index = builder.sub(builder.sub(builder.add(start, stop), step), index)
-                        v = Row(builder, like, count, builder.mul(index, ir.Constant(word, size)))
-                        kept = [cgutils.alloca_once_value(builder, v.load(row)) for row in held[:carries]]
+                        line = min(count, vectors.LINE // size)
+                        firsts = range(0, count, line)
+                        vs = [
+                            Row(builder, like, line, builder.mul(builder.add(index, word(i)), word(size)))
+                            for i in (reversed(firsts) if down else firsts)
+                        ]
+                        kept = [[cgutils.alloca_once_value(builder, v.load(row)) for row in held[:carries]] for v in vs]
                         places = [cgutils.alloca_once_value(builder, row) for row in held[carries:]]
                         with cgutils.for_range(builder, args[2]):
-                            read = [v.load(builder.load(place)) for place in places[:rows]]
-                            after, written = body(v, *map(builder.load, kept), *read)
-                            for value, place in zip(written, places[rows:], strict=True):
-                                put(v, builder.load(place), value)
-                            for value, slot in zip(after, kept, strict=True):
-                                builder.store(value, slot)
-                            for place, move in zip(places, moves, strict=True):
-                                builder.store(builder.add(builder.load(place), move), place)
-                        for slot, row in zip(kept, held[:carries], strict=True):
-                            v.store(row, builder.load(slot))
+                            at = [builder.load(place) for place in places]
+                            for v, slots in zip(vs, kept, strict=True):
+                                read = [v.load(row) for row in at[:rows]]
+                                after, written = body(v, *map(builder.load, slots), *read)
+                                for value, row in zip(written, at[rows:], strict=True):
+                                    put(v, row, value)
+                                for value, slot in zip(after, slots, strict=True):
+                                    builder.store(value, slot)
+                            for row, place, move in zip(at, places, moves, strict=True):
+                                builder.store(builder.add(row, move), place)
+                        for v, slots in zip(vs, kept, strict=True):
+                            for slot, row in zip(slots, held[:carries], strict=True):
+                                v.store(row, builder.load(slot))
                 return context.get_dummy_value()
 
             each = types.UniTuple(types.intp, carries + rows + results), types.UniTuple(types.intp, rows + results)
@@ -180,7 +188,7 @@ class _Problem(NamedTuple):
     own: int  # rows of `width` that a thread has for itself
     rows: int  # these rows
     carries: int  # where time is shared out, (B, tiles + 1, width): what is carried into each tile
-    flags: int  # there too, (B, tiles + 1) words, that a carry is known; the counter of claims
+    flags: int  # there too, (B, tiles + 1) words, that a carry is known (the first always is); the counter of claims
 
 
 @_compile
@@ -376,6 +384,12 @@ def _is_small(like, batch, steps, width, item, real, product, a, a_batch, a_time
 
 
 @_compile
+def _is_known(q, b, i):
+    """Whether what is carried into tile i is."""
+    return i == 0 or teams.is_set(_flag(q, b, i)) != 0
+
+
+@_compile
 def _units(like, given, me):
     """One thread's share: a part of batch and channels over all time. given: q, back."""
     compiled.apart()
@@ -413,16 +427,15 @@ def _tiles(like, given, me):
             break
         b, i = unit % q.batch, unit // q.batch
         k = i if back is None else q.tiles - 1 - i
-        steps, flag_into, flag_past = min(q.tile, q.steps - k * q.tile), _flag(q, b, i), _flag(q, b, i + 1)
-        into, past = _slot(q, b, i), _slot(q, b, i + 1)
+        steps, into, past = min(q.tile, q.steps - k * q.tile), _slot(q, b, i), _slot(q, b, i + 1)
         if not q.guess:
             cut = _summary(like, q, b, k, end, product, carry, back)
-            known = _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past)
+            known = _carry_on(like, q, b, i, cut, past, product, end, into)
             vectors.copy(like, q.width, (carry, into))
             _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
             if known and i < q.tiles - 1:
                 continue
-        elif teams.is_set(flag_into):
+        elif _is_known(q, b, i):
             vectors.copy(like, q.width, (carry, into))
             _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
         else:
@@ -430,11 +443,11 @@ def _tiles(like, given, me):
             _by_marks(like, q, b, k, steps, carry, marks, spread, True, back)
             if q.stream:
                 teams.settle()
-            _wait(flag_into)
+            _wait(q, b, i)
             vectors.copy(like, q.width, (carry, into))
             _by_marks(like, q, b, k, steps, carry, marks, spread, False, back)
         vectors.copy(like, q.width, (past, carry))
-        teams.publish(flag_past)
+        teams.publish(_flag(q, b, i + 1))
     if q.stream:
         teams.settle()
 
@@ -459,16 +472,16 @@ def _by_marks(like, q, b, k, steps, carry, marks, spread, guess, back):
 
 
 @_compile
-def _wait(flag):
-    while teams.is_set(flag) == 0:
+def _wait(q, b, i):
+    while not _is_known(q, b, i):
         teams.give_way()
 
 
 @_compile
-def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
-    """Wait for the carry into a tile and publish the one past it. False if that is only known once the tile is done."""
+def _carry_on(like, q, b, i, cut, past, product, end, into):
+    """Wait for the carry into tile i and publish the one past it. False if that is only known once the tile is done."""
     compiled.apart()
-    _wait(flag_into)
+    _wait(q, b, i)
     if cut:
         vectors.copy(like, q.width, (past, end))
     else:
@@ -476,7 +489,7 @@ def _carry_on(like, q, cut, past, product, end, into, flag_into, flag_past):
     # the product of decays may leave the range of numbers where the state itself does not
     known = _finite(like, q, past)
     if known:
-        teams.publish(flag_past)
+        teams.publish(_flag(q, b, i + 1))
     return known
 
 
@@ -509,13 +522,12 @@ def _solve(
     tiles = -(-steps // tile)
     workers = max(1, min(workers, batch * (tiles if share_time else blocks)))
 
-    start, end = plain(start), start.new_empty(start.shape)
+    start, end = h0 if start is h0 else plain(start), empty(start, *start.shape)
     reset = None if reset is None else reset.contiguous()
     da = empty(x, batch, (tiles if sum_da else steps) if backward else 0, width)
     own = 4 + (max(FIRST, tile - 1) // FIRST).bit_length() + 1 if share_time else 2
-    rows = x.new_empty(own * workers + (batch * (tiles + 1) if share_time else 0), width)
-    flags = np.zeros(batch * (tiles + 1) + 1 if share_time else 0, np.int64)
-    flags[: -1 : tiles + 1] = 1
+    rows = empty(x, own * workers + (batch * (tiles + 1) if share_time else 0), width)
+    flags = torch.zeros(batch * (tiles + 1) + 1 if share_time else 0, dtype=torch.int64)
     q = _Problem(
         item=item,
         real=item // 2 if x.is_complex() else item,
@@ -546,7 +558,7 @@ def _solve(
         own=own,
         rows=rows.data_ptr(),
         carries=rows.data_ptr() + own * workers * row,
-        flags=flags.ctypes.data,
+        flags=flags.data_ptr(),
     )
     _run(_LIKE[x.dtype], q, backward, workers, (a, x, h0, h, dx, da, reset, start, end, rows, flags))
     return end, da
@@ -566,13 +578,11 @@ def _forgets(a: Tensor, tile: int, moves: list[int], backward: bool) -> bool:
 
 def _streams(width: int, block: int, results: list[Tensor]) -> bool:
     """Results larger than the caches would only push other things out. Their rows must begin where a line begins."""
-    return all(
-        r.numel() * r.element_size() >= vectors.STREAM
-        and r.data_ptr() % vectors.LINE == 0
-        and width * r.element_size() % vectors.LINE == 0
-        and block * r.element_size() % vectors.LINE == 0
-        for r in results
-    )
+    for r in results:
+        item = r.element_size()
+        if r.numel() * item < vectors.STREAM or (r.data_ptr() | width * item | block * item) % vectors.LINE:
+            return False
+    return True
 
 
 _LIKE = {
