@@ -388,20 +388,22 @@ def _forked(*inputs: list) -> list:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 @pytest.mark.parametrize("with_reset", [False, True])
-def test_guessed_tiles_are_the_same_bits(monkeypatch, shared_time, dtype, with_reset):
-    """Where states are soon forgotten, tiles begin from zero and are run again until both ways carry the same."""
-    monkeypatch.setattr(in_numba, "SHORTEST", 512)
-    a, x, h0 = _inputs(1, 4000, 5, dtype=dtype)
-    a[0, 1500:2600] = 1  # here nothing is forgotten, and the guess is wrong to the end
-    reset = torch.rand(1, 4000) < 0.01 if with_reset else None
+@pytest.mark.parametrize("batch,threads", [(1, 2), (2, 5)])
+def test_guessed_tiles_are_the_same_bits(monkeypatch, shared_time, dtype, with_reset, batch, threads):
+    """Where states are soon forgotten, tiles begin from a guess, which is looked at when all are done."""
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(in_numba, "SHORTEST", 200)
+    a, x, h0 = _inputs(batch, 4000, 5, dtype=dtype)
+    a[-1, 1500:2600] = 1  # here nothing is forgotten, and guesses are wrong to the end
+    reset = torch.rand(batch, 4000) < 0.01 if with_reset else None
     called = []
     run = in_numba._run
-    monkeypatch.setattr(in_numba, "_run", lambda like, q, *rest: called.append(q.share_time) or run(like, q, *rest))
+    monkeypatch.setattr(in_numba, "_run", lambda work, *rest: called.append(work) or run(work, *rest))
     shared = _outcome((a, x, h0), reset=reset, backend="numba")
     monkeypatch.setattr(in_numba.teams, "SMALL", 1 << 60)  # one thread
     for got, want in zip(shared, _outcome((a, x, h0), reset=reset, backend="numba"), strict=True):
         assert torch.equal(got, want)
-    assert called == [1, 1, 0, 0]
+    assert called == [in_numba._guesses, in_numba._guesses, in_numba._units, in_numba._units]
 
 
 def test_what_is_not_watched_is_the_same(shared_time):

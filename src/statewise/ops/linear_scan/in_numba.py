@@ -41,8 +41,7 @@ from .adjoint import differentiable
 from .edges import at_lengths, normal
 
 TILE = 1 << 19  # bytes of a and x in a tile of time: they stay in the second-level cache between its two passes
-GUESSED = 1 << 21  # the same where only its first rows are run twice, if there are
-TURNS = 8  # tiles for each thread, so that all threads end together
+TURNS = 8  # longer tiles for each thread where only first rows are run twice: they end together, if it is kept waiting
 BLOCK = 4096  # channels in a row: a, x and two rows of h fit the first-level cache
 NARROW = 512  # channels below which a part of a row is read far slower than the whole
 SHORTEST = 64  # steps in a tile, at least
@@ -168,7 +167,6 @@ class _Problem(NamedTuple):
     tile: int  # steps in a tile of time
     tiles: int
     share_time: int
-    guess: int  # whether tiles are run before it is known what comes into them
     a: int
     a_batch: int
     a_time: int
@@ -187,8 +185,9 @@ class _Problem(NamedTuple):
     stream: int  # whether results go past the caches
     own: int  # rows of `width` that a thread has for itself
     rows: int  # these rows
-    carries: int  # where time is shared out, (B, tiles + 1, width): what is carried into each tile
-    flags: int  # there too, (B, tiles + 1) words, that a carry is known (the first always is); the counter of claims
+    kept: int  # rows of `width` kept of each tile where guesses are made
+    carries: int  # (B, tiles, kept, width): these; elsewhere (B, tiles + 1, width): what is carried into each tile
+    flags: int  # (B, tiles + 1) words, that a carry is known (the first always is), and a counter of claims; or counters
 
 
 @_compile
@@ -420,7 +419,7 @@ def _tiles(like, given, me):
     q, back = given
     row = q.width * q.item
     spread = q.rows + me[0] * q.own * row
-    carry, end, product, marks = spread + row, spread + 2 * row, spread + 3 * row, spread + 4 * row
+    carry, end, product = spread + row, spread + 2 * row, spread + 3 * row
     while True:
         unit = teams.claim(_flag(q, q.batch, 0))
         if unit >= q.batch * q.tiles:
@@ -428,47 +427,92 @@ def _tiles(like, given, me):
         b, i = unit % q.batch, unit // q.batch
         k = i if back is None else q.tiles - 1 - i
         steps, into, past = min(q.tile, q.steps - k * q.tile), _slot(q, b, i), _slot(q, b, i + 1)
-        if not q.guess:
-            cut = _summary(like, q, b, k, end, product, carry, back)
-            known = _carry_on(like, q, b, i, cut, past, product, end, into)
-            vectors.copy(like, q.width, (carry, into))
-            _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
-            if known and i < q.tiles - 1:
-                continue
-        elif _is_known(q, b, i):
-            vectors.copy(like, q.width, (carry, into))
-            _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
-        else:
-            vectors.zero(like, q.width, (carry,))
-            _by_marks(like, q, b, k, steps, carry, marks, spread, True, back)
-            if q.stream:
-                teams.settle()
-            _wait(q, b, i)
-            vectors.copy(like, q.width, (carry, into))
-            _by_marks(like, q, b, k, steps, carry, marks, spread, False, back)
-        vectors.copy(like, q.width, (past, carry))
-        teams.publish(_flag(q, b, i + 1))
+        cut = _summary(like, q, b, k, end, product, carry, back)
+        known = _carry_on(like, q, b, i, cut, past, product, end, into)
+        vectors.copy(like, q.width, (carry, into))
+        _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
+        if not known or i == q.tiles - 1:
+            vectors.copy(like, q.width, (past, carry))
+            teams.publish(_flag(q, b, i + 1))
     if q.stream:
         teams.settle()
 
 
 @_compile
-def _by_marks(like, q, b, k, steps, carry, marks, spread, guess, back):
+def _guesses(like, given, me):
+    """One thread's share of time where states are soon forgotten. given: q, back.
+
+    Its own tiles first, which lie side by side: what it has read or written before may still be near it. Whoever is
+    last to end looks through all of them.
+    """
+    compiled.apart()
+    if teams.started(me):
+        return
+    q, back = given
+    row, units, ended = q.width * q.item, q.batch * q.tiles, 0
+    spread = q.rows + me[0] * q.own * row
+    carry = spread + row
+    for turn in range(me[1]):
+        whose = (me[0] + turn) % me[1]
+        part = teams.share(units, (whose if back is None else me[1] - 1 - whose, me[1], 0))
+        before = -1
+        while True:
+            unit = part.start + teams.claim(q.flags + 8 * whose)
+            if unit >= part.stop:
+                break
+            if unit % q.tiles == 0:
+                vectors.copy(like, q.width, (carry, q.start + unit // q.tiles * row))
+            elif unit != before + 1:
+                vectors.zero(like, q.width, (carry,))
+            vectors.copy(like, q.width, (_kept(q, unit), carry))
+            _by_marks(like, q, unit, carry, spread, True, back)
+            before, ended = unit, ended + 1
+    if q.stream:
+        teams.settle()
+    last = False
+    for _ in range(ended):
+        last |= teams.claim(q.flags + 8 * me[1]) == units - 1
+    if last:
+        for unit in range(units):
+            if unit % q.tiles == 0:
+                vectors.copy(like, q.width, (carry, q.start + unit // q.tiles * row))
+            if _same(like, q, carry, _kept(q, unit)):
+                vectors.copy(like, q.width, (carry, _kept(q, unit) + row))
+            else:
+                _by_marks(like, q, unit, carry, spread, False, back)
+            if (unit + 1) % q.tiles == 0:
+                vectors.copy(like, q.width, (q.end + unit // q.tiles * row, carry))
+        if q.stream:
+            teams.settle()
+
+
+@_compile
+def _kept(q, unit):
+    """Rows kept of a tile: what was carried into it, what past it, then marks. Tiles are counted as time runs."""
+    return q.carries + unit * q.kept * q.width * q.item
+
+
+@_compile
+def _by_marks(like, q, unit, carry, spread, guess, back):
     """Run a tile. guess: keep in marks what is carried after FIRST rows, twice as many, and so on, to the end.
 
     Else until that is carried, to the last bit, which stands in a mark: what was guessed after it is right.
     """
-    row, done, stop, right = q.width * q.item, 0, FIRST, False
-    while done < steps:
+    b, i, row = unit // q.tiles, unit % q.tiles, q.width * q.item
+    k, past = i if back is None else q.tiles - 1 - i, _kept(q, unit) + row
+    steps, mark, done, stop, right = min(q.tile, q.steps - k * q.tile), past + row, 0, FIRST, False
+    while done < steps and not right:
         stop = min(stop, steps)
-        if not right:
-            _span(like, q, b, 0, q.width, k, done, stop, carry, spread, back)
-            right = not guess and _same(like, q, carry, marks)
+        _span(like, q, b, 0, q.width, k, done, stop, carry, spread, back)
         if guess:
-            vectors.copy(like, q.width, (marks, carry))
-        elif right:
-            vectors.copy(like, q.width, (carry, marks))
-        done, stop, marks = stop, 2 * stop, marks + row
+            vectors.copy(like, q.width, (mark, carry))
+        else:
+            right = _same(like, q, carry, mark)
+        done, stop, mark = stop, 2 * stop, mark + row
+    if right:
+        vectors.copy(like, q.width, (carry, past))
+    else:
+        vectors.copy(like, q.width, (past, carry))
 
 
 @_compile
@@ -493,11 +537,10 @@ def _carry_on(like, q, b, i, cut, past, product, end, into):
     return known
 
 
-def _run(like: Any, q: _Problem, backward: bool, workers: int, held: object) -> None:
+def _run(work: Any, like: Any, q: _Problem, backward: bool, workers: int, held: object) -> None:
     """held: what q holds addresses of."""
-    back = 0 if backward else None
     # where they share time, whoever comes late finds nothing left to claim: no thread waits for one that has not begun
-    teams.call(_tiles if q.share_time else _units, like, (q, back), workers, held)
+    teams.call(work, like, (q, 0 if backward else None), workers, held)
 
 
 def _solve(
@@ -516,7 +559,7 @@ def _solve(
     moves = [a.stride(i) * item if a.shape[i] > 1 else 0 for i in (0, 1)]
     guess = far and not sum_da and _forgets(a, tile, moves, backward)
     if guess:
-        tile = max(tile, min(GUESSED // (2 * row), batch * steps // (TURNS * workers)))
+        tile = max(tile, batch * steps // (TURNS * workers))
     share_time = guess or batch * blocks * ALONE < workers
     tile = tile if share_time or sum_da else steps
     tiles = -(-steps // tile)
@@ -525,9 +568,10 @@ def _solve(
     start, end = h0 if start is h0 else plain(start), empty(start, *start.shape)
     reset = None if reset is None else reset.contiguous()
     da = empty(x, batch, (tiles if sum_da else steps) if backward else 0, width)
-    own = 4 + (max(FIRST, tile - 1) // FIRST).bit_length() + 1 if share_time else 2
-    rows = empty(x, own * workers + (batch * (tiles + 1) if share_time else 0), width)
-    flags = torch.zeros(batch * (tiles + 1) + 1 if share_time else 0, dtype=torch.int64)
+    kept = 3 + (max(FIRST, tile - 1) // FIRST).bit_length() if guess else 0
+    own, shared = (2, batch * tiles * kept) if guess or not share_time else (4, batch * (tiles + 1))
+    rows = empty(x, own * workers + shared, width)
+    flags = torch.zeros(workers + 1 if guess else shared + 1, dtype=torch.int64)
     q = _Problem(
         item=item,
         real=item // 2 if x.is_complex() else item,
@@ -538,7 +582,6 @@ def _solve(
         tile=tile,
         tiles=tiles,
         share_time=int(share_time),
-        guess=int(guess),
         a=a.data_ptr(),
         a_batch=moves[0],
         a_time=moves[1],
@@ -556,11 +599,13 @@ def _solve(
         sum_da=int(sum_da),
         stream=int(_streams(width, -(-width // blocks), [h] if dx is None else [dx, da])),
         own=own,
+        kept=kept,
         rows=rows.data_ptr(),
         carries=rows.data_ptr() + own * workers * row,
         flags=flags.data_ptr(),
     )
-    _run(_LIKE[x.dtype], q, backward, workers, (a, x, h0, h, dx, da, reset, start, end, rows, flags))
+    work = _guesses if guess else _tiles if share_time else _units
+    _run(work, _LIKE[x.dtype], q, backward, workers, (a, x, h0, h, dx, da, reset, start, end, rows, flags))
     return end, da
 
 
