@@ -86,7 +86,7 @@ def test_sharing_out_time_is_the_same_every_time(shared_time):
     assert all(torch.equal(p, q) for _ in range(20) for p, q in zip(first, _outcome(inputs, backend="numba")))
 
 
-@pytest.mark.parametrize("width", [16, 48, 64, 20, 8])  # whole cache lines a row, and not
+@pytest.mark.parametrize("width", [16, 48, 64, 128, 20, 8])  # whole cache lines a row, and not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_results_past_the_caches_are_the_same_bits(monkeypatch, dtype, width, batch):

@@ -3,13 +3,17 @@
 A time step is one row of channels, handled in vectors; the state is carried in registers where rows are narrow, else
 in a row of its own, in the nearest cache. Large results are stored past the caches, so a line is not read first only to
 be overwritten. Threads share out the batch and wide blocks of channels. Where there are more of them they share out
-time, a tile for whoever claims it first. Claims go forward in time, so a thread waits only for tiles that are already
-being worked on. There are two ways to begin a tile before the state at its beginning is known:
+time, in tiles, and there are two ways to begin one before the state at its beginning is known:
 
-Where states are forgotten within a tile, it is run from zero. Once the state before it is known its first rows are run
-again, until both ways carry the same bits; the rest stands. Where they are not, it is first run for its end and its
-product of decays alone, which brings it into the cache; the state after it is published as soon as the one before it
-is known, and only then is it run for good. Either way memory is read once and written little more than once.
+Where states are soon forgotten each thread has a stretch of tiles of its own, as in torch's own operations, so that a
+cache holds what its thread worked on before; one that is done helps with those of others. A stretch begins from zero.
+Whoever is last to end looks through all tiles: where one began from another state than it should have, its first rows
+are run again, until both ways carry the same bits; the rest stands. Nobody waits.
+
+Where they are not, a tile is for whoever claims it first, forward in time: a thread waits only for tiles that are
+already being worked on. It is first run for its end and its product of decays alone, which brings it into the cache;
+the state after it is published as soon as the one before it is known, and only then is it run for good. Either way
+memory is read once and written little more than once.
 
 Backward is one pass, with mu_t the gradient that reaches h_{t-1}:
     lam_t = g_t + mu_{t+1},   dx_t = lam_t,   da_t = lam_t conj(h_{t-1}),   mu_t = conj(a_t) lam_t,   dh_0 = mu_1.
@@ -41,11 +45,11 @@ from .adjoint import differentiable
 from .edges import at_lengths, normal
 
 TILE = 1 << 19  # bytes of a and x in a tile of time: they stay in the second-level cache between its two passes
-TURNS = 8  # longer tiles for each thread where only first rows are run twice: they end together, if it is kept waiting
+TURNS = 8  # tiles in a thread's stretch of them: what others can help with
 BLOCK = 4096  # channels in a row: a, x and two rows of h fit the first-level cache
 NARROW = 512  # channels below which a part of a row is read far slower than the whole
 SHORTEST = 64  # steps in a tile, at least
-AT_ONCE = 256  # bytes of a row that are carried in registers
+AT_ONCE = 256  # bytes of a row that are carried in registers; where results go past the caches, twice as many
 ALONE = 2  # threads for each row up to which one runs it alone, unless guesses pay: else every tile is run twice
 FAR = 1 << 24  # bytes of x from which on guesses pay: with results and decays they are more than the caches hold
 FIRST = 64  # rows of a tile after which a guess is checked first
@@ -70,10 +74,11 @@ def _through(carries: int, rows: int, results: int, put: Callable[..., None] = R
         def run(context: Any, like: Any, n: Any, steps: Any, addresses: Any, strides: Any) -> Any:
             def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 size, word = like.bitwidth // 8, args[1].type
+                twice = 2 * AT_ONCE // size
                 held = cgutils.unpack_tuple(builder, args[3], carries + rows + results)
                 moves = cgutils.unpack_tuple(builder, args[4], rows + results)
                 start, parts = ir.Constant(word, 0), []
-                for count in dict.fromkeys((AT_ONCE // size, 16, 4, 1)):
+                for count in dict.fromkeys((*[twice] * (put is Row.stream), twice // 2, 16, 4, 1)):
                     stop = builder.and_(args[1], ir.Constant(word, -count))
                     parts.append((count, start, stop))
                     start = stop
@@ -187,7 +192,9 @@ class _Problem(NamedTuple):
     rows: int  # these rows
     kept: int  # rows of `width` kept of each tile where guesses are made
     carries: int  # (B, tiles, kept, width): these; elsewhere (B, tiles + 1, width): what is carried into each tile
-    flags: int  # (B, tiles + 1) words, that a carry is known (the first always is), and a counter of claims; or counters
+    flags: (
+        int  # (B, tiles + 1) words, that a carry is known (the first always is), and a counter of claims; or counters
+    )
 
 
 @_compile
@@ -225,9 +232,10 @@ def _finite(like, q, row):
 
 
 @_compile
-def _alike(q, n):
+def _alike(q, n, twice):
     """Whether rows of n channels are run many at a time, carries in registers: they are narrow, and no two differ."""
-    return q.reset == 0 and q.a_channel != 0 and n * q.item <= AT_ONCE
+    narrow = n * q.item <= AT_ONCE or (twice and n * q.item == 2 * AT_ONCE)
+    return q.reset == 0 and q.a_channel != 0 and narrow
 
 
 @_compile
@@ -246,7 +254,7 @@ def _forward_span(like, q, b, start, n, t0, t1, carry, spread):
     row = q.width * q.item
     a, x, at = _rows(like, q, b, t0, start)
     h, moves = q.h + at, (q.a_time, q.x_time, row)
-    steps = t1 - t0 if _alike(q, n) else 1
+    steps = t1 - t0 if _alike(q, n, q.stream != 0) else 1
     for t in range(t0, t1, steps):
         decay = _decay(like, q, n, a, spread)
         if _cut(q, b, t):
@@ -269,7 +277,8 @@ def _backward_span(like, q, b, start, n, k, t0, t1, mu, spread):
     while t >= t0:
         a, g, at = _rows(like, q, b, t, start)
         before = q.h + at - row if t else q.h0 + (b * q.width + start) * q.item
-        steps = t - max(t0, 1) + 1 if _alike(q, n) and t else 1  # the first row of all has h0 before it
+        alike = t > 0 and _alike(q, n, q.stream != 0 and not q.sum_da)  # the first row of all has h0 before it
+        steps = t - max(t0, 1) + 1 if alike else 1
         if _cut(q, b, t):
             vectors.add(like, n, (q.dx + at, g, mu))
             vectors.zero(like, n, (mu,))
@@ -303,7 +312,7 @@ def _forward_summary(like, q, b, t0, t1, end, product, spread):
     compiled.apart()
     cut = False
     a, x, _ = _rows(like, q, b, t0, 0)
-    steps = t1 - t0 if _alike(q, q.width) else 1
+    steps = t1 - t0 if _alike(q, q.width, False) else 1
     for t in range(t0, t1, steps):
         if _cut(q, b, t):
             vectors.copy(like, q.width, (end, x))
@@ -320,7 +329,7 @@ def _forward_summary(like, q, b, t0, t1, end, product, spread):
 def _backward_summary(like, q, b, t0, t1, mu, product, spread):
     compiled.apart()
     cut = False
-    steps = t1 - t0 if _alike(q, q.width) else 1
+    steps = t1 - t0 if _alike(q, q.width, False) else 1
     for t in range(t1 - 1, t0 - 1, -steps):
         if _cut(q, b, t):
             vectors.zero(like, q.width, (mu,))
