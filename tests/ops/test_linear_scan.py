@@ -17,17 +17,25 @@ BACKENDS = ["numba", "torch"]
 in_numba = importlib.import_module("statewise.ops.linear_scan.in_numba")  # the op hides the package of its name
 
 
-@pytest.fixture
-def shared_time(monkeypatch):
-    """Two threads and tiles of a few steps, so that small inputs take every path of the numba kernel."""
+@pytest.fixture(params=[2, 3], ids=["thirds", "tiles"])
+def shared_time(request, monkeypatch):
+    """Threads enough, and tiles of a few steps, so that small inputs take every path of the numba kernel."""
     monkeypatch.setattr(in_numba.teams, "SMALL", 0)
-    monkeypatch.setattr(in_numba, "ALONE", 1)
+    monkeypatch.setattr(in_numba, "TALL", 0)
     monkeypatch.setattr(in_numba, "FAR", 0)
     monkeypatch.setattr(in_numba, "TILE", 0)
     monkeypatch.setattr(in_numba, "SHORTEST", 8)
-    torch.set_num_threads(2)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The ways in which the numba kernel has run since, by name."""
+    taken, run = [], in_numba._run
+    monkeypatch.setattr(in_numba, "_run", lambda work, *rest: taken.append(work.__name__) or run(work, *rest))
+    return taken
 
 
 def _inputs(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +71,7 @@ def test_every_length(backend):
 @pytest.mark.parametrize("shape", [(1, 100, 3), (1, 97, 40), (1, 7, 5)])
 @pytest.mark.parametrize("decay", ["full", "channels", "one", "expanded"])
 @pytest.mark.parametrize("with_reset", [False, True])
-def test_sharing_out_time_changes_nothing(shared_time, dtype, shape, decay, with_reset):
+def test_sharing_out_time_changes_nothing(shared_time, ways, dtype, shape, decay, with_reset):
     a, x, h0 = _inputs(*shape, dtype=dtype)
     a = {"full": a, "channels": a[0, 0], "one": a[:, :1, :1], "expanded": a[:, :1].expand_as(x)}[decay]
     reset = torch.rand(shape[:2]) < 0.1 if with_reset else None
@@ -71,6 +79,22 @@ def test_sharing_out_time_changes_nothing(shared_time, dtype, shape, decay, with
         _outcome((a, x, h0), reset=reset, backend="numba"), _outcome((a, x, h0), reset=reset, backend="reference")
     ):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    expected = "_thirds" if torch.get_num_threads() == 2 else "_tiles"
+    assert ways == [expected, expected] or shape[1] == 7
+
+
+def test_a_thread_that_begins_late_finds_its_third_done(monkeypatch, shared_time):
+    """Rows are whole however late a thread begins, or if it never does."""
+    inputs = _inputs(1, 90, 3)
+    want = _outcome(inputs, backend="numba")
+
+    def alone(work, like, q, workers, *rest):  # one after the other
+        for thread in range(workers):
+            work(like, q, (thread, workers, 0))
+
+    monkeypatch.setattr(in_numba.teams, "call", alone)
+    for got, expected in zip(_outcome(inputs, backend="numba"), want, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_sharing_out_time_survives_products_out_of_range(shared_time):
@@ -388,22 +412,18 @@ def _forked(*inputs: list) -> list:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 @pytest.mark.parametrize("with_reset", [False, True])
-@pytest.mark.parametrize("batch,threads", [(1, 2), (2, 5)])
-def test_guessed_tiles_are_the_same_bits(monkeypatch, shared_time, dtype, with_reset, batch, threads):
+@pytest.mark.parametrize("batch,shared_time", [(1, 2), (2, 5)], indirect=["shared_time"])
+def test_guessed_tiles_are_the_same_bits(monkeypatch, shared_time, ways, dtype, with_reset, batch):
     """Where states are soon forgotten, tiles begin from a guess, which is looked at when all are done."""
-    torch.set_num_threads(threads)
     monkeypatch.setattr(in_numba, "SHORTEST", 200)
     a, x, h0 = _inputs(batch, 4000, 5, dtype=dtype)
     a[-1, 1500:2600] = 1  # here nothing is forgotten, and guesses are wrong to the end
     reset = torch.rand(batch, 4000) < 0.01 if with_reset else None
-    called = []
-    run = in_numba._run
-    monkeypatch.setattr(in_numba, "_run", lambda work, *rest: called.append(work) or run(work, *rest))
     shared = _outcome((a, x, h0), reset=reset, backend="numba")
     monkeypatch.setattr(in_numba.teams, "SMALL", 1 << 60)  # one thread
     for got, want in zip(shared, _outcome((a, x, h0), reset=reset, backend="numba"), strict=True):
         assert torch.equal(got, want)
-    assert called == [in_numba._guesses, in_numba._guesses, in_numba._units, in_numba._units]
+    assert ways == ["_guesses", "_guesses", "_units", "_units"]
 
 
 def test_what_is_not_watched_is_the_same(shared_time):

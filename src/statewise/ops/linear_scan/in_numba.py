@@ -3,17 +3,19 @@
 A time step is one row of channels, handled in vectors; the state is carried in registers where rows are narrow, else
 in a row of its own, in the nearest cache. Large results are stored past the caches, so a line is not read first only to
 be overwritten. Threads share out the batch and wide blocks of channels. Where there are more of them they share out
-time, in tiles, and there are two ways to begin one before the state at its beginning is known:
+time, in three ways:
 
-Where states are soon forgotten each thread has a stretch of tiles of its own, as in torch's own operations, so that a
-cache holds what its thread worked on before; one that is done helps with those of others. A stretch begins from zero.
-Whoever is last to end looks through all tiles: where one began from another state than it should have, its first rows
-are run again, until both ways carry the same bits; the rest stands. Nobody waits.
+Guesses, where states are soon forgotten. Each thread has a stretch of tiles of its own, as in torch's own operations,
+so that a cache holds what its thread worked on before; one that is done helps with those of others. A stretch begins
+from zero. Whoever is last to end looks through all tiles: where one began from another state than it should have, its
+first rows are run again, until both ways carry the same bits; the rest stands. Nobody waits.
 
-Where they are not, a tile is for whoever claims it first, forward in time: a thread waits only for tiles that are
-already being worked on. It is first run for its end and its product of decays alone, which brings it into the cache;
-the state after it is published as soon as the one before it is known, and only then is it run for good. Either way
-memory is read once and written little more than once.
+Thirds, where they are not and two threads have a row. One runs the first two thirds; the other meanwhile finds what the
+second third carries on, its end and its product of decays, and runs the last.
+
+Tiles, where there are more threads. Each is for whoever claims it first, forward in time, so a thread waits only for
+tiles that are already being worked on. It is first run for its end and its product of decays alone, which brings it
+into the cache; the state after it is published as soon as the one before it is known, and only then is it run for good.
 
 Backward is one pass, with mu_t the gradient that reaches h_{t-1}:
     lam_t = g_t + mu_{t+1},   dx_t = lam_t,   da_t = lam_t conj(h_{t-1}),   mu_t = conj(a_t) lam_t,   dh_0 = mu_1.
@@ -50,10 +52,11 @@ BLOCK = 4096  # channels in a row: a, x and two rows of h fit the first-level ca
 NARROW = 512  # channels below which a part of a row is read far slower than the whole
 SHORTEST = 64  # steps in a tile, at least
 AT_ONCE = 256  # bytes of a row that are carried in registers; where results go past the caches, twice as many
-ALONE = 2  # threads for each row up to which one runs it alone, unless guesses pay: else every tile is run twice
+TALL = 1 << 23  # bytes of a narrow row of the batch from which on two threads are better than one
 FAR = 1 << 24  # bytes of x from which on guesses pay: with results and decays they are more than the caches hold
 FIRST = 64  # rows of a tile after which a guess is checked first
-LEFT = 1e-18  # part of a state that a tile leaves where guessing pays
+LEFT = 1e-16  # part of a state that a tile leaves where guessing pays
+FEW = 256  # steps by whose decays that is judged
 
 _compile = compiled.function
 
@@ -171,7 +174,6 @@ class _Problem(NamedTuple):
     block: int  # channels that one thread handles as a row; all of them where time is shared out
     tile: int  # steps in a tile of time
     tiles: int
-    share_time: int
     a: int
     a_batch: int
     a_time: int
@@ -296,15 +298,19 @@ def _backward_span(like, q, b, start, n, k, t0, t1, mu, spread):
 
 
 @_compile
-def _span(like, q, b, start, n, k, s0, s1, carry, spread, back):
-    """Rows s0 to s1 of tile k, counted the way that time runs. back: None forward; the other way is not compiled."""
+def _span(like, q, b, start, n, i, s0, s1, carry, spread, back):
+    """Rows s0 to s1 of tile i, or to its end; both counted the way that time runs.
+
+    back: None forward; the other way is not compiled.
+    """
+    k = i if back is None else q.tiles - 1 - i
     t0, t1 = k * q.tile, min(q.steps, (k + 1) * q.tile)
     if back is None:
-        _forward_span(like, q, b, start, n, t0 + s0, t0 + s1, carry, spread)
+        _forward_span(like, q, b, start, n, t0 + s0, min(t0 + s1, t1), carry, spread)
     else:
         if q.sum_da and s0 == 0:
             vectors.zero(like, n, (q.da + ((b * q.tiles + k) * q.width + start) * q.item,))
-        _backward_span(like, q, b, start, n, k, t1 - s1, t1 - s0, carry, spread)
+        _backward_span(like, q, b, start, n, k, max(t1 - s1, t0), t1 - s0, carry, spread)
 
 
 @_compile
@@ -343,11 +349,12 @@ def _backward_summary(like, q, b, t0, t1, mu, product, spread):
 
 
 @_compile
-def _summary(like, q, b, k, end, product, spread, back):
-    """What tile k carries on if nothing is carried into it, and its product of decays.
+def _summary(like, q, b, i, end, product, spread, back):
+    """What tile i, counted the way that time runs, carries on if nothing is carried into it, and its product of decays.
 
     True if a reset makes what was before irrelevant.
     """
+    k = i if back is None else q.tiles - 1 - i
     t0, t1 = k * q.tile, min(q.steps, (k + 1) * q.tile)
     vectors.zero(like, q.width, (end,))
     vectors.one(like, q.width, (product,))
@@ -373,28 +380,16 @@ def _flag(q, b, i):
 
 
 @_compile
-def _is_small(like, batch, steps, width, item, real, product, a, a_batch, a_time):
-    """Whether the product of decays falls below LEFT in so many steps, in every row of the batch and channel."""
+def _are_small(like, least, batch, steps, width, item, real, product, a, a_batch, a_time):
+    """Whether products of so many decays are below `least`, in every row of the batch and channel."""
     compiled.apart()
     for b in range(batch):
         vectors.one(like, width, (product,))
-        done, small = 0, False
-        while not small and done < steps:
-            n = min(FIRST, steps - done)
-            _multiply(like, width, n, (product, a + b * a_batch + done * a_time), (a_time,))
-            done, small = done + n, True
-            for i in range(width * item // real):
-                value = vectors.real(like, product + i * real)
-                small &= value * value < LEFT * LEFT
-        if not small:
-            return False
+        _multiply(like, width, steps, (product, a + b * a_batch), (a_time,))
+        for i in range(width * item // real):
+            if not abs(vectors.real(like, product + i * real)) < least:
+                return False
     return True
-
-
-@_compile
-def _is_known(q, b, i):
-    """Whether what is carried into tile i is."""
-    return i == 0 or teams.is_set(_flag(q, b, i)) != 0
 
 
 @_compile
@@ -412,8 +407,7 @@ def _units(like, given, me):
         n, first = min(q.block, q.width - start), start * q.item
         vectors.copy(like, n, (carry, q.start + b * row + first))
         for i in range(q.tiles):
-            k = i if back is None else q.tiles - 1 - i
-            _span(like, q, b, start, n, k, 0, min(q.tile, q.steps - k * q.tile), carry, spread, back)
+            _span(like, q, b, start, n, i, 0, q.tile, carry, spread, back)
         vectors.copy(like, n, (q.end + b * row + first, carry))
     if q.stream:
         teams.settle()
@@ -434,15 +428,53 @@ def _tiles(like, given, me):
         if unit >= q.batch * q.tiles:
             break
         b, i = unit % q.batch, unit // q.batch
-        k = i if back is None else q.tiles - 1 - i
-        steps, into, past = min(q.tile, q.steps - k * q.tile), _slot(q, b, i), _slot(q, b, i + 1)
-        cut = _summary(like, q, b, k, end, product, carry, back)
+        into, past = _slot(q, b, i), _slot(q, b, i + 1)
+        cut = _summary(like, q, b, i, end, product, carry, back)
         known = _carry_on(like, q, b, i, cut, past, product, end, into)
         vectors.copy(like, q.width, (carry, into))
-        _span(like, q, b, 0, q.width, k, 0, steps, carry, spread, back)
+        _span(like, q, b, 0, q.width, i, 0, q.tile, carry, spread, back)
         if not known or i == q.tiles - 1:
             vectors.copy(like, q.width, (past, carry))
             teams.publish(_flag(q, b, i + 1))
+    if q.stream:
+        teams.settle()
+
+
+@_compile
+def _thirds(like, given, me):
+    """One thread's share where there are two for each row of the batch. given: q, back.
+
+    The first runs two thirds of the time. The other finds what the second third carries on, and runs the last. Should
+    it begin too late, the first has taken that too.
+    """
+    compiled.apart()
+    if teams.started(me):
+        return
+    q, back = given
+    row, unit = q.width * q.item, teams.claim(q.flags)
+    b, leads = unit % q.batch, unit < q.batch
+    spread, taken = q.rows + me[0] * q.own * row, q.flags + 8 * (1 + 3 * b)
+    carry, end, product = spread + row, spread + 2 * row, spread + 3 * row
+    if leads:
+        vectors.copy(like, q.width, (carry, q.start + b * row))
+        for i in (0, 1):
+            _span(like, q, b, 0, q.width, i, 0, q.tile, carry, spread, back)
+            vectors.copy(like, q.width, (q.carries + (2 * b + i) * row, carry))
+            teams.publish(taken + 8 + 8 * i)
+    mine = teams.claim(taken) == 0
+    if mine and not leads:
+        cut = _summary(like, q, b, 1, end, product, carry, back)
+        _wait(taken + 8)
+        if cut:
+            vectors.copy(like, q.width, (carry, end))
+        else:
+            _combine(like, q.width, (carry, product, q.carries + 2 * b * row, end))
+        if not _finite(like, q, carry):  # the product of decays may leave the range where the state does not
+            _wait(taken + 16)
+            vectors.copy(like, q.width, (carry, q.carries + (2 * b + 1) * row))
+    if mine:
+        _span(like, q, b, 0, q.width, 2, 0, q.tile, carry, spread, back)
+        vectors.copy(like, q.width, (q.end + b * row, carry))
     if q.stream:
         teams.settle()
 
@@ -512,7 +544,7 @@ def _by_marks(like, q, unit, carry, spread, guess, back):
     steps, mark, done, stop, right = min(q.tile, q.steps - k * q.tile), past + row, 0, FIRST, False
     while done < steps and not right:
         stop = min(stop, steps)
-        _span(like, q, b, 0, q.width, k, done, stop, carry, spread, back)
+        _span(like, q, b, 0, q.width, i, done, stop, carry, spread, back)
         if guess:
             vectors.copy(like, q.width, (mark, carry))
         else:
@@ -525,8 +557,8 @@ def _by_marks(like, q, unit, carry, spread, guess, back):
 
 
 @_compile
-def _wait(q, b, i):
-    while not _is_known(q, b, i):
+def _wait(flag):
+    while teams.is_set(flag) == 0:
         teams.give_way()
 
 
@@ -534,7 +566,8 @@ def _wait(q, b, i):
 def _carry_on(like, q, b, i, cut, past, product, end, into):
     """Wait for the carry into tile i and publish the one past it. False if that is only known once the tile is done."""
     compiled.apart()
-    _wait(q, b, i)
+    if i:
+        _wait(_flag(q, b, i))
     if cut:
         vectors.copy(like, q.width, (past, end))
     else:
@@ -566,21 +599,28 @@ def _solve(
     tile = max(SHORTEST, TILE // (2 * row))
     far = batch * steps * row >= FAR and batch * blocks < workers
     moves = [a.stride(i) * item if a.shape[i] > 1 else 0 for i in (0, 1)]
-    guess = far and not sum_da and _forgets(a, tile, moves, backward)
+    long = min(steps, max(tile, batch * steps // (TURNS * workers)))
+    guess = far and not sum_da and _forgets(a, long, moves, backward)
+    wide, tall = batch * blocks * 2 >= workers, width < NARROW and steps * row >= TALL
+    thirds = not guess and batch * 2 == workers and tall
     if guess:
-        tile = max(tile, batch * steps // (TURNS * workers))
-    share_time = guess or batch * blocks * ALONE < workers
-    tile = tile if share_time or sum_da else steps
+        tile = long
+    elif thirds:
+        tile = -(-steps // 3)
+    elif wide and not sum_da:
+        tile = steps
     tiles = -(-steps // tile)
-    workers = max(1, min(workers, batch * (tiles if share_time else blocks)))
+    work = _guesses if guess else _thirds if thirds else _units if wide else _tiles
+    workers = max(1, min(workers, batch * (blocks if work is _units else tiles)))
 
     start, end = h0 if start is h0 else plain(start), empty(start, *start.shape)
     reset = None if reset is None else reset.contiguous()
     da = empty(x, batch, (tiles if sum_da else steps) if backward else 0, width)
     kept = 3 + (max(FIRST, tile - 1) // FIRST).bit_length() if guess else 0
-    own, shared = (2, batch * tiles * kept) if guess or not share_time else (4, batch * (tiles + 1))
+    own = 2 if work in (_units, _guesses) else 4
+    shared = batch * (tiles * kept if guess else tiles + 1)
     rows = empty(x, own * workers + shared, width)
-    flags = torch.zeros(workers + 1 if guess else shared + 1, dtype=torch.int64)
+    flags = torch.zeros(1 + workers + batch * (tiles + 1), dtype=torch.int64)
     q = _Problem(
         item=item,
         real=item // 2 if x.is_complex() else item,
@@ -590,7 +630,6 @@ def _solve(
         block=-(-width // blocks),
         tile=tile,
         tiles=tiles,
-        share_time=int(share_time),
         a=a.data_ptr(),
         a_batch=moves[0],
         a_time=moves[1],
@@ -613,21 +652,21 @@ def _solve(
         carries=rows.data_ptr() + own * workers * row,
         flags=flags.data_ptr(),
     )
-    work = _guesses if guess else _tiles if share_time else _units
     _run(work, _LIKE[x.dtype], q, backward, workers, (a, x, h0, h, dx, da, reset, start, end, rows, flags))
     return end, da
 
 
-def _forgets(a: Tensor, tile: int, moves: list[int], backward: bool) -> bool:
-    """Whether next to nothing is left of a state after one tile, the first that time meets, or after some of it.
+def _forgets(a: Tensor, within: int, moves: list[int], backward: bool) -> bool:
+    """Whether next to nothing is left of a state after so many steps, judged by the first few that time meets.
 
-    Then guesses are soon right. The way is chosen for all tiles at once, and by the numbers alone: not all ways round
-    alike.
+    The way is chosen for all tiles at once, and by the numbers alone: not all ways round alike.
     """
     (batch, steps, width), item, product = a.shape, a.element_size(), a.new_empty(a.shape[2])
-    sizes = batch, min(tile, steps) if steps > 1 else tile, width, item, item // 2 if a.is_complex() else item
+    few = min(FEW, within)
+    sizes = batch, few, width, item, item // 2 if a.is_complex() else item
     first, move = (a.data_ptr() + (steps - 1) * moves[1], -moves[1]) if backward else (a.data_ptr(), moves[1])
-    return bool(_is_small(_LIKE[a.dtype], *sizes, product.data_ptr(), first, moves[0], move))
+    small = _are_small(_LIKE[a.dtype], LEFT ** (few / within), *sizes, product.data_ptr(), first, moves[0], move)
+    return bool(small)
 
 
 def _streams(width: int, block: int, results: list[Tensor]) -> bool:
