@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import UsageError
 from ..ops import elman_loop, gru_loop, lstm_loop
 from .clock import seconds
-from .layers import peak_memory
+from .memory import peak_memory
 
 Row = dict[str, Any]
 SHAPES = (

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core import RecurrentLayer, UsageError, layers, nbytes, unroll
 from ..core.machine import cores
 from .clock import seconds
+from .memory import peak_memory
 
 Row = dict[str, Any]
 STEPS = 64  # streamed steps timed together
@@ -229,25 +230,3 @@ def step_latency(layer: RecurrentLayer[Any], rounds: int = 5) -> float:
         y.sum().item()  # waits for a GPU
         found.append((time.perf_counter() - began) / STEPS)
     return statistics.median(found[1:])
-
-
-def peak_memory(work: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes by which the memory in use rises at most while `work` runs; None where the system does not say."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark falls to what is resident now
-        before = _resident("VmRSS")
-        work()
-        return max(_resident("VmHWM") - before, 0)
-    except (OSError, StopIteration):
-        return None
-
-
-def _resident(key: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core import UsageError
 from ..ops import linear_scan
 from .clock import seconds
-from .layers import peak_memory
+from .memory import peak_memory
 
 Row = dict[str, Any]
 Scan = Callable[[Tensor, Tensor, Tensor], Tensor]

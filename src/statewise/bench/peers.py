@@ -6,8 +6,6 @@ compute the same function: a rival with other numbers is no rival.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -26,7 +24,7 @@ from ..core.machine import cores
 from ..models import from_transformers
 from ..ops import delta_scan, dplr_scan, outer_scan
 from .clock import seconds
-from .layers import peak_memory
+from .memory import peak_memory
 
 Row = dict[str, Any]
 Work = Callable[[], Tensor]  # forward and backward; returns the outputs
@@ -108,18 +106,11 @@ def _warm_up(one: Contender) -> None:
         one.first = seconds(lambda: outs.append(one.work()), CPU)  # type: ignore[misc]
         one.out = outs[0]
         if one.first < ONCE:
-            _give_back_memory()
             one.peak = peak_memory(one.work, CPU)  # type: ignore[arg-type]
         else:
             one.times.append(one.first)
     except (RuntimeError, ImportError, TypeError, ValueError, AttributeError, KeyError) as error:
         one.why_not, one.work = (str(error).splitlines() or [type(error).__name__])[0][:100], None
-
-
-def _give_back_memory() -> None:
-    """What glibc keeps of the call before would hide what the next one needs."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _row(case: Case, one: Contender, ours: Contender) -> Row:

@@ -247,12 +247,14 @@ def gemm_cells(row: Row) -> list[str]:
 
 
 def measure_linear_scan(options: Options) -> list[Row]:
-    from ..bench import linear_scan
+    from ..bench import linear_scan, memory
     from ..training import choose_device
     from .explain import read_shape
     from .show import table
 
     shapes = [read_shape(text) for text in options.shape] or None
+    memory.keep_freed()
+    print("freed memory is kept, so that times are not those of the system handing it out")
     device, decay = choose_device(options.device), options.decay
     rows = linear_scan.run(shapes, repeats=options.repeats or 15, device=device, decay=decay)
     columns = ("way", "forward", "x floor", "training", "x floor", "error", "peak")
