@@ -47,8 +47,9 @@ def _functions(forward: Forward, backward: Backward) -> Forward:
 
         @staticmethod
         def backward(ctx, g, g_last):
-            again = is_watched(g, g_last, *ctx.saved_tensors) or is_traced(g)
-            return _run_backward(ctx, g, g_last, Adjoint.apply if again else backward)
+            saved = ctx.saved_tensors  # once: a checkpointed block recomputes them each time
+            again = is_watched(g, g_last, *saved) or is_traced(g)
+            return _run_backward(saved, g, g_last, Adjoint.apply if again else backward)
 
     class Adjoint(torch.autograd.Function):
         @staticmethod
@@ -83,7 +84,9 @@ def _custom_op(name: str, devices: str | tuple[str, ...], forward: Forward, back
     def _(g, g_last, a, h, h0, reset):
         return a.new_empty(a.shape), h.new_empty(h.shape), h0.new_empty(h0.shape)
 
-    run.register_autograd(lambda ctx, g, g_last: _run_backward(ctx, g, g_last, adjoint), setup_context=_keep_for_run)
+    run.register_autograd(
+        lambda ctx, g, g_last: _run_backward(ctx.saved_tensors, g, g_last, adjoint), setup_context=_keep_for_run
+    )
     adjoint.register_autograd(
         lambda ctx, q, p, r: _adjoint_backward(ctx, q, p, r, run), setup_context=_keep_for_adjoint
     )
@@ -96,8 +99,8 @@ def _keep_for_run(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _run_backward(ctx, g, g_last, adjoint):
-    a, h, h0, reset = ctx.saved_tensors
+def _run_backward(saved, g, g_last, adjoint):
+    a, h, h0, reset = saved
     g = h.new_zeros([1, 1, *h.shape[2:]]).expand_as(h) if g is None else g
     g_last = torch.zeros_like(h0) if g_last is None else g_last
     return *adjoint(g, g_last, a, h, h0, reset), None
